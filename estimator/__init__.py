@@ -1,0 +1,1 @@
+"""The arithmetic of vramplan: values in, values out."""

@@ -1,0 +1,42 @@
+"""The words of the answer: phases, items, and what a number rests on."""
+
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """What the card is doing. Training runs the first five, inference the other three."""
+
+    LOAD = "load"
+    FORWARD = "forward"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    OPTIMIZER_STEP = "optimizer_step"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Item(StrEnum):
+    """What holds memory."""
+
+    WEIGHTS = "weights"
+    QUANTIZATION_STATE = "quantization_state"
+    BUFFERS = "buffers"
+    ADAPTER_WEIGHTS = "adapter_weights"
+    OPTIMIZER_STATES = "optimizer_states"
+    GRADIENTS = "gradients"
+    ACTIVATIONS = "activations"
+    CHECKPOINTS = "checkpoints"
+    LOGITS = "logits"
+    TEMPORARY = "temporary"
+    KV_CACHE = "kv_cache"
+    COMMUNICATION = "communication"
+    WORKSPACE = "workspace"
+
+
+class Basis(StrEnum):
+    """What a number rests on."""
+
+    EXACT = "exact"
+    MODELLED = "modelled"
+    TRACED = "traced"
+    FITTED = "fitted"

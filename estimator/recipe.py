@@ -1,0 +1,139 @@
+"""What the user chose, every default resolved: the frozen value all arithmetic reads."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from estimator.dtypes import DType
+from estimator.stack import Stack
+
+
+class QuantizationKind(StrEnum):
+    """Storage schemes of bitsandbytes."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    INT8 = "int8"
+
+    @property
+    def is_4bit(self) -> bool:
+        return self is not QuantizationKind.INT8
+
+
+class Attention(StrEnum):
+    """`attn_implementation` values with a memory model."""
+
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+    FLEX_ATTENTION = "flex_attention"
+
+
+class Loss(StrEnum):
+    """How logits become a loss."""
+
+    STOCK = "stock"  # transformers' ForCausalLMLoss over full logits
+    TRL_CHUNKED = "trl_chunked"  # TRL 1.4–1.15 `chunked_nll`
+    TRL_TILED = "trl_tiled"  # TRL ≥ 1.16 fused tiles
+    LIGER = "liger"  # Liger's fused linear cross-entropy
+
+
+class Trainer(StrEnum):
+    TRANSFORMERS = "transformers"
+    TRL = "trl"
+
+
+class CacheKind(StrEnum):
+    """`cache_implementation` values with a memory model."""
+
+    DYNAMIC = "dynamic"
+    STATIC = "static"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """The fields of `BitsAndBytesConfig` that have a bearing on memory."""
+
+    kind: QuantizationKind
+    double_quant: bool = False
+    compute_dtype: DType = DType.FLOAT32
+    storage_dtype: DType = DType.UINT8
+    skip_modules: tuple[str, ...] | None = None
+    """`llm_int8_skip_modules`; None = transformers' defaults, a tuple replaces them."""
+    threshold: float = 6.0
+    """`llm_int8_threshold`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """The fields of `LoraConfig` that have a bearing on memory."""
+
+    r: int
+    target_modules: tuple[str, ...] | str | None = None
+    """Suffixes, one regular expression, `all-linear`, or None for PEFT's default of the model type."""
+    exclude_modules: tuple[str, ...] | str | None = None
+    target_parameters: tuple[str, ...] = ()
+    dropout: float = 0.0
+    use_dora: bool = False
+    use_rslora: bool = False
+    bias: str = "none"
+    """`none | all | lora_only`."""
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    trainable_token_indices: tuple[tuple[str, int], ...] = ()
+    """(module name, number of tokens)."""
+    autocast_adapter_dtype: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The fields of `TrainingArguments` / `SFTConfig` that have a bearing on memory."""
+
+    micro_batch_size: int
+    sequence_length: int
+    gradient_accumulation_steps: int = 1
+    optimizer: str = "adamw_torch_fused"
+    """A value of transformers' `OptimizerNames`."""
+    optimizer_arguments: tuple[tuple[str, str], ...] = ()
+    """`optim_args`, parsed."""
+    autocast_dtype: DType | None = None
+    """bfloat16 with `bf16=True`, float16 with `fp16=True`, None otherwise."""
+    gradient_checkpointing: bool = False
+    use_reentrant: bool = False
+    checkpoint_every_n_layers: int = 1
+    loss: Loss = Loss.STOCK
+    padded: bool = False
+    """Whether batches carry padding: an attention mask is then materialised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """The arguments of `generate` that have a bearing on memory."""
+
+    batch_size: int
+    prompt_length: int
+    max_new_tokens: int
+    cache: CacheKind = CacheKind.DYNAMIC
+    padded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides memory, beside the model itself. Exactly one of `training` and `inference` is set, or neither (load only)."""
+
+    dtype: DType
+    """What the weights are loaded as."""
+    attention: Attention
+    quantization: Quantization | None = None
+    adapter: Adapter | None = None
+    prepare_for_kbit_training: bool = False
+    """Whether PEFT's `prepare_model_for_kbit_training` is called."""
+    trainer: Trainer = Trainer.TRANSFORMERS
+    training: Training | None = None
+    inference: Inference | None = None
+    compute_capability: tuple[int, int] = (8, 0)
+    """Of the card: kernels are chosen by it."""
+    stack: Stack
