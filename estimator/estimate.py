@@ -1,0 +1,79 @@
+"""The answer: what is alive in each phase, and the peak."""
+
+from dataclasses import dataclass
+
+from estimator.phases import Basis, Item, Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineItem:
+    """What one item takes in one phase."""
+
+    item: Item
+    num_bytes: int
+    """Sum over its tensors of the size rounded up to 512 [bytes]."""
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEstimate:
+    """What is alive at the worst instant of one phase."""
+
+    phase: Phase
+    items: tuple[LineItem, ...]
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(item.num_bytes for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """A warning: a stable code and a sentence for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Bounds that hold for `coverage` of the cases like this one."""
+
+    coverage: float
+    allocated_low_bytes: int
+    allocated_high_bytes: int
+    device_low_bytes: int
+    device_high_bytes: int
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCounts:
+    """Logical scalars, before packing."""
+
+    total: int
+    trainable: int
+    adapter: int
+    quantized: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Every phase with its items. `phases` holds only `load` when the step is not modelled."""
+
+    parameters: ParameterCounts
+    phases: tuple[PhaseEstimate, ...]
+    steady_state_bytes: int | None
+    """Allocated between steps, after the first one; None when the step is not modelled [bytes]."""
+    reserved_bytes: int | None
+    """Segments held by the caching allocator at the peak [bytes]."""
+    device_bytes: int | None
+    """What nvidia-smi shows at the peak [bytes]."""
+    paged_bytes: int = 0
+    """Managed memory of paged optimizers, outside allocated and reserved [bytes]."""
+    notices: tuple[Notice, ...] = ()
+
+    @property
+    def peak(self) -> PhaseEstimate:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda p: p.allocated_bytes)
