@@ -1,0 +1,1 @@
+"""Measurements on a real GPU, and what is fitted to them."""
