@@ -34,6 +34,104 @@ class Stack:
     def experts_are_modules(self) -> bool:
         """Whether MoE experts are lists of nn.Linear (quantized by bitsandbytes) and not fused parameters (left as they are).
 
-        Source: transformers 5.0, modeling code of Mixtral, Qwen-MoE, DeepSeek, gpt-oss; integrations/bitsandbytes.py, replace_with_bnb_linear.
+        Source: transformers 5.0, modeling code of Mixtral, Qwen-MoE, DeepSeek, gpt-oss; integrations/bitsandbytes.py,
+        replace_with_bnb_linear.
         """
         return self.transformers < (5,)
+
+    @property
+    def loads_checkpoint_dtype_by_default(self) -> bool:
+        """Whether `from_pretrained` without `dtype` follows the checkpoint; before, everything became float32.
+
+        Source: transformers 5.0, modeling_utils.py, PreTrainedModel.from_pretrained (`dtype="auto"`).
+        """
+        return self.transformers >= (5,)
+
+    @property
+    def loads_quantized_float16_by_default(self) -> bool:
+        """Whether a bitsandbytes load without `dtype` turns what stays unquantized into float16.
+
+        Source: transformers 4.x, quantizers/quantizer_bnb_4bit.py and quantizer_bnb_8bit.py, update_torch_dtype; gone in 5.0.
+        """
+        return self.transformers < (5,)
+
+    @property
+    def fused_adamw_by_default(self) -> bool:
+        """Whether `optim` defaults to `adamw_torch_fused` and not to `adamw_torch`.
+
+        Source: transformers pull request 37358 (4.54), training_args.py, TrainingArguments.default_optim; needs torch 2.8.
+        """
+        return self.transformers >= (4, 54) and self.torch >= (2, 8)
+
+    @property
+    def trainer_checkpoints_reentrantly(self) -> bool:
+        """Whether `gradient_checkpointing=True` without kwargs means `use_reentrant=True`.
+
+        Source: transformers, modeling_utils.py, gradient_checkpointing_enable: True in 4.x, False from 5.0.
+        """
+        return self.transformers < (5,)
+
+    @property
+    def sft_checkpoints_without_reentry(self) -> bool:
+        """Whether SFTTrainer sets `use_reentrant=False` itself where transformers 4 would not.
+
+        Source: trl 0.27, trainer/sft_trainer.py, SFTTrainer.__init__ (setdefault of use_reentrant below transformers 5).
+        """
+        return self.trl >= (0, 27)
+
+    @property
+    def sft_trains_in_bfloat16_by_default(self) -> bool:
+        """Whether SFTConfig turns `bf16` on unless `fp16` is.
+
+        Source: trl pull request 3515 (0.20), trainer/sft_config.py, SFTConfig.__post_init__.
+        """
+        return self.trl >= (0, 20)
+
+    @property
+    def sft_checkpoints_by_default(self) -> bool:
+        """Whether SFTConfig turns `gradient_checkpointing` on.
+
+        Source: trl 0.22, trainer/sft_config.py, SFTConfig.gradient_checkpointing.
+        """
+        return self.trl >= (0, 22)
+
+    @property
+    def sft_prepares_for_kbit_training(self) -> bool:
+        """Whether SFTTrainer itself calls `prepare_model_for_kbit_training` on a quantized model that gets an adapter.
+
+        Source: trl 0.13–0.25, trainer/sft_trainer.py; removed by pull request 4577 (0.26). Release 0.25 has a variant of its own
+        (pull request 4335) that upcasts less: for it this is an upper bound.
+        """
+        return self.trl < (0, 26)
+
+    @property
+    def sft_loads_ids_in_float32(self) -> bool:
+        """Whether SFTTrainer given a model id, and no `dtype` in `model_init_kwargs`, loads float32.
+
+        Source: trl 0.27, trainer/utils.py, create_model_from_path.
+        """
+        return self.trl >= (0, 27)
+
+    @property
+    def sft_knows_chunked_loss(self) -> bool:
+        """Whether `loss_type="chunked_nll"` exists.
+
+        Source: trl 1.4, trainer/sft_config.py, SFTConfig.loss_type.
+        """
+        return self.trl >= (1, 4)
+
+    @property
+    def sft_chunks_loss_by_default(self) -> bool:
+        """Whether `loss_type` defaults to `chunked_nll`.
+
+        Source: trl 1.7, trainer/sft_config.py, SFTConfig.loss_type.
+        """
+        return self.trl >= (1, 7)
+
+    @property
+    def sft_tiles_loss(self) -> bool:
+        """Whether the loss is computed tile by tile inside the head, and Liger's fused cross-entropy is refused.
+
+        Source: trl 1.16, trainer/sft_trainer.py, SFTTrainer.__init__, and trainer/utils.py, add_fused_lm_head.
+        """
+        return self.trl >= (1, 16)

@@ -1,0 +1,158 @@
+"""What users paste, brought under the names of the request: aliases, hoisted fields, fields without a bearing on memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from app import fields
+from app.request import PeftFields, QuantizationFields, TrainingFields
+from estimator.errors import RequestError, UnknownNameError
+
+_TOP_ALIASES = {"torch_dtype": "dtype", "quantization_config": "quantization", "peft_config": "peft"}
+_QUANTIZATION_ALIASES = {"_load_in_4bit": "load_in_4bit", "_load_in_8bit": "load_in_8bit"}
+_TRAINING_ALIASES = {
+    "max_seq_length": "max_length",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "use_liger": "use_liger_kernel",
+}
+# Keys of SFTConfig(model_init_kwargs=…) that are fields of the request itself.
+_HOISTED_INIT_KWARGS = ("dtype", "torch_dtype", "attn_implementation", "revision", "quantization_config")
+_INERT_INIT_KWARGS = frozenset(("device_map", "trust_remote_code", "use_cache", "low_cpu_mem_usage", "cache_dir", "token", "use_kernels"))
+
+
+@dataclass(slots=True)
+class Pasted:
+    """A payload under canonical names, and what was set aside on the way."""
+
+    payload: dict[str, Any]
+    ignored: list[str] = field(default_factory=list)
+    """Known fields without a bearing on memory."""
+    unmodelled: list[str] = field(default_factory=list)
+    """Fields that have a bearing on memory which no formula covers."""
+
+
+def canonical(payload: Mapping[str, Any]) -> Pasted:
+    """The payload with aliases resolved, nulls dropped, and inert fields listed instead of kept.
+
+    Raises:
+        RequestError: if two spellings of one field disagree, or an object is of a kind that is not modelled.
+    """
+    top = _renamed({k: v for k, v in payload.items() if v is not None}, _TOP_ALIASES, "")
+    _hoist_init_kwargs(top)
+    _hoist_quantization(top)
+    pasted = Pasted(payload=top)
+    if isinstance(top.get("quantization"), dict):
+        top["quantization"] = _quantization(top["quantization"], pasted)
+    if isinstance(top.get("peft"), dict):
+        top["peft"] = _peft(top["peft"], pasted)
+    if isinstance(top.get("training"), dict):
+        top["training"] = _training(top["training"], pasted)
+    for name in ("inference", "hardware", "stack"):
+        if isinstance(top.get(name), dict):
+            top[name] = {k: v for k, v in top[name].items() if v is not None}
+    pasted.ignored.sort()
+    return pasted
+
+
+def _renamed(values: dict[str, Any], aliases: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    renamed = dict(values)
+    for alias, name in aliases.items():
+        if alias not in renamed:
+            continue
+        value = renamed.pop(alias)
+        if name in renamed and renamed[name] != value and value not in (None, False):
+            if renamed[name] is not False:
+                raise RequestError(
+                    f"{prefix}{alias}: contradicts {prefix}{name}, another spelling of the same field", field=f"{prefix}{alias}"
+                )
+            renamed[name] = value
+        renamed.setdefault(name, value)
+    return renamed
+
+
+def _hoist_init_kwargs(top: dict[str, Any]) -> None:
+    training = top.get("training")
+    if not isinstance(training, dict) or not isinstance(training.get("model_init_kwargs"), dict):
+        return
+    kwargs = {k: v for k, v in training["model_init_kwargs"].items() if v is not None}
+    for key in _HOISTED_INIT_KWARGS:
+        if key in kwargs:
+            _set_once(top, _TOP_ALIASES.get(key, key), kwargs.pop(key), f"training.model_init_kwargs.{key}")
+    unknown = kwargs.keys() - _INERT_INIT_KWARGS
+    if unknown:
+        name = min(unknown)
+        raise UnknownNameError.of("training.model_init_kwargs", name, [*_HOISTED_INIT_KWARGS, *_INERT_INIT_KWARGS])
+    top["training"] = {k: v for k, v in training.items() if k != "model_init_kwargs"}
+
+
+def _hoist_quantization(top: dict[str, Any]) -> None:
+    """`load_in_4bit` and its like may stand beside `model`, as `from_pretrained` of transformers 4 took them."""
+    beside = {k: top.pop(k) for k in list(top) if k in fields.BITS_AND_BYTES_CONFIG}
+    if not beside:
+        return
+    quantization = top.setdefault("quantization", {})
+    if not isinstance(quantization, dict):
+        raise RequestError("quantization: expected an object with the fields of BitsAndBytesConfig", field="quantization")
+    top["quantization"] = quantization = dict(quantization)
+    for key, value in beside.items():
+        _set_once(quantization, key, value, key)
+
+
+def _set_once(target: dict[str, Any], name: str, value: object, origin: str) -> None:
+    if target.setdefault(name, value) != value:
+        raise RequestError(f"{origin}: contradicts {name}, which is given as well", field=origin)
+
+
+def _quantization(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
+    method = values.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise UnknownNameError.of("quantization.quant_method", method, ["bitsandbytes"])
+    values = _renamed({k: v for k, v in values.items() if v is not None}, _QUANTIZATION_ALIASES, "quantization.")
+    values.pop("quant_method", None)
+    if values.get("llm_int8_has_fp16_weight"):
+        raise RequestError(
+            "quantization.llm_int8_has_fp16_weight: True is not modelled (weights stay float16 and are quantized at each call); accepted: false",
+            field="quantization.llm_int8_has_fp16_weight",
+        )
+    return _split(
+        values,
+        "quantization",
+        frozenset(QuantizationFields.model_fields),
+        fields.BITS_AND_BYTES_CONFIG,
+        fields.UNMODELLED_QUANTIZATION,
+        pasted,
+    )
+
+
+def _peft(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
+    peft_type = values.get("peft_type") or "LORA"
+    if str(peft_type).rpartition(".")[2].upper() != "LORA":
+        raise UnknownNameError.of("peft.peft_type", peft_type, ["LORA"])
+    values = {k: v for k, v in values.items() if v is not None}
+    return _split(values, "peft", frozenset(PeftFields.model_fields), fields.LORA_CONFIG, fields.UNMODELLED_LORA, pasted)
+
+
+def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
+    values = _renamed({k: v for k, v in values.items() if v is not None}, _TRAINING_ALIASES, "training.")
+    if values.pop("adafactor", False):
+        _set_once(values, "optim", "adafactor", "training.adafactor")
+    for key in ("gradient_checkpointing_kwargs", "liger_kernel_config"):
+        if isinstance(values.get(key), dict):
+            values[key] = {k: v for k, v in values[key].items() if v is not None}
+    return _split(values, "training", frozenset(TrainingFields.model_fields), fields.TRAINING, fields.UNMODELLED_TRAINING, pasted)
+
+
+def _split(
+    values: dict[str, Any], section: str, read: frozenset[str], known: frozenset[str], unmodelled: frozenset[str], pasted: Pasted
+) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in read or key not in known:
+            kept[key] = value  # an unknown name is left for the model of the section to refuse
+        elif key in unmodelled and value and value != "":
+            pasted.unmodelled.append(f"{section}.{key}")
+        else:
+            pasted.ignored.append(f"{section}.{key}")
+    return kept

@@ -1,0 +1,152 @@
+"""From bytes or a mapping to a checked request, or an error that names the field, the value and what would be accepted."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from app import fields
+from app.pasted import canonical
+from app.request import PeftFields, PlanRequest, QuantizationFields, Request, TrainingFields
+from estimator.errors import FieldError, RequestError
+
+MAX_BODY_BYTES = 1 << 20
+MAX_DEPTH = 32
+_SHOWN_ERRORS = 8
+_SHOWN_CHARACTERS = 80
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+RequestT = TypeVar("RequestT", bound=Request)
+RequestT_co = TypeVar("RequestT_co", bound=Request, covariant=True)
+
+_KNOWN: Mapping[str, frozenset[str]] = {
+    "quantization": fields.BITS_AND_BYTES_CONFIG,
+    "peft": fields.LORA_CONFIG,
+    "training": fields.TRAINING,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question(Generic[RequestT_co]):
+    """A checked request and what was set aside while reading it."""
+
+    request: RequestT_co
+    ignored: tuple[str, ...]
+    unmodelled: tuple[str, ...]
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A JSON object of at most `MAX_BODY_BYTES`, without NaN or infinities.
+
+    Raises:
+        RequestError: if it is anything else.
+    """
+    if len(body) > MAX_BODY_BYTES:
+        raise RequestError(f"the request is {len(body):,} bytes long; at most {MAX_BODY_BYTES:,} are accepted")
+    try:
+        payload = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the request is not JSON: {_clean(str(error))}") from None
+    if not isinstance(payload, dict):
+        raise RequestError("the request must be a JSON object; see /docs for an example")
+    return payload
+
+
+def read_estimate(payload: Mapping[str, Any]) -> Question[Request]:
+    """The question of a payload in the form of the contract's `Request`."""
+    return _read(payload, Request)
+
+
+def read_plan(payload: Mapping[str, Any]) -> Question[PlanRequest]:
+    """The question of a payload to `plan`."""
+    return _read(payload, PlanRequest)
+
+
+def read_quantization(stored: Mapping[str, Any]) -> QuantizationFields:
+    """The `quantization_config` of a checkpoint, by the same rules as a pasted one."""
+    quantization = _read({"model": "-", "quantization": dict(stored)}, Request).request.quantization
+    assert quantization is not None
+    return quantization
+
+
+def _read(payload: Mapping[str, Any], kind: type[RequestT]) -> Question[RequestT]:
+    _check_depth(payload)
+    pasted = canonical(payload)
+    try:
+        request = kind.model_validate(pasted.payload)
+    except ValidationError as error:
+        raise _request_error(error, kind) from None
+    return Question(request=request, ignored=tuple(pasted.ignored), unmodelled=tuple(pasted.unmodelled))
+
+
+def _check_depth(payload: object) -> None:
+    level: list[object] = [payload]
+    for _ in range(MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return
+    raise RequestError(f"the request is nested deeper than {MAX_DEPTH} levels")
+
+
+def _children(value: object) -> list[object]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _request_error(error: ValidationError, kind: type[Request]) -> RequestError:
+    details = error.errors(include_url=False, include_context=True)
+    # A union reports every member; the branch that got furthest is what the user meant, the first error says enough.
+    seen: dict[str, FieldError] = {}
+    for detail in details:
+        field = _location(detail["loc"])
+        seen.setdefault(field, FieldError(field=field, message=_message(field, detail, kind)))
+    errors = list(seen.values())[:_SHOWN_ERRORS]
+    return RequestError("; ".join(e.message for e in errors), errors=errors)
+
+
+def _location(loc: tuple[int | str, ...]) -> str:
+    """Dotted name of a field; the members of unions that pydantic adds are left out."""
+    parts = [
+        str(part)
+        for part in loc
+        if not re.fullmatch(r"(list|dict|constrained-|function-|tagged-).*|str|int|float|bool|InlineModel|literal\[.*", str(part))
+    ]
+    return ".".join(_shown(part) for part in parts) or "request"
+
+
+def _message(field: str, detail: ErrorDetails, kind: type[BaseModel]) -> str:
+    if detail["type"] == "extra_forbidden":
+        section, _, name = field.rpartition(".")
+        return f"{field}: not a known field{_suggestion(section, name, kind)}"
+    if detail["type"] == "missing":
+        return f"{field}: is required"
+    expected = _clean(detail["msg"])
+    return f"{field}: {_shown(detail['input'])} is not accepted; {expected[0].lower()}{expected[1:]}"
+
+
+def _suggestion(section: str, name: str, kind: type[BaseModel]) -> str:
+    models: dict[str, type[BaseModel]] = {"": kind, "quantization": QuantizationFields, "peft": PeftFields, "training": TrainingFields}
+    model = models.get(section)
+    if model is None:
+        return ""
+    known = set(model.model_fields) | _KNOWN.get(section, frozenset())
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(sorted(model.model_fields))}"
+
+
+def _shown(value: object) -> str:
+    """A value as messages quote it: short, and never a whole object."""
+    scalar = value is None or isinstance(value, str | int | float)
+    return _clean(str(value) if scalar else type(value).__name__)[:_SHOWN_CHARACTERS]
+
+
+def _clean(text: str) -> str:
+    """Text that is safe to show: no tokens, no control characters."""
+    return _CONTROL.sub("?", _SECRET.sub("hf_…", text))

@@ -1,0 +1,155 @@
+"""The question as users write it, checked field by field. Defaults are not resolved here: absent stays absent."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+MAX_BATCH = 65_536
+MAX_LENGTH = 2**24
+MAX_RANK = 16_384
+MAX_ACCUMULATION = 2**20
+
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Names = Annotated[list[Name], Field(max_length=1024)]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Length = Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+Accumulation = Annotated[int, Field(ge=1, le=MAX_ACCUMULATION)]
+
+
+class Border(BaseModel):
+    """What crosses the border: unknown names, booleans as numbers, NaN and infinities are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
+
+
+class InlineModel(Border):
+    """A model given by the content of its config.json."""
+
+    config: dict[str, JsonValue]
+
+
+class QuantizationFields(Border):
+    """`BitsAndBytesConfig`."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: Name = "float32"
+    bnb_4bit_quant_storage: Name = "uint8"
+    llm_int8_threshold: Annotated[float, Field(ge=0, le=1e6)] = 6.0
+    llm_int8_skip_modules: Names | None = None
+
+
+class PeftFields(Border):
+    """`LoraConfig`."""
+
+    r: Annotated[int, Field(ge=1, le=MAX_RANK)] = 8
+    target_modules: Names | Name | None = None
+    exclude_modules: Names | Name | None = None
+    target_parameters: Names | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_dora: bool = False
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    modules_to_save: Names | None = None
+    rank_pattern: Annotated[dict[Name, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=1024)] | None = None
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0, le=100_000)]], Field(max_length=10_000)] | int | None = None
+    layers_pattern: Names | Name | None = None
+    trainable_token_indices: list[int] | dict[Name, list[int]] | None = None
+
+
+class CheckpointingFields(Border):
+    """`gradient_checkpointing_kwargs`."""
+
+    use_reentrant: bool | None = None
+    every_n_layers: Annotated[int, Field(ge=1, le=100_000)] = 1
+    offload: bool = False
+    selective: bool = False
+    preserve_rng_state: bool = True
+    determinism_check: str = "default"
+    debug: bool = False
+
+
+class LigerFields(Border):
+    """`liger_kernel_config`, as far as it decides the loss."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    fused_linear_cross_entropy: bool = True
+
+
+class TrainingFields(Border):
+    """`TrainingArguments` and `SFTConfig`."""
+
+    per_device_train_batch_size: Batch | None = None
+    gradient_accumulation_steps: Accumulation | None = None
+    max_length: Length | None = None
+    optim: Name | None = None
+    optim_args: Annotated[str, Field(max_length=1024)] | dict[Name, str | int | float | bool] | None = None
+    bf16: bool | None = None
+    fp16: bool | None = None
+    gradient_checkpointing: bool | None = None
+    gradient_checkpointing_kwargs: CheckpointingFields | None = None
+    use_liger_kernel: bool = False
+    liger_kernel_config: LigerFields | None = None
+    loss_type: Name | None = None
+    label_smoothing_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    packing: bool = False
+    padding_free: bool = False
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | Literal["auto"] | None = None
+
+
+class InferenceFields(Border):
+    """The arguments of `generate`."""
+
+    batch_size: Batch = 1
+    prompt_length: Length = 1024
+    max_new_tokens: Annotated[int, Field(ge=0, le=MAX_LENGTH)] = 256
+    cache_implementation: Literal["dynamic", "static"] = "dynamic"
+
+
+class HardwareFields(Border):
+    """The card."""
+
+    gpu: Name | None = None
+    capacity_gib: Annotated[float, Field(gt=0, le=16_384)] | None = None
+    num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
+
+
+class StackFields(Border):
+    """Versions to answer for."""
+
+    torch: Name | None = None
+    transformers: Name | None = None
+    peft: Name | None = None
+    bitsandbytes: Name | None = None
+    trl: Name | None = None
+
+
+class Request(Border):
+    """A question to `POST /v1/estimate`."""
+
+    model: Annotated[str, Field(min_length=1, max_length=200)] | InlineModel
+    revision: Name | None = None
+    dtype: Name | None = None
+    attn_implementation: Name | None = None
+    quantization: QuantizationFields | None = None
+    peft: PeftFields | None = None
+    prepare_model_for_kbit_training: bool | None = None
+    trainer: Literal["transformers", "trl"] = "transformers"
+    training: TrainingFields | None = None
+    padded: bool = False
+    inference: InferenceFields | None = None
+    hardware: HardwareFields | None = None
+    stack: StackFields = StackFields()
+    engine: Literal["auto", "analytic", "trace"] = "auto"
+
+
+class PlanRequest(Request):
+    """A question to `POST /v1/plan`."""
+
+    global_batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH * 16)] | None = None
+    objective: Literal["largest_micro_batch", "longest_sequence", "most_margin"] = "largest_micro_batch"

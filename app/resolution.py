@@ -1,0 +1,203 @@
+"""A request against a model: every default resolved as the libraries of the asked versions would."""
+
+from collections.abc import Mapping
+
+from app.patterns import check_pattern, check_patterns
+from app.reading import read_quantization
+from app.request import HardwareFields, PeftFields, QuantizationFields, Request
+from app.training import resolve_training
+from app.versions import stack_of
+from estimator.dtypes import DType, parse_dtype
+from estimator.errors import RequestError, UnknownNameError
+from estimator.inventory import Inventory
+from estimator.recipe import Adapter, Attention, CacheKind, Inference, Quantization, QuantizationKind, Recipe, Trainer
+from estimator.stack import Stack
+
+# What is assumed about a card that is not named: Ampere, the oldest with native bfloat16.
+DEFAULT_COMPUTE_CAPABILITY = (8, 0)
+
+
+def resolve_recipe(request: Request, inventory: Inventory, compute_capability: tuple[int, int] | None) -> Recipe:
+    """The recipe that the request means for this model.
+
+    Args:
+        request: as the user gave it.
+        inventory: of the model it names.
+        compute_capability: of the card; None when it is not known.
+
+    Raises:
+        RequestError: if the request contradicts itself, the model or the libraries.
+    """
+    stack = stack_of(request.stack)
+    trainer = Trainer(request.trainer)
+    if request.training is not None and request.inference is not None:
+        raise RequestError("training: give either training or inference, not both", field="training")
+    _check_hardware(request.hardware)
+    quantization = resolve_quantization(request.quantization, inventory)
+    adapter = resolve_adapter(request.peft, inventory)
+    if request.training is not None and quantization is not None and adapter is None:
+        raise RequestError(
+            "peft: a purely quantized model cannot be fine-tuned (transformers refuses it); give the fields of a LoraConfig", field="peft"
+        )
+    prepare = request.prepare_model_for_kbit_training
+    if prepare is None:
+        prepare = trainer is Trainer.TRL and stack.sft_prepares_for_kbit_training and None not in (quantization, adapter, request.training)
+    return Recipe(
+        dtype=resolve_dtype(request, inventory, stack, quantized=quantization is not None),
+        attention=resolve_attention(request.attn_implementation, inventory),
+        quantization=quantization,
+        adapter=adapter,
+        prepare_for_kbit_training=prepare,
+        trainer=trainer,
+        training=resolve_training(request, inventory, stack, prepared=prepare) if request.training is not None else None,
+        inference=_inference(request) if request.inference is not None else None,
+        compute_capability=compute_capability or DEFAULT_COMPUTE_CAPABILITY,
+        stack=stack,
+    )
+
+
+def resolve_dtype(request: Request, inventory: Inventory, stack: Stack, *, quantized: bool) -> DType:
+    """What the weights are loaded as.
+
+    Source: see `Stack.loads_checkpoint_dtype_by_default`, `loads_quantized_float16_by_default`, `sft_loads_ids_in_float32`.
+    """
+    checkpoint = inventory.checkpoint_dtype or DType.FLOAT32
+    if request.dtype == "auto":
+        return checkpoint
+    if request.dtype is not None:
+        dtype = parse_dtype(request.dtype)
+        if dtype not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT64):
+            raise UnknownNameError.of("dtype", request.dtype, ["auto", "bfloat16", "float16", "float32", "float64"])
+        return dtype
+    if request.training is not None and request.trainer == "trl" and stack.sft_loads_ids_in_float32:
+        return DType.FLOAT32
+    if stack.loads_checkpoint_dtype_by_default:
+        return checkpoint
+    return DType.FLOAT16 if quantized and stack.loads_quantized_float16_by_default else DType.FLOAT32
+
+
+def resolve_attention(asked: str | None, inventory: Inventory) -> Attention:
+    """The attention implementation, or a refusal of what the class would refuse."""
+    name = asked if asked is not None else inventory.default_attention
+    supported = [a for a in inventory.supported_attention if a in set(Attention)]
+    if name not in set(Attention) or (asked is not None and name not in inventory.supported_attention):
+        raise UnknownNameError.of("attn_implementation", name, supported)
+    return Attention(name)
+
+
+def resolve_quantization(asked: QuantizationFields | None, inventory: Inventory) -> Quantization | None:
+    """The quantization asked for, or the checkpoint's own; both at once only if they agree."""
+    own = inventory.config.get("quantization_config")
+    method = own.get("quant_method") if isinstance(own, Mapping) else None
+    given = _quantization(asked) if asked is not None and (asked.load_in_4bit or asked.load_in_8bit) else None
+    if not isinstance(own, Mapping):
+        return given
+    if method != "bitsandbytes":
+        if given is not None:
+            raise RequestError(
+                f"quantization: the checkpoint is quantized with {method} and cannot be loaded with bitsandbytes on top; accepted: null",
+                field="quantization",
+            )
+        return None
+    stored = _quantization(read_quantization(own))
+    if given is not None and given != stored:
+        raise RequestError(
+            "quantization: differs from the checkpoint's own quantization_config; accepted: null, or the same", field="quantization"
+        )
+    return stored
+
+
+def _quantization(asked: QuantizationFields) -> Quantization:
+    if asked.load_in_4bit and asked.load_in_8bit:
+        raise RequestError(
+            "quantization.load_in_8bit: only one of load_in_4bit and load_in_8bit can be true", field="quantization.load_in_8bit"
+        )
+    skip = asked.llm_int8_skip_modules
+    return Quantization(
+        kind=QuantizationKind(asked.bnb_4bit_quant_type) if asked.load_in_4bit else QuantizationKind.INT8,
+        double_quant=asked.load_in_4bit and asked.bnb_4bit_use_double_quant,
+        compute_dtype=_float_dtype(asked.bnb_4bit_compute_dtype, "quantization.bnb_4bit_compute_dtype"),
+        storage_dtype=_storage_dtype(asked.bnb_4bit_quant_storage),
+        skip_modules=None if skip is None else check_patterns("quantization.llm_int8_skip_modules", skip),
+        threshold=asked.llm_int8_threshold,
+    )
+
+
+def _float_dtype(name: str, field: str) -> DType:
+    dtype = parse_dtype(name, field)
+    if dtype not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
+        raise UnknownNameError.of(field, name, ["bfloat16", "float16", "float32"])
+    return dtype
+
+
+def _storage_dtype(name: str) -> DType:
+    dtype = parse_dtype(name, "quantization.bnb_4bit_quant_storage")
+    allowed = (DType.UINT8, DType.INT8, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32, DType.FLOAT64)
+    if dtype not in allowed:
+        raise UnknownNameError.of("quantization.bnb_4bit_quant_storage", name, [d.value for d in allowed])
+    return dtype
+
+
+def resolve_adapter(asked: PeftFields | None, inventory: Inventory) -> Adapter | None:
+    """The LoRA adapter, its patterns checked."""
+    if asked is None:
+        return None
+    layers = asked.layers_to_transform
+    pattern = asked.layers_pattern
+    return Adapter(
+        r=asked.r,
+        target_modules=_modules("peft.target_modules", asked.target_modules),
+        exclude_modules=_modules("peft.exclude_modules", asked.exclude_modules),
+        target_parameters=tuple(asked.target_parameters or ()),
+        dropout=asked.lora_dropout,
+        use_dora=asked.use_dora,
+        use_rslora=asked.use_rslora,
+        bias=asked.bias,
+        lora_bias=asked.lora_bias,
+        modules_to_save=tuple(asked.modules_to_save or ()),
+        rank_pattern=tuple((check_pattern("peft.rank_pattern", k), v) for k, v in (asked.rank_pattern or {}).items()),
+        layers_to_transform=(layers,) if isinstance(layers, int) else None if layers is None else tuple(layers),
+        layers_pattern=check_patterns("peft.layers_pattern", [pattern] if isinstance(pattern, str) else pattern or ()),
+        trainable_token_indices=_token_indices(asked, inventory),
+    )
+
+
+def _modules(field: str, asked: list[str] | str | None) -> tuple[str, ...] | str | None:
+    if asked is None or asked == "all-linear":
+        return asked if isinstance(asked, str) else None
+    return check_pattern(field, asked) if isinstance(asked, str) else tuple(asked)
+
+
+def _token_indices(asked: PeftFields, inventory: Inventory) -> tuple[tuple[str, int], ...]:
+    indices = asked.trainable_token_indices
+    if not indices:
+        return ()
+    if isinstance(indices, dict):
+        return tuple((name, len(set(tokens))) for name, tokens in indices.items())
+    if inventory.input_embedding is None:
+        raise RequestError("peft.trainable_token_indices: the model has no input embedding", field="peft.trainable_token_indices")
+    return ((inventory.input_embedding.rpartition(".")[2], len(set(indices))),)
+
+
+def _inference(request: Request) -> Inference:
+    asked = request.inference
+    assert asked is not None
+    return Inference(
+        batch_size=asked.batch_size,
+        prompt_length=asked.prompt_length,
+        max_new_tokens=asked.max_new_tokens,
+        cache=CacheKind(asked.cache_implementation),
+        padded=request.padded,
+    )
+
+
+def _check_hardware(hardware: HardwareFields | None) -> None:
+    if hardware is None:
+        return
+    if hardware.gpu is not None and hardware.capacity_gib is not None:
+        raise RequestError("hardware.capacity_gib: give either gpu or capacity_gib, not both", field="hardware.capacity_gib")
+    if hardware.strategy != "single" or hardware.num_gpus != 1:
+        raise RequestError(
+            f"hardware.strategy: {hardware.strategy!r} on {hardware.num_gpus} GPUs is not modelled yet; accepted: 'single' with num_gpus 1",
+            field="hardware.strategy",
+        )

@@ -1,0 +1,149 @@
+"""Defaults of `TrainingArguments` and `SFTConfig`, as the asked versions resolve them."""
+
+from app import fields
+from app.request import CheckpointingFields, Request, TrainingFields
+from estimator.dtypes import DType
+from estimator.errors import RequestError, UnknownNameError
+from estimator.inventory import Inventory, ModuleKind
+from estimator.recipe import Loss, Training
+from estimator.stack import Stack
+from estimator.units import ceil_div
+
+# Source: transformers, training_args.py, TrainingArguments.per_device_train_batch_size.
+DEFAULT_BATCH_SIZE = 8
+# Source: trl, trainer/sft_config.py, SFTConfig.max_length (`max_seq_length` before 0.16).
+DEFAULT_SFT_LENGTH = 1024
+
+
+def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, prepared: bool) -> Training:
+    """The training half of a recipe.
+
+    Raises:
+        RequestError: if a length is missing or impossible, or a name is not known.
+    """
+    asked = request.training
+    assert asked is not None
+    sft = request.trainer == "trl"
+    checkpointing = asked.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = sft and stack.sft_checkpoints_by_default
+    kwargs = asked.gradient_checkpointing_kwargs or CheckpointingFields()
+    return Training(
+        micro_batch_size=asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE,
+        sequence_length=_length(asked, inventory, sft=sft),
+        gradient_accumulation_steps=asked.gradient_accumulation_steps or 1,
+        optimizer=_optimizer(asked.optim, stack),
+        optimizer_arguments=_optimizer_arguments(asked),
+        autocast_dtype=_autocast(asked, stack, sft=sft),
+        gradient_checkpointing=checkpointing,
+        use_reentrant=checkpointing and _reentrant(kwargs, stack, sft=sft, prepared=prepared),
+        checkpoint_every_n_layers=kwargs.every_n_layers,
+        loss=_loss(asked, stack, sft=sft),
+        padded=request.padded,
+    )
+
+
+def positions(inventory: Inventory) -> tuple[int | None, bool]:
+    """How many positions the model knows, and whether they are learned (so that more cannot be had)."""
+    limit = next(
+        (v for k in ("max_position_embeddings", "n_positions", "max_seq_len") if isinstance(v := inventory.config.get(k), int)), None
+    )
+    learned = any(
+        row.module_kind is ModuleKind.EMBEDDING and (row.module_pattern.endswith("wpe") or "position" in row.module_pattern)
+        for row in inventory.parameters
+    )
+    return limit, learned
+
+
+def check_length(field: str, length: int, inventory: Inventory) -> None:
+    """Refuse a sequence that runs past learned positions.
+
+    Raises:
+        RequestError: if it does.
+    """
+    limit, learned = positions(inventory)
+    if learned and limit is not None and length > limit:
+        raise RequestError(f"{field}: {length} is beyond the {limit} learned positions of the model; accepted: up to {limit}", field=field)
+
+
+def _length(asked: TrainingFields, inventory: Inventory, *, sft: bool) -> int:
+    length = asked.max_length
+    if length is None:
+        if not sft:
+            raise RequestError(
+                "training.max_length: is required with trainer 'transformers': the length really trained", field="training.max_length"
+            )
+        length = DEFAULT_SFT_LENGTH
+    if isinstance(asked.pad_to_multiple_of, int):
+        length = ceil_div(length, asked.pad_to_multiple_of) * asked.pad_to_multiple_of
+    check_length("training.max_length", length, inventory)
+    return length
+
+
+def _optimizer(name: str | None, stack: Stack) -> str:
+    if name is None:
+        return "adamw_torch_fused" if stack.fused_adamw_by_default else "adamw_torch"
+    name = name.removeprefix("OptimizerNames.").lower()
+    if name not in fields.OPTIMIZERS:
+        raise UnknownNameError.of("training.optim", name, fields.OPTIMIZERS)
+    return name
+
+
+def _optimizer_arguments(asked: TrainingFields) -> tuple[tuple[str, str], ...]:
+    """`optim_args`, split as the Trainer splits it: `key=value,key=value`."""
+    given = asked.optim_args
+    if not given:
+        return ()
+    if isinstance(given, dict):
+        return tuple((key, str(value)) for key, value in given.items())
+    pairs = []
+    for part in given.replace(" ", "").split(","):
+        key, equals, value = part.partition("=")
+        if not (key and equals):
+            raise RequestError(
+                f"training.optim_args: {part[:80]!r} is not accepted; expected key=value,key=value", field="training.optim_args"
+            )
+        pairs.append((key, value))
+    return tuple(pairs)
+
+
+def _autocast(asked: TrainingFields, stack: Stack, *, sft: bool) -> DType | None:
+    bf16 = asked.bf16
+    if bf16 is None:
+        bf16 = sft and stack.sft_trains_in_bfloat16_by_default and not asked.fp16
+    if bf16 and asked.fp16:
+        raise RequestError("training.fp16: at most one of bf16 and fp16 can be true", field="training.fp16")
+    return DType.BFLOAT16 if bf16 else DType.FLOAT16 if asked.fp16 else None
+
+
+def _reentrant(kwargs: CheckpointingFields, stack: Stack, *, sft: bool, prepared: bool) -> bool:
+    """Whether `torch.utils.checkpoint` runs reentrantly.
+
+    The Trainer enables checkpointing again after PEFT's prepare did, so its own default wins; not so where SFTTrainer prepared the
+    model itself and then switched the argument off: PEFT's empty kwargs leave torch's default, True.
+    """
+    if kwargs.use_reentrant is not None:
+        return kwargs.use_reentrant
+    if sft and prepared and stack.sft_prepares_for_kbit_training:
+        return True
+    return stack.trainer_checkpoints_reentrantly and not (sft and stack.sft_checkpoints_without_reentry)
+
+
+def _loss(asked: TrainingFields, stack: Stack, *, sft: bool) -> Loss:
+    fused = asked.use_liger_kernel and (asked.liger_kernel_config is None or asked.liger_kernel_config.fused_linear_cross_entropy)
+    if not sft:
+        return Loss.LIGER if fused else Loss.STOCK
+    return _sft_loss(asked, stack, fused=fused)
+
+
+def _sft_loss(asked: TrainingFields, stack: Stack, *, fused: bool) -> Loss:
+    accepted = {"nll", "dft"} | ({"chunked_nll"} if stack.sft_knows_chunked_loss else set())
+    if asked.loss_type is not None and asked.loss_type not in accepted:
+        raise UnknownNameError.of("training.loss_type", asked.loss_type, accepted)
+    if stack.sft_tiles_loss:
+        # label smoothing needs the full logits, beside the tiles
+        return Loss.STOCK if asked.label_smoothing_factor > 0 else Loss.TRL_TILED
+    if fused:
+        return Loss.LIGER
+    loss_type = asked.loss_type or ("chunked_nll" if stack.sft_chunks_loss_by_default else "nll")
+    return Loss.TRL_CHUNKED if loss_type == "chunked_nll" else Loss.STOCK
