@@ -44,6 +44,8 @@ class TensorRow:
     """Class name of the owning module: `Linear`, `LlamaRMSNorm`, `MixtralExperts`."""
     tied_to: str | None = None
     """Full name of the tensor whose storage this one shares: counted there, not here."""
+    dtype_is_fixed: bool = False
+    """Whether the module asks for `dtype` by name, so that another load dtype does not change it (rotary frequencies, some routers)."""
 
     @property
     def num_copies(self) -> int:
@@ -97,7 +99,8 @@ class Inventory:
     """`_keep_in_fp32_modules` of the class."""
     keep_in_fp32_modules_strict: tuple[str, ...] = ()
     tied_names: tuple[str, ...] = ()
-    """Full names of all tensors that share another's storage, and of the tensors they share."""
+    """Full names of all tensors that share another's storage, and of the tensors they share, as the class declares it
+    (`all_tied_weights_keys`): what the skip rule of quantization reads."""
     supported_attention: tuple[str, ...] = ("eager",)
     default_attention: str = "eager"
     """What transformers would choose with `attn_implementation` absent."""
