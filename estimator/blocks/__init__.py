@@ -1,0 +1,1 @@
+"""Decoder layers, each written as transformers writes it, on tensors without content."""

@@ -1,0 +1,62 @@
+"""What a decoder layer is given beside its input."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from estimator.attention import Heads, eager, flash, memory_efficient
+from estimator.modules import Modules
+from estimator.recipe import Attention
+from estimator.tape import Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """Tensors the model makes once and hands to every layer."""
+
+    cos: Value | None = None
+    sin: Value | None = None
+    mask: Value | None = None
+    """Bool for sdpa, in the model's type for eager; None where the kernel's causal flag does."""
+    sliding_mask: Value | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One decoder layer: its modules, the config, and what is its own."""
+
+    modules: Modules
+    config: Mapping[str, object]
+    index: int
+    attention: Attention
+    layer_type: str = "full_attention"
+
+    def integer(self, name: str) -> int:
+        value = self.config[name]
+        assert isinstance(value, int), name
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.config.get(name)
+        return float(value) if isinstance(value, (int, float)) else default
+
+    def heads(self) -> Heads:
+        """Head counts and sizes as most configs name them."""
+        num_heads = self.integer("num_attention_heads")
+        stated = self.config.get("head_dim")
+        head_dim = stated if isinstance(stated, int) else self.integer("hidden_size") // num_heads
+        key_value = self.config.get("num_key_value_heads")
+        return Heads(
+            num_heads=num_heads,
+            num_key_value_heads=key_value if isinstance(key_value, int) else num_heads,
+            head_dim=head_dim,
+            value_head_dim=head_dim,
+        )
+
+    def attend(self, query: Value, key: Value, value: Value, heads: Heads, around: Surroundings, *, probability: float = 0.0, softcap: bool = False) -> Value:
+        """The attention kernel of the recipe, with this layer's mask."""
+        mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
+        if self.attention is Attention.EAGER:
+            return eager(query, key, value, mask, heads, probability=probability, softcap=softcap)
+        if mask is None or self.attention is not Attention.SDPA:
+            return flash(query, key, value, heads)
+        return memory_efficient(query, key, value, mask, heads)

@@ -1,0 +1,202 @@
+"""The modules of a model on the tape: linear layers as transformers, bitsandbytes and PEFT run them, norms and embeddings.
+
+Legend: M rows (tokens) of a product, n elements of a weight.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from estimator.dtypes import DType
+from estimator.inventory import ModuleKind
+from estimator.operators import (
+    add,
+    cast,
+    clone,
+    custom,
+    dropout,
+    layer_norm,
+    linear,
+    mean,
+    multiply,
+    rsqrt,
+    scale,
+    square,
+)
+from estimator.recipe import Quantization, QuantizationKind, Recipe
+from estimator.storage import StoredTensor
+from estimator.tape import Extent, Gradients, Node, Parameter, Tape, Value
+from estimator.units import ceil_div
+
+_BLOCK = 64  # weights per absmax; BitsAndBytesConfig offers no other
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Some modules of a model, by their names relative to `prefix`."""
+
+    tape: Tape
+    prefix: str
+    """Makes parameter names unique: `model.layers.0.`."""
+    tensors: Mapping[str, StoredTensor]
+    """`self_attn.q_proj.weight` → what is stored."""
+    recipe: Recipe
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    def parameter(self, name: str) -> Parameter:
+        """The stored tensor `name` as a leaf of the graph."""
+        stored = self.tensors[name]
+        return Parameter(self.tape, self.prefix + name, stored.num_elements, stored.dtype, stored.trainable)
+
+    def optional(self, name: str) -> Parameter | None:
+        return self.parameter(name) if name in self.tensors else None
+
+    # -- linear layers --------------------------------------------------------------------------------------------------------------
+
+    def linear(self, name: str, x: Value) -> Value:
+        """A linear layer with its adapter, if it has one."""
+        if f"{name}.lora_A.weight" not in self.tensors:
+            return self._base(name, x)
+        if f"{name}.lora_magnitude_vector.weight" in self.tensors:
+            raise NotImplementedError("DoRA")
+        if self.tensors[f"{name}.weight"].quantization is None:
+            return self._lora_on_plain(name, x)
+        return self._lora_on_quantized(name, x)
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        """(in, out) of a linear layer; Conv1D stores them the other way round."""
+        stored = self.tensors[f"{name}.weight"]
+        first, second = stored.shape
+        return (first, second) if stored.module_kind is ModuleKind.CONV1D else (second, first)
+
+    def _base(self, name: str, x: Value) -> Value:
+        stored = self.tensors[f"{name}.weight"]
+        fan_in, fan_out = self.sizes(name)
+        quantization = self.recipe.quantization
+        if stored.quantization is None or quantization is None:
+            return linear(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), fan_in, fan_out)
+        if stored.quantization is QuantizationKind.INT8:
+            return linear_8bit(x, fan_in, fan_out)
+        return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype)
+
+    def _branch(self, name: str, x: Value) -> Value:
+        """The adapter's path: dropout, A, B, scaling."""
+        adapter = self.recipe.adapter
+        assert adapter is not None
+        fan_in, fan_out = self.sizes(name)
+        a, b = self.parameter(f"{name}.lora_A.weight"), self.parameter(f"{name}.lora_B.weight")
+        rank = a.extent.count // fan_in
+        bias = self.optional(f"{name}.lora_B.bias")
+        return scale(linear(linear(dropout(x, adapter.dropout), a, None, fan_in, rank), b, bias, rank, fan_out))
+
+    def _adapter_dtype(self, name: str) -> DType:
+        return self.tensors[f"{name}.lora_A.weight"].dtype
+
+    def _lora_on_plain(self, name: str, x: Value) -> Value:
+        """Source: peft, tuners/lora/layer.py, Linear.forward: the input is cast to the adapter's type, under autocast too."""
+        result = self._base(name, x)
+        dtype = result.dtype
+        converted = cast(x, self._adapter_dtype(name))
+        result = add(result, self._branch(name, converted))
+        return cast(result, dtype)
+
+    def _lora_on_quantized(self, name: str, x: Value) -> Value:
+        """Source: peft, tuners/lora/bnb.py, Linear4bit.forward (which clones the base result) and Linear8bitLt.forward."""
+        result = self._base(name, x)
+        if self.tensors[f"{name}.weight"].quantization is not QuantizationKind.INT8:
+            result = clone(result)
+        if self.tape.autocast_enabled:
+            output = self._branch(name, x)
+        else:
+            converted = cast(x, self._adapter_dtype(name))
+            output = self._branch(name, converted)
+            output = cast(output, result.dtype)
+        return add(result, output)
+
+    # -- norms ----------------------------------------------------------------------------------------------------------------------
+
+    def rms_norm(self, name: str, x: Value, width: int) -> Value:
+        """The root-mean-square norm of Llama and most others: float32 inside, then the input's type, then the weight.
+
+        Source: transformers, models/llama/modeling_llama.py, LlamaRMSNorm.
+        """
+        before = x.dtype
+        hidden = cast(x, DType.FLOAT32)
+        variance = mean(square(hidden), width)
+        hidden = multiply(hidden, rsqrt(add_number(variance)))
+        return multiply(self.parameter(f"{name}.weight"), cast(hidden, before))
+
+    def layer_norm(self, name: str, x: Value, width: int) -> Value:
+        return layer_norm(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), width)
+
+
+def add_number(x: Value) -> Value:
+    """`x + number`: a new tensor, the gradient passes through."""
+    return clone(x)
+
+
+# -- quantized linear layers ------------------------------------------------------------------------------------------------------------
+
+
+def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, weight_dtype: DType) -> Value:
+    """`bitsandbytes.nn.Linear4bit`: nothing but the packed weight is kept; the weight is unpacked forward (many rows) and backward (always).
+
+    Args:
+        weight_dtype: type of the weight when it was quantized: what the backward pass unpacks to before it casts.
+
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward; autograd/_functions.py, MatMul4Bit; backends/cuda/ops.py, _dequant_linear_fallback.
+    """
+    before = x.dtype
+    tape = x.tape
+    argument = cast(x, quantization.compute_dtype)
+    extent = argument.extent
+    weight = Extent(fan_in * fan_out)
+    scales = Extent(ceil_div(fan_in * fan_out, _BLOCK))
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        nested = tape.new(scales, DType.FLOAT32) if quantization.double_quant else None
+        unpacked = tape.new(weight, weight_dtype)
+        del nested
+        converted = unpacked if gradient.dtype is weight_dtype else tape.new(weight, gradient.dtype)
+        del unpacked
+        result = tape.new(extent, gradient.dtype)
+        del converted
+        return [result]
+
+    nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
+    unpacked = tape.new(weight, argument.dtype)
+    y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward)
+    del nested, unpacked, argument
+    return cast(y, before)
+
+
+def linear_8bit(x: Value, fan_in: int, fan_out: int) -> Value:
+    """`bitsandbytes.nn.Linear8bitLt` without outliers: keeps its input on the context of its autograd function.
+
+    Source: bitsandbytes, autograd/_functions.py, MatMul8bitLt; backends/cuda/ops.py, int8_vectorwise_quant; backends/default/ops.py,
+    int8_scaled_mm.
+    """
+    tape = x.tape
+    extent, dtype = x.extent, x.dtype
+    rows = extent.scaled(1, fan_in)
+    result = extent.scaled(fan_out, fan_in)
+    weight = Extent(fan_in * fan_out)
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        unpacked = tape.new(weight, dtype)
+        converted = gradient if gradient.dtype is dtype else tape.new(gradient.extent, dtype)
+        grad = tape.new(extent, dtype)
+        del unpacked, converted
+        return [grad]
+
+    half = x if dtype is DType.FLOAT16 else tape.new(extent, DType.FLOAT16)
+    quantized, row_scales = tape.new(extent, DType.INT8), tape.new(rows, DType.FLOAT32)
+    magnitudes = tape.new(extent, DType.FLOAT16)
+    outliers = tape.new(extent, DType.BOOL)
+    del magnitudes, outliers, half
+    accumulated = tape.new(result, DType.INT32)
+    product = None if dtype is DType.FLOAT16 else tape.new(result, DType.FLOAT16)
+    y = custom([x], result, dtype, backward, stash=[x])
+    del quantized, row_scales, accumulated, product
+    return y

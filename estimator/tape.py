@@ -1,0 +1,479 @@
+"""A training step on tensors that have a size but no content: what autograd keeps, when it lets go, and the worst instant.
+
+Blocks (`estimator.blocks`) are written as transformers writes them, on `Value`s. Every operator allocates its result, says what it saves for the
+backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds up what is
+alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of the tape answers
+for every batch and length.
+
+Legend: B micro-batch, S sequence length.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from sys import getrefcount
+from typing import NamedTuple
+
+from estimator.dtypes import DType
+from estimator.phases import Item, Phase
+from estimator.units import allocated
+
+
+class Extent(NamedTuple):
+    """`count · B^batch · S^sequence` elements (of a tensor) or bytes (of a storage)."""
+
+    count: int
+    batch: int = 0
+    sequence: int = 0
+
+    def at(self, batch: int, sequence: int) -> int:
+        return self.count * int(batch**self.batch) * int(sequence**self.sequence)
+
+    def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
+        """The same with another count; `count` must divide."""
+        scaled, rest = divmod(self.count * numerator, denominator)
+        assert rest == 0, (self, numerator, denominator)
+        return Extent(scaled, self.batch, self.sequence)
+
+
+# Powers of (B, S) that occur, in the order of a snapshot's totals.
+_POWERS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
+_POWER_INDEX = {power: i for i, power in enumerate(_POWERS)}
+
+Held = tuple[Item, Extent]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was alive at one instant: each kind of storage and how many of it."""
+
+    totals: tuple[int, ...]
+    """Bytes per power of (B, S), in the order of `_POWERS`."""
+    held: tuple[tuple[Held, int], ...]
+
+    def at(self, batch: int, sequence: int) -> int:
+        """Bytes before rounding [bytes]."""
+        c, b, s, bs, ss, bss = self.totals
+        tokens = batch * sequence
+        return c + b * batch + s * sequence + tokens * (bs + bss * sequence) + ss * sequence * sequence
+
+    def items(self, batch: int, sequence: int) -> dict[Item, int]:
+        """Bytes per item, each storage rounded up as the allocator does [bytes]."""
+        sums: dict[Item, int] = {}
+        for (item, extent), number in self.held:
+            sums[item] = sums.get(item, 0) + number * allocated(extent.at(batch, sequence))
+        return sums
+
+
+class Storage:
+    """Memory of one tensor (or of several views of it); it is free when the last reference goes."""
+
+    __slots__ = ("item", "size", "tape")
+
+    def __init__(self, tape: "Tape", size: Extent, item: Item) -> None:
+        self.tape = tape
+        self.size = size
+        self.item = item
+        tape.grow(item, size)
+
+    def __del__(self) -> None:
+        self.tape.shrink(self.item, self.size)
+
+    def relabel(self, item: Item) -> None:
+        if item is not self.item:
+            self.tape.move(self.item, item, self.size)
+            self.item = item
+
+
+class Value:
+    """A tensor: how many elements of which type, on which storage, made by which node."""
+
+    __slots__ = ("dtype", "extent", "node", "storage", "tape")
+
+    def __init__(self, tape: "Tape", extent: Extent, dtype: DType, storage: Storage | None, node: "Node | None" = None) -> None:
+        self.tape = tape
+        self.extent = extent
+        self.dtype = dtype
+        self.storage = storage
+        self.node = node
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.node is not None
+
+    def view(self, extent: Extent | None = None) -> "Value":
+        """The same storage seen as a leaf without history (a gradient passed on, a detached tensor)."""
+        return Value(self.tape, extent or self.extent, self.dtype, self.storage)
+
+
+class Parameter(Value):
+    """A stored tensor of the model: its own memory is counted elsewhere, its gradient here."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, tape: "Tape", name: str, count: int, dtype: DType, trainable: bool) -> None:
+        super().__init__(tape, Extent(count), dtype, None)
+        self.name = name
+        if trainable:
+            self.node = AccumulateGrad(self)
+
+
+Gradients = Sequence[Value | None]
+Backward = Callable[["Node", Value], Gradients]
+
+
+class Node:
+    """A step of the backward pass: what it saved, what it leads to."""
+
+    __slots__ = ("backward", "collects", "inputs", "saved", "sequence", "stash")
+
+    def __init__(self, sequence: int, inputs: Sequence[Value], saved: "Sequence[Value | Recomputable]", backward: Backward) -> None:
+        self.sequence = sequence
+        # Whether the node has several outputs, whose gradients wait side by side instead of being summed.
+        self.collects = False
+        # (node, extent, type) of every input: gradients are summed to its extent and cast to its type.
+        self.inputs = tuple((v.node, v.extent, v.dtype) for v in inputs)
+        self.saved = saved
+        self.backward = backward
+        # What a Python autograd function hangs on its context: out of reach of checkpointing, and freed only with the graph.
+        self.stash: Sequence[Value] = ()
+
+    def unpacked(self) -> list[Value]:
+        """The saved tensors; the first look into a checkpointed layer computes the layer again."""
+        return [s.unpack() if isinstance(s, Recomputable) else s for s in self.saved]
+
+
+class AccumulateGrad:
+    """Where the gradient of a parameter arrives."""
+
+    __slots__ = ("count", "dtype", "name", "tape")
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.tape = parameter.tape
+        self.name = parameter.name
+        self.dtype = parameter.dtype
+        self.count = parameter.extent.count
+
+    def receive(self, gradient: Value) -> None:
+        """The first gradient of a step is taken over as it is, a later one is added in place."""
+        tape = self.tape
+        if tape.accumulating or self.name in tape.gradients:
+            return
+        assert gradient.storage is not None
+        gradient.storage.relabel(Item.GRADIENTS)
+        tape.gradients[self.name] = gradient
+
+
+class StopRecomputation(Exception):
+    """Everything the backward pass will ask for has been computed again."""
+
+
+class CheckpointFrame:
+    """One checkpointed call (non-reentrant): saved tensors are dropped, and made again at the first look.
+
+    Source: torch, utils/checkpoint.py, _checkpoint_without_reentrant_generator and _checkpoint_hook.
+    """
+
+    __slots__ = ("argument", "function", "next_index", "num_saved", "recomputed", "tape")
+
+    def __init__(self, tape: "Tape", function: "Callable[[Value], Value]", argument: Value) -> None:
+        self.tape = tape
+        self.function = function
+        self.argument = argument
+        self.num_saved = 0
+        self.next_index = 0
+        self.recomputed: dict[int, Value] | None = None
+
+    def recompute(self) -> None:
+        self.recomputed = {}
+        self.next_index = 0
+        tape = self.tape
+        outer, tape.frame = tape.frame, self
+        try:
+            with tape.autocasting(), tape.recording():
+                self.function(self.argument)
+        except StopRecomputation:
+            pass
+        finally:
+            tape.frame = outer
+
+
+class Recomputable:
+    """A saved tensor of a checkpointed layer."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: CheckpointFrame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+    def unpack(self) -> Value:
+        if self.frame.recomputed is None:
+            self.frame.recompute()
+        assert self.frame.recomputed is not None
+        return self.frame.recomputed.pop(self.index)
+
+
+class Tape:
+    """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
+
+    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, kernel_workspaces: bool = True) -> None:
+        self.autocast_dtype = autocast_dtype
+        self.accumulating = accumulating
+        """Gradients of an earlier micro-batch exist already and are counted elsewhere."""
+        self.kernel_workspaces = kernel_workspaces
+        """Whether memory that CUDA kernels take inside one call is counted (a dispatcher does not see it)."""
+        self.autocast_enabled = False
+        self.autocast_cache: dict[str, Value] = {}
+        self.grad_enabled = False
+        self.frame: CheckpointFrame | None = None
+        self.gradients: dict[str, Value] = {}
+        self.live: Counter[Held] = Counter()
+        self.totals = [0] * len(_POWERS)
+        self.peaks: dict[Phase, list[Snapshot]] = {}
+        self.phase = Phase.FORWARD
+        self._rising = False
+        self._sequence = 0
+
+    # -- what is alive ------------------------------------------------------------------------------------------------------------
+
+    def grow(self, item: Item, size: Extent, number: int = 1) -> None:
+        self.live[item, size] += number
+        self.totals[_POWER_INDEX[size.batch, size.sequence]] += number * size.count
+        self._rising = True
+
+    def shrink(self, item: Item, size: Extent, number: int = 1) -> None:
+        if self._rising:
+            self.note_peak()
+        self.totals[_POWER_INDEX[size.batch, size.sequence]] -= number * size.count
+        left = self.live[item, size] - number
+        if left:
+            self.live[item, size] = left
+        else:
+            del self.live[item, size]
+
+    def move(self, source: Item, target: Item, size: Extent) -> None:
+        """A storage changes its name, not its size."""
+        left = self.live[source, size] - 1
+        if left:
+            self.live[source, size] = left
+        else:
+            del self.live[source, size]
+        self.live[target, size] += 1
+
+    def note_peak(self) -> None:
+        """Keep this instant unless one already kept is larger for every batch and length; drop those that it beats."""
+        self._rising = False
+        totals = tuple(self.totals)
+        kept = self.peaks.setdefault(self.phase, [])
+        if any(all(a >= b for a, b in zip(other.totals, totals, strict=True)) for other in kept):
+            return
+        kept[:] = [other for other in kept if not all(a <= b for a, b in zip(other.totals, totals, strict=True))]
+        kept.append(Snapshot(totals, tuple(self.live.items())))
+
+    def enter(self, phase: Phase) -> None:
+        """What follows belongs to `phase`."""
+        self.note_peak()
+        self.phase = phase
+        self._rising = True
+
+    # -- making values and nodes --------------------------------------------------------------------------------------------------
+
+    def new(self, extent: Extent, dtype: DType, item: Item = Item.TEMPORARY) -> Value:
+        """A fresh tensor."""
+        return Value(self, extent, dtype, Storage(self, extent.scaled(dtype.itemsize), item))
+
+    def workspace(self, extent: Extent, dtype: DType) -> Value | None:
+        """Memory a CUDA kernel takes for the length of one call."""
+        return self.new(extent, dtype) if self.kernel_workspaces else None
+
+    def node(self, inputs: Sequence[Value], backward: Backward, saved: Sequence[Value] = ()) -> Node | None:
+        """A node, if anything that leads here is trained. Called before the result is made, as autograd saves inputs before it runs an operator."""
+        if not self.grad_enabled or all(v.node is None for v in inputs):
+            return None
+        self._sequence += 1
+        return Node(self._sequence, inputs, [self.pack(v) for v in saved], backward)
+
+    def save_output(self, node: Node | None, output: Value) -> None:
+        """Save a result after the operator ran."""
+        if node is not None:
+            node.saved = [*node.saved, self.pack(output.view())]
+
+    def pack(self, value: Value) -> "Value | Recomputable":
+        frame = self.frame
+        if frame is None:
+            if value.storage is not None and value.storage.item is Item.TEMPORARY:
+                value.storage.relabel(Item.ACTIVATIONS)
+            return value.view()
+        index = frame.next_index
+        frame.next_index += 1
+        if frame.recomputed is None:
+            frame.num_saved += 1
+        else:
+            frame.recomputed[index] = value.view()
+            if value.storage is not None and value.storage.item is Item.TEMPORARY:
+                value.storage.relabel(Item.ACTIVATIONS)
+            if frame.next_index == frame.num_saved:
+                raise StopRecomputation
+        return Recomputable(frame, index)
+
+    # -- modes --------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """torch.autocast: on leaving it, the cached casts of trainable weights go."""
+        if self.autocast_dtype is None or self.autocast_enabled:
+            yield
+            return
+        self.autocast_enabled = True
+        try:
+            yield
+        finally:
+            self.autocast_enabled = False
+            self.autocast_cache = {}
+
+    @contextmanager
+    def recording(self, enabled: bool = True) -> Iterator[None]:
+        """torch.enable_grad, or torch.no_grad."""
+        before, self.grad_enabled = self.grad_enabled, enabled
+        try:
+            yield
+        finally:
+            self.grad_enabled = before
+
+    def checkpoint(self, function: "Callable[[Value], Value]", argument: Value, use_reentrant: bool) -> Value:
+        """torch.utils.checkpoint of a call with one tensor argument."""
+        if argument.storage is not None:
+            argument.storage.relabel(Item.CHECKPOINTS)
+        return self._reentrant(function, argument) if use_reentrant else self._non_reentrant(function, argument)
+
+    def _non_reentrant(self, function: "Callable[[Value], Value]", argument: Value) -> Value:
+        outer, self.frame = self.frame, CheckpointFrame(self, function, argument)
+        try:
+            return function(argument)
+        finally:
+            self.frame = outer
+
+    def _reentrant(self, function: "Callable[[Value], Value]", argument: Value) -> Value:
+        """Source: torch, utils/checkpoint.py, CheckpointFunction."""
+
+        def backward(node: Node, gradient: Value) -> Gradients:
+            (saved,) = node.unpacked()
+            detached = saved.view()
+            arrived = _Arrival()
+            detached.node = arrived  # type: ignore[assignment]
+            with self.autocasting(), self.recording():
+                output = function(detached)
+            assert output.node is not None
+            self.backward(output.node, gradient)
+            return [arrived.gradient]
+
+        node = self.node([argument], backward, [argument])
+        with self.recording(False):
+            output = function(argument)
+        return Value(self, output.extent, output.dtype, output.storage, node)
+
+    # -- the backward pass --------------------------------------------------------------------------------------------------------
+
+    def backward(self, root: Node, gradient: Value) -> None:
+        """Run all nodes that lead from `root`, youngest first.
+
+        Source: torch, autograd/engine.cpp, evaluate_function, and input_buffer.cpp, accumulate.
+        """
+        waiting = _dependencies(root)
+        buffers: dict[Node, Value] = {root: gradient}
+        collected: dict[Node, list[Value]] = {}
+        del gradient
+        ready = [(-root.sequence, 0, root)]
+        ties = 0
+        while ready:
+            _, _, node = heapq.heappop(ready)
+            gradient = buffers.pop(node)
+            results = list(node.backward(node, gradient))
+            for position, (following, extent, dtype) in enumerate(node.inputs):
+                results[position] = None if following is None else self._fitted(results[position], extent, dtype)
+            del gradient
+            collected.pop(node, None)
+            node.saved = ()
+            for position, (following, _, _) in enumerate(node.inputs):
+                if following is None:
+                    continue
+                result = results[position]
+                results[position] = None
+                if isinstance(following, AccumulateGrad):
+                    if result is not None:
+                        following.receive(result)
+                    continue
+                if isinstance(following, _Arrival):
+                    following.add(self, result)
+                    continue
+                if result is not None:
+                    if following.collects:
+                        collected.setdefault(following, []).append(result.view())
+                    else:
+                        _accumulate(self, buffers, following, result)
+                    buffers.setdefault(following, result)
+                waiting[following] -= 1
+                if waiting[following] == 0:
+                    ties += 1
+                    heapq.heappush(ready, (-following.sequence, ties, following))
+
+
+    def _fitted(self, gradient: Value | None, extent: Extent, dtype: DType) -> Value | None:
+        """A gradient summed over broadcast dimensions and cast to its input's type.
+
+        Source: torch, autograd/engine.cpp, validate_outputs.
+        """
+        if gradient is None:
+            return None
+        if gradient.extent != extent:
+            gradient = self.new(extent, gradient.dtype)
+        return gradient if gradient.dtype is dtype else self.new(extent, dtype)
+
+
+class _Arrival:
+    """The detached input of a reentrant checkpoint: its gradient is handed back to the outer pass."""
+
+    __slots__ = ("gradient",)
+
+    def __init__(self) -> None:
+        self.gradient: Value | None = None
+
+    def add(self, tape: Tape, gradient: Value | None) -> None:
+        if self.gradient is None:
+            self.gradient = gradient
+        elif gradient is not None:
+            self.gradient = _sum(tape, self.gradient, gradient)
+
+
+def _dependencies(root: Node) -> dict[Node, int]:
+    """How many gradients each node waits for."""
+    waiting: dict[Node, int] = {}
+    stack = [root]
+    seen = {root}
+    while stack:
+        for following, _, _ in stack.pop().inputs:
+            if isinstance(following, Node):
+                waiting[following] = waiting.get(following, 0) + 1
+                if following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+    return waiting
+
+
+def _accumulate(tape: Tape, buffers: dict[Node, Value], node: Node, gradient: Value) -> None:
+    if node in buffers:
+        buffers[node] = _sum(tape, buffers.pop(node), gradient)
+    else:
+        buffers[node] = gradient
+
+
+def _sum(tape: Tape, first: Value, second: Value) -> Value:
+    """In place where one of the two belongs to nobody else, else a third tensor."""
+    for value in (first, second):
+        # Two references: the attribute of this Value, and getrefcount's own argument.
+        if value.storage is not None and getrefcount(value.storage) <= 2:
+            return value
+    return tape.new(first.extent, first.dtype)
