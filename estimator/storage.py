@@ -28,6 +28,8 @@ class StoredTensor:
     raw_bytes: int
     """Storage of one copy [bytes]."""
     module_kind: ModuleKind
+    module_class: str = ""
+    """Class name of the owning module: weight decay spares `LayerNorm` by it."""
     trainable: bool = False
     quantization: QuantizationKind | None = None
     """Set on packed weights only."""
