@@ -116,11 +116,29 @@ def build(data: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> tuple[
     name, auto = choose_class(config)
     try:
         with torch.device("meta"):
-            return name, auto.from_config(config, dtype=dtype)
+            model = auto.from_config(config, dtype=dtype)
     except MemoryError:
         raise
     except Exception as error:
         raise BuildError("build", f"{type(config).__name__}: the model cannot be built: {_sentence(error)}") from error
+    if data.get("tie_word_embeddings") is False and getattr(config, "tie_word_embeddings", False):
+        _untie_head(model)
+    return name, model
+
+
+def _untie_head(model: Any) -> None:
+    """Gives the head a weight of its own, as loading does where the file says `tie_word_embeddings: false` and the class insists on tying.
+
+    T5 1.1, Flan-T5 and mT5 checkpoints hold both matrices, with different values, and `from_pretrained` then leaves them apart.
+
+    Source: transformers, configuration_t5.py, T5Config.__post_init__; modeling_utils.py, PreTrainedModel.tie_weights.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
 def _sentence(error: Exception) -> str:

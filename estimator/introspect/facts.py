@@ -91,6 +91,11 @@ def _fill(facts: dict[str, object], config: Any) -> None:
             facts["head_dim"] = hidden // heads
 
 
+def scalars(settings: Mapping[str, Any]) -> dict[str, object]:
+    """The single values of a checkpoint's `quantization_config`; its lists of modules can hold thousands of names."""
+    return {str(k): plain(v) for k, v in settings.items() if v is None or isinstance(v, (bool, int, float, str))}
+
+
 def plain(value: Any) -> Any:
     """The value as JSON has it: types of torch and enums as their names."""
     if value is None or isinstance(value, (bool, int, str)):

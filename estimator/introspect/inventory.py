@@ -37,7 +37,7 @@ def inspect(data: Mapping[str, Any], content_hash: str) -> Inventory:
     config = facts.resolved(model.config, text_config)
     config["auto_class"] = auto_class
     if isinstance(data.get("quantization_config"), Mapping):
-        config["quantization_config"] = facts.plain(data["quantization_config"])
+        config["quantization_config"] = facts.scalars(data["quantization_config"])
     layers_prefix, num_layers = _layers(model, text_config)
     parameter_names = [name for name, _ in model.named_parameters()]
     declared_ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}

@@ -1,0 +1,23 @@
+"""What the worker can be asked, by name. A task takes the payload of a request and returns JSON values."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+# Name → (module, function); imported when first asked for, so that one task does not pay for another's imports.
+TASKS: dict[str, tuple[str, str]] = {
+    "inventory": ("estimator.introspect.inventory", "inventory_task"),
+    "versions": ("estimator.introspect.versions", "versions_task"),
+}
+WARM_UP = ("inventory",)
+
+
+def task(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """The function of a task.
+
+    Raises:
+        KeyError: if there is no such task.
+    """
+    module, function = TASKS[name]
+    found: Callable[[Mapping[str, Any]], Any] = getattr(import_module(module), function)
+    return found
