@@ -1,0 +1,297 @@
+"""Tiny models of every family, in every training mode, built in memory.
+
+The sizes are all different, so that a tensor can be recognised by its shape: h = 112, f = 272, a = 4, k = 2, d = 24, V = 352, r = 6.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, RANK, POSITIONS = 112, 272, 4, 2, 24, 352, 6, 512
+EXPERTS, EXPERTS_PER_TOKEN, EXPERT_WIDTH = 6, 2, 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """A LoRA adapter."""
+
+    r: int = RANK
+    targets: tuple[str, ...] | str = "all-linear"
+    dropout: float = 0.0
+    dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """How a model is loaded and trained, as far as the types of its tensors go."""
+
+    load_dtype: torch.dtype = torch.bfloat16
+    quant: str | None = None
+    """None, `nf4` or `int8`."""
+    adapter: AdapterSpec | None = None
+    adapter_dtype: torch.dtype | None = None
+    """float32: PEFT's default. bfloat16: what TRL casts quantized models' adapters to. None without adapter."""
+    prepared: bool = False
+    """PEFT's `prepare_model_for_kbit_training` was called."""
+    autocast: bool = False
+    """`bf16=True`: accelerate's autocast around the forward pass, its outputs cast to float32."""
+    compute_dtype: torch.dtype = torch.bfloat16
+    """`bnb_4bit_compute_dtype`."""
+    double_quant: bool = True
+
+    def with_adapter(self, **changes: Any) -> "Mode":
+        """The same with fields of the adapter changed."""
+        assert self.adapter is not None
+        return replace(self, adapter=replace(self.adapter, **changes))
+
+
+_LORA, _F32, _BF16 = AdapterSpec(), torch.float32, torch.bfloat16
+
+MODES: Mapping[str, Mode] = MappingProxyType(
+    {
+        "full_bf16": Mode(),
+        "full_bf16_autocast": Mode(autocast=True),
+        "full_fp32": Mode(load_dtype=_F32),
+        "full_fp32_autocast": Mode(load_dtype=_F32, autocast=True),
+        "lora_bf16_bf16": Mode(adapter=_LORA, adapter_dtype=_BF16),
+        "lora_bf16_bf16_autocast": Mode(adapter=_LORA, adapter_dtype=_BF16, autocast=True),
+        "lora_bf16_fp32": Mode(adapter=_LORA, adapter_dtype=_F32),
+        "lora_bf16_fp32_autocast": Mode(adapter=_LORA, adapter_dtype=_F32, autocast=True),
+        "lora_fp32_fp32_autocast": Mode(load_dtype=_F32, adapter=_LORA, adapter_dtype=_F32, autocast=True),
+        "qlora_bf16": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16),
+        "qlora_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),  # TRL, model object
+        "qlora_fp32": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32),
+        "qlora_fp32_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, autocast=True),
+        "qlora_fp32_rest_autocast": Mode(load_dtype=_F32, quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),  # TRL, model by name
+        "qlora_prepared": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True),
+        "qlora_prepared_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True, autocast=True),
+        "qlora_prepared_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, prepared=True, autocast=True),  # TRL ≤ 0.25
+        "int8_fp32": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32),
+        "int8_fp32_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32, autocast=True),
+        "int8_bf16_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
+        "int8_prepared_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32, prepared=True, autocast=True),
+    }
+)
+"""Every mode by name: what is trained, the base's type or treatment, the adapters' type, whether autocast is on."""
+
+_SIZES = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
+_DENSE = _SIZES | {"intermediate_size": INTERMEDIATE}
+_GROUPED = _DENSE | {"num_key_value_heads": KV_HEADS}
+_GATED = _GROUPED | {"head_dim": HEAD_DIM}
+_MOE = _SIZES | {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+_GPT = {"n_embd": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_inner": INTERMEDIATE}
+_PAD = {"pad_token_id": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How the tiny config of one architecture is made."""
+
+    config_class: str
+    values: Mapping[str, object]
+    attention: str = "sdpa"
+    layers_field: str = "num_hidden_layers"
+    per_layer: Mapping[str, str] = field(default_factory=dict)
+    """Fields that need one entry per layer, and that entry."""
+
+    def config(self, layers: int, **overrides: object) -> PretrainedConfig:
+        values = {"tie_word_embeddings": False} | dict(self.values) | {self.layers_field: layers}
+        values |= {name: [entry] * layers for name, entry in self.per_layer.items()}
+        made: PretrainedConfig = getattr(transformers, self.config_class)(**(values | overrides))
+        return made
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family(config_class="LlamaConfig", values=_GATED),
+        "mistral": Family(config_class="MistralConfig", values=_GATED | {"sliding_window": None}),
+        "mistral_window": Family(config_class="MistralConfig", values=_GATED | {"sliding_window": 12}),
+        "qwen2": Family(config_class="Qwen2Config", values=_GROUPED),
+        "qwen3": Family(config_class="Qwen3Config", values=_GATED),
+        "gemma": Family(config_class="GemmaConfig", values=_GATED),
+        "gemma2": Family(config_class="Gemma2Config", values=_GATED | {"sliding_window": 4096}, attention="eager"),
+        "gemma3_text": Family(
+            config_class="Gemma3TextConfig", values=_GATED | {"sliding_window": 4096}, per_layer=MappingProxyType({"layer_types": "full_attention"})
+        ),
+        "phi3": Family(config_class="Phi3Config", values=_GROUPED | _PAD),
+        "olmo2": Family(config_class="Olmo2Config", values=_GROUPED),
+        "olmo": Family(config_class="OlmoConfig", values=_GROUPED),
+        "gpt_neox": Family(config_class="GPTNeoXConfig", values=_DENSE),
+        "gpt2": Family(config_class="GPT2Config", values=_GPT, layers_field="n_layer"),
+        "gpt_bigcode": Family(config_class="GPTBigCodeConfig", values=_GPT, layers_field="n_layer"),
+        "falcon": Family(config_class="FalconConfig", values=_SIZES | {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "alibi": False}),
+        "falcon_old": Family(
+            config_class="FalconConfig",
+            values=_SIZES | {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
+        ),
+        "starcoder2": Family(config_class="Starcoder2Config", values=_GROUPED),
+        "stablelm": Family(config_class="StableLmConfig", values=_GROUPED),
+        "phi": Family(config_class="PhiConfig", values=_GROUPED),
+        "opt": Family(config_class="OPTConfig", values=_SIZES | {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
+        "bloom": Family(config_class="BloomConfig", values={"hidden_size": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY}, layers_field="n_layer"),
+        "cohere": Family(config_class="CohereConfig", values=_GROUPED),
+        "granite": Family(config_class="GraniteConfig", values=_GROUPED),
+        "smollm3": Family(config_class="SmolLM3Config", values=_GROUPED | _PAD),
+        "mixtral": Family(config_class="MixtralConfig", values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}),
+        "qwen3_moe": Family(
+            config_class="Qwen3MoeConfig",
+            values=_MOE | {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": EXPERT_WIDTH, "num_experts": EXPERTS, "norm_topk_prob": True},
+        ),
+    }
+)
+
+
+def build(
+    family: str,
+    mode: Mode,
+    layers: int,
+    *,
+    attention: str | None = None,
+    experts: str | None = None,
+    gc: bool | None = None,
+    every_n_layers: int = 1,
+    input_grads: bool | None = None,
+    config: Mapping[str, object] | None = None,
+) -> nn.Module:
+    """A model ready to train.
+
+    Args:
+        attention: `attn_implementation`; the family's default if None.
+        experts: `experts_implementation` of mixture-of-experts models.
+        gc: gradient checkpointing: None off, False non-reentrant, True reentrant.
+        input_grads: whether the embedding's output requires gradients; by default as the libraries do it: with an adapter under checkpointing.
+        config: fields of the config to override.
+    """
+    kind = FAMILIES[family]
+    torch.manual_seed(0)
+    extra = {"experts_implementation": experts} if experts else {}
+    model = AutoModelForCausalLM.from_config(
+        kind.config(layers, **(config or {})), dtype=mode.load_dtype, attn_implementation=attention or kind.attention, **extra
+    )
+    model.config.use_cache = False
+    _no_dead_rows(model)
+    if mode.quant is not None:
+        quantize(model, mode)
+    if mode.prepared:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    whole: nn.Module = model
+    if mode.adapter is not None:
+        whole = _adapt(model, mode)
+    whole.train()
+    if gc is not None:
+        model.activation_checkpointing_enable({"use_reentrant": gc}, every_n_layers=every_n_layers)
+    if input_grads if input_grads is not None else (gc is not None and mode.adapter is not None):
+        model.enable_input_require_grads()
+    return whole
+
+
+def _no_dead_rows(model: PreTrainedModel) -> None:
+    # routers initialised to zeros would send every token to the same expert
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.02)
+
+
+def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
+    spec = mode.adapter
+    assert spec is not None
+    lora = LoraConfig(
+        r=spec.r,
+        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+        target_parameters=list(spec.target_parameters) or None,
+        lora_dropout=spec.dropout,
+        use_dora=spec.dora,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go
+        adapted = get_peft_model(model, lora)
+    for name, parameter in adapted.named_parameters():
+        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes
+        if parameter.requires_grad and mode.adapter_dtype is not None and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(mode.adapter_dtype)
+    whole: nn.Module = adapted
+    return whole
+
+
+def bnb_config(mode: Mode) -> BitsAndBytesConfig:
+    """The quantization of a mode as users write it."""
+    if mode.quant == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=mode.quant,
+        bnb_4bit_use_double_quant=mode.double_quant,
+        bnb_4bit_compute_dtype=mode.compute_dtype,
+    )
+
+
+def quantize(model: PreTrainedModel, mode: Mode) -> None:
+    """Replace linear layers as `from_pretrained` does, and quantize the weights they had."""
+    before = dict(model.named_modules())
+    config = bnb_config(mode)
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    fill: Callable[[nn.Module, torch.Tensor], torch.Tensor] = _int8_weight if mode.quant == "int8" else _packed_weight
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            continue
+        old = before[name]
+        weight = old.weight.data.T.contiguous() if isinstance(old, Conv1D) else old.weight.data
+        if old.bias is not None:
+            module.bias = nn.Parameter(old.bias.data, requires_grad=False)
+        module.weight = fill(module, weight)
+    # what from_pretrained leaves on a model that bitsandbytes quantized; PEFT chooses its layers by it
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = mode.quant != "int8", mode.quant == "int8"
+    model.is_quantized, model.quantization_method = True, config.quant_method
+
+
+def _packed_weight(module: Any, weight: torch.Tensor) -> Any:
+    return bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        compress_statistics=module.weight.compress_statistics,
+        quant_type=module.weight.quant_type,
+        quant_storage=module.weight.quant_storage,
+        module=module,
+    ).to("cpu")
+
+
+def _int8_weight(module: Any, weight: torch.Tensor) -> Any:
+    return bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+
+
+def stored_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers, and every tensor of a quantization state."""
+    tensors = [p.data for p in model.parameters()] + list(model.buffers())
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            tensors += [state.absmax, state.code]
+            if state.nested:
+                tensors += [state.offset, state.state2.absmax, state.state2.code]
+        for owner in (weight, getattr(module, "state", None)):
+            for part in ("CB", "SCB"):
+                value = getattr(owner, part, None) if isinstance(owner, bnb.nn.Int8Params | bnb.MatmulLtState) else None
+                if isinstance(value, torch.Tensor):
+                    tensors.append(value)
+    return tensors
+
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast to float16
+transformers.utils.logging.set_verbosity_error()
