@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from estimator.dtypes import DType
+from estimator.errors import RequestError
 from estimator.inventory import Inventory, ModuleKind
-from estimator.recipe import Quantization, QuantizationKind
+from estimator.recipe import Quantization
 from estimator.stack import Stack
 from estimator.units import ceil_div
 
@@ -158,7 +159,10 @@ def is_skipped(module: str, keys: tuple[str, ...], stack: Stack) -> bool:
 @lru_cache(maxsize=256)
 def _start_pattern(keys: tuple[str, ...]) -> re.Pattern[str]:
     """Matches a name that starts with a key and ends, or goes on with a new component."""
-    return re.compile("|".join(f"(?:{key}){_BOUNDARY}" for key in keys) or r"(?!)")
+    try:
+        return re.compile("|".join(f"(?:{key}){_BOUNDARY}" for key in keys) or r"(?!)")
+    except re.error as error:
+        raise RequestError(f"llm_int8_skip_modules: not a regular expression: {error}", field="quantization.llm_int8_skip_modules") from None
 
 
 def quantized_bytes(quantization: Quantization, shape: tuple[int, ...], *, is_conv1d: bool = False) -> int:
@@ -172,8 +176,3 @@ def quantized_bytes(quantization: Quantization, shape: tuple[int, ...], *, is_co
     n = math.prod(shape)
     state = quantization_state(quantization, n, shape[1] if is_conv1d else shape[0])
     return packed_bytes(quantization, n) + sum(part.raw_bytes for part in state)
-
-
-def can_hold_gradient(kind: QuantizationKind | None) -> bool:
-    """Whether a weight stored this way can be trained: integers cannot."""
-    return kind is None

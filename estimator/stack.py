@@ -135,3 +135,52 @@ class Stack:
         Source: trl 1.16, trainer/sft_trainer.py, SFTTrainer.__init__, and trainer/utils.py, add_fused_lm_head.
         """
         return self.trl >= (1, 16)
+
+    @property
+    def quantizes_linear_subclasses(self) -> bool:
+        """Whether bitsandbytes replaces modules of classes derived from nn.Linear too (FalconLinear, some routers).
+
+        Source: transformers, integrations/bitsandbytes.py: `isinstance(module, nn.Linear)` in 4.x, `type(module) is nn.Linear` in 5.
+        """
+        return self.transformers < (5,)
+
+    @property
+    def skips_by_prefix_or_suffix(self) -> bool:
+        """Whether a skipped module name is a regular expression from the start, or a suffix; before, a part of the dotted name.
+
+        Source: transformers 5.0, quantizers/quantizers_utils.py, should_convert_module; 4.x, integrations/bitsandbytes.py,
+        _replace_with_bnb_linear.
+        """
+        return self.transformers >= (5,)
+
+    @property
+    def quantized_loads_always_keep_float32(self) -> bool:
+        """Whether a bitsandbytes load honours `_keep_in_fp32_modules` under bfloat16 too, and not under float16 alone.
+
+        Source: transformers 4.x, modeling_utils.py, from_pretrained (`hf_quantizer.use_keep_in_fp32_modules`); gone in 5.0.
+        """
+        return self.transformers < (5,)
+
+    @property
+    def rewrites_expert_targets(self) -> bool:
+        """Whether PEFT turns the names of single experts' projections into `target_parameters` on fused experts.
+
+        Source: peft 0.19, utils/transformers_weight_conversion.py, convert_peft_config_for_transformers; runs from transformers 5.0 on.
+        """
+        return self.transformers >= (5,) and self.peft >= (0, 19)
+
+    @property
+    def sft_casts_4bit_models_by_name(self) -> bool:
+        """Whether SFTTrainer, under bf16, casts a 4-bit model by names: adapters and embeddings to bfloat16, norms to float32.
+
+        Source: trl 0.25, models/utils.py, prepare_peft_model and peft_module_casting_to_bf16.
+        """
+        return self.trl < (0, 26)
+
+    @property
+    def sft_casts_trainable_to_bfloat16(self) -> bool:
+        """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model, but DoRA magnitudes, to bfloat16.
+
+        Source: trl 0.26, trainer/sft_trainer.py, SFTTrainer.__init__.
+        """
+        return self.trl >= (0, 26)
