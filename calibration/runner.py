@@ -1,0 +1,146 @@
+"""Runs one case in a fresh process and turns whatever happens to it into a record."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from calibration.card import card_id, driver_version, used_bytes
+from calibration.case import Case
+from calibration.record import Kind, Outcome, Provenance, Record
+from calibration.report import WorkerReport
+
+DEFAULT_TIMEOUT_SECONDS = 900.0
+_ERROR_TAIL_BYTES = 4000
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+class Device(StrEnum):
+    """Where the step runs."""
+
+    CUDA = "cuda"
+    CPU = "cpu"  # dry: the step runs, nothing is measured
+
+
+class NoDeviceError(Exception):
+    """The machine has no usable CUDA device; the message names what is missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runner:
+    """How cases are run."""
+
+    device: Device = Device.CUDA
+    gpu: int = 0
+    """Index among the cards this process may see."""
+    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    """After this a case is killed; it costs only itself."""
+    worker: tuple[str, ...] = (sys.executable, "-m", "calibration.worker")
+    """Command that reads a case from one file and writes its report to another."""
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.MEASURED if self.device is Device.CUDA else Kind.DRY_RUN
+
+    def run(self, case: Case) -> Record:
+        """The record of one case, whatever becomes of its process.
+
+        Raises:
+            NoDeviceError: if there is no CUDA device; no record is made of that.
+        """
+        on_card = self.device is Device.CUDA
+        before = used_bytes(card_id(self.gpu)) if on_card else None
+        started_at = datetime.now(UTC)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="vramplan-case-") as folder:
+            report = self._report(case, Path(folder), before or 0)
+        duration = time.monotonic() - start
+        if report.outcome == "refused":
+            raise NoDeviceError(report.error or "the device is not available")
+        environment = report.environment
+        if environment is not None and on_card:
+            environment = environment.model_copy(update={"driver": driver_version(card_id(self.gpu))})
+        return Record(
+            case_hash=case.hash,
+            case=case,
+            kind=self.kind,
+            outcome=Outcome.TIMEOUT if report is _TIMED_OUT else Outcome(report.outcome),
+            figures=report.figures if on_card else None,
+            environment=environment,
+            provenance=Provenance(
+                vramplan=_own_version(),
+                started_at=started_at.isoformat(timespec="seconds"),
+                duration_seconds=round(duration, 3),
+                step_seconds=report.step_seconds,
+                foreign_before_bytes=before,
+                foreign_after_bytes=used_bytes(card_id(self.gpu)) if on_card else None,
+            ),
+            error=report.error if report is not _TIMED_OUT else f"killed after {self.timeout_seconds:g} s",
+        )
+
+    def _report(self, case: Case, folder: Path, foreign_bytes: int) -> WorkerReport:
+        """Starts the worker, waits for it within the time allowed, and reads what it left."""
+        case_file, report_file, log_file = folder / "case.json", folder / "report.json", folder / "log"
+        case_file.write_text(case.model_dump_json())
+        command = [*self.worker, str(case_file), str(report_file), "--device", self.device, "--foreign-bytes", str(foreign_bytes)]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
+            )
+            try:
+                code = process.wait(self.timeout_seconds)
+            except subprocess.TimeoutExpired:
+                return _TIMED_OUT
+            finally:
+                _kill_group(process)
+        try:
+            return WorkerReport.model_validate_json(report_file.read_bytes())
+        except (OSError, ValidationError):
+            return WorkerReport(outcome="failed", error=f"the worker {_ending(code)} without a report: {_tail(log_file)}")
+
+    def _environment(self) -> dict[str, str]:
+        """The worker sees one card, no Hub and no token."""
+        inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+        visible = card_id(self.gpu) if self.device is Device.CUDA else ""
+        # PCI order is nvidia-smi's order: without it CUDA may count the cards differently
+        return {**inherited, **_OFFLINE, "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+_TIMED_OUT = WorkerReport(outcome="failed", error="timeout")
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    """Ends the worker and everything it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+def _tail(log_file: Path) -> str:
+    with log_file.open("rb") as log:
+        log.seek(0, os.SEEK_END)
+        log.seek(max(0, log.tell() - _ERROR_TAIL_BYTES))
+        return log.read().decode(errors="replace").strip()
+
+
+def _own_version() -> str:
+    try:
+        return version("vramplan")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,84 @@
+"""`python -m calibration.worker CASE_FILE REPORT_FILE`: runs one case, writes one report, ends."""
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from calibration.case import Case
+from calibration.record import Environment, Figures
+from calibration.report import WorkerReport
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Exit code 0 whenever a report was written."""
+    parser = argparse.ArgumentParser(prog="calibration.worker", description=__doc__)
+    parser.add_argument("case", type=Path)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--foreign-bytes", type=int, default=0)
+    arguments = parser.parse_args()
+    _die_with_parent()
+    case = Case.model_validate_json(arguments.case.read_bytes())
+    _write(arguments.report, run(case, arguments.device, arguments.foreign_bytes))
+    return 0
+
+
+def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
+    """Whatever happens in the case becomes a report; only a killed process leaves none."""
+    import torch
+
+    from calibration.worker.meter import CudaMeter, Meter, SilentMeter
+    from calibration.worker.model import build
+    from calibration.worker.surroundings import environment, missing_cuda
+    from calibration.worker.training import train
+
+    on_cpu = device_name == "cpu"
+    if not on_cpu and (missing := missing_cuda()):
+        return WorkerReport(outcome="refused", error=missing)
+    device = torch.device(device_name)
+    surroundings: Environment = environment(device)
+    meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes)
+    figures: Figures | None
+    try:
+        seconds = train(case, build(case, device), meter, on_cpu=on_cpu)
+        figures = meter.figures()
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return WorkerReport(outcome="oom", figures=meter.figures(), environment=surroundings, error=str(error)[:500])
+        return WorkerReport(outcome="failed", environment=surroundings, error=traceback.format_exc()[-4000:])
+    return WorkerReport(outcome="ok", figures=figures, environment=surroundings, step_seconds=round(seconds, 4))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the card was full: torch's own error, or what cuBLAS and bitsandbytes say when their allocations fail."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text)
+
+
+def _die_with_parent() -> None:
+    """A killed campaign must not leave a process on the card."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write(path: Path, report: WorkerReport) -> None:
+    """The report appears whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(report.model_dump_json())
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Reads the allocator at the borders between phases."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from calibration.record import Figures, PhasePeak
+
+BACKWARD_HEAD = "backward_head"
+BACKWARD_LAYERS = "backward_layers"
+_TRAINING_PHASES = ("forward", "loss", "backward", "optimizer_step")
+
+
+class Meter(Protocol):
+    """What the training loop tells: where it is."""
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        """The model and its adapters stand."""
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+
+    def close(self, span: str) -> None:
+        """A span ends here, and the next one begins."""
+
+    def figures(self) -> Figures | None:
+        """What was seen so far."""
+
+
+class SilentMeter:
+    """On the CPU there is nothing to read."""
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        pass
+
+    def begin_step(self) -> None:
+        pass
+
+    def close(self, span: str) -> None:
+        pass
+
+    def figures(self) -> Figures | None:
+        return None
+
+
+@dataclass
+class _Spans:
+    """Largest allocated and reserved bytes by span."""
+
+    allocated: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
+
+    def note(self, span: str, allocated: int, reserved: int) -> None:
+        self.allocated[span] = max(allocated, self.allocated.get(span, 0))
+        self.reserved[span] = max(reserved, self.reserved.get(span, 0))
+
+    def peak(self, spans: list[str]) -> PhasePeak | None:
+        seen = [span for span in spans if span in self.allocated]
+        if not seen:
+            return None
+        return PhasePeak(
+            allocated_bytes=max(self.allocated[span] for span in seen), reserved_bytes=max(self.reserved[span] for span in seen)
+        )
+
+
+class CudaMeter:
+    """Peaks by span of the step that runs now; reading one resets torch's own counters."""
+
+    def __init__(self, foreign_bytes: int) -> None:
+        """Creates the CUDA context.
+
+        Args:
+            foreign_bytes: what others used on the card before this process came [bytes].
+        """
+        self._foreign_bytes = foreign_bytes
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        self._context_bytes = self._own_device_bytes() - torch.cuda.memory_reserved()
+        self._load = _Spans()
+        self._step = _Spans()
+        self._run_allocated_bytes = 0
+        self._loaded_bytes: int | None = None
+        self._steady_bytes: int | None = None
+        self._num_parameters: int | None = None
+        self._num_trainable: int | None = None
+        torch.cuda.reset_peak_memory_stats()
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        self._read("load", self._load)
+        torch.cuda.empty_cache()  # a training run starts from segments in use, not from what quantization left behind
+        self._loaded_bytes = torch.cuda.memory_allocated()
+        self._num_parameters, self._num_trainable = count_parameters(model)
+        torch.cuda.reset_peak_memory_stats()
+
+    def begin_step(self) -> None:
+        torch.cuda.synchronize()
+        self._run_allocated_bytes = max(self._run_allocated_bytes, torch.cuda.max_memory_allocated())
+        self._step = _Spans()
+        self._steady_bytes = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def close(self, span: str) -> None:
+        self._read(span, self._step)
+
+    def figures(self) -> Figures | None:
+        if self._loaded_bytes is None:
+            self._read("load", self._load)
+        else:
+            # what ran since the last border, so that an out-of-memory ending shows how far it came
+            self._run_allocated_bytes = max(self._run_allocated_bytes, torch.cuda.max_memory_allocated())
+        phases = {"load": self._load.peak(["load"])}
+        for phase in _TRAINING_PHASES:
+            spans = [phase, BACKWARD_HEAD, BACKWARD_LAYERS] if phase == "backward" else [phase]
+            phases[phase] = self._step.peak(spans)
+        whole = self._step.peak(list(self._step.allocated))
+        statistics = torch.cuda.memory_stats()
+        return Figures(
+            context_bytes=max(0, self._context_bytes),
+            loaded_bytes=self._loaded_bytes,
+            steady_state_bytes=self._steady_bytes,
+            phases={phase: peak for phase, peak in phases.items() if peak is not None},
+            backward_head_bytes=self._step.allocated.get(BACKWARD_HEAD),
+            backward_layers_bytes=self._step.allocated.get(BACKWARD_LAYERS),
+            peak_allocated_bytes=whole.allocated_bytes if whole else None,
+            peak_reserved_bytes=whole.reserved_bytes if whole else None,
+            run_allocated_bytes=self._run_allocated_bytes or None,
+            device_bytes=max(0, self._own_device_bytes()),
+            num_parameters=self._num_parameters,
+            num_trainable=self._num_trainable,
+            num_allocation_retries=statistics.get("num_alloc_retries"),
+            num_segments=statistics.get("segment.all.peak"),
+        )
+
+    def _own_device_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free - self._foreign_bytes
+
+    def _read(self, span: str, spans: _Spans) -> None:
+        torch.cuda.synchronize()
+        allocated = torch.cuda.max_memory_allocated()
+        spans.note(span, allocated, torch.cuda.max_memory_reserved())
+        self._run_allocated_bytes = max(self._run_allocated_bytes, allocated)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Logical scalars of a model and how many of them are trained; packed 4-bit weights count unpacked."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable

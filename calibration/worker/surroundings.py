@@ -1,0 +1,49 @@
+"""The machine and the libraries a case ran with."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from calibration.record import Environment
+
+
+def environment(device: torch.device) -> Environment:
+    """Facts of this process; the parent adds the driver."""
+    on_card = device.type == "cuda"
+    card = torch.cuda.get_device_properties(device) if on_card else None
+    return Environment(
+        gpu=card.name if card else None,
+        compute_capability=f"{card.major}.{card.minor}" if card else None,
+        num_multiprocessors=card.multi_processor_count if card else None,
+        total_bytes=card.total_memory if card else None,
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        peft=_version("peft"),
+        bitsandbytes=_version("bitsandbytes"),
+        accelerate=_version("accelerate"),
+        trl=_version("trl"),
+        python=platform.python_version(),
+        system=platform.platform(),
+        allocator_config=os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")),
+    )
+
+
+def missing_cuda() -> str | None:
+    """What keeps CUDA from being used here, None if nothing does."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"measuring needs a CUDA build of torch; torch {torch.__version__} is built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return "measuring needs an NVIDIA GPU and its driver; torch finds no CUDA device (does nvidia-smi run, and list the card?)"
+    return "measuring needs an NVIDIA GPU; CUDA cannot be initialised on this machine (is the driver too old for this torch?)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
