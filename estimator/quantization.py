@@ -23,7 +23,7 @@ NESTED_BLOCK_SIZE = 256
 CODE_LENGTH = 16
 NESTED_CODE_LENGTH = 256
 
-# Classes derived from nn.Linear in transformers' and torch's modeling code: PEFT adapts them, bitsandbytes since transformers 5 leaves them.
+# Classes derived from nn.Linear in transformers' and torch's code: PEFT adapts them, bitsandbytes under transformers 5 leaves them.
 # Source: transformers, models/{falcon,llama4,phimoe,deepseek_v4}; torch, nn/modules/linear.py.
 LINEAR_SUBCLASSES = frozenset(
     {"FalconLinear", "NonDynamicallyQuantizableLinear", "Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
@@ -162,7 +162,9 @@ def _start_pattern(keys: tuple[str, ...]) -> re.Pattern[str]:
     try:
         return re.compile("|".join(f"(?:{key}){_BOUNDARY}" for key in keys) or r"(?!)")
     except re.error as error:
-        raise RequestError(f"llm_int8_skip_modules: not a regular expression: {error}", field="quantization.llm_int8_skip_modules") from None
+        raise RequestError(
+            f"llm_int8_skip_modules: not a regular expression: {error}", field="quantization.llm_int8_skip_modules"
+        ) from None
 
 
 def quantized_bytes(quantization: Quantization, shape: tuple[int, ...], *, is_conv1d: bool = False) -> int:

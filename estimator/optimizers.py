@@ -1,0 +1,360 @@
+"""What each optimizer keeps per trained tensor, and what its step allocates and frees."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+
+from estimator.dtypes import DType
+from estimator.errors import RequestError, UnknownNameError
+from estimator.inventory import ModuleKind
+from estimator.storage import StoredTensor
+from estimator.units import allocated, ceil_div
+
+# Smaller tensors get 32-bit states under 8-bit optimizers. Source: bitsandbytes, optim/optimizer.py, Optimizer2State.__init__
+# (min_8bit_size); torchao, optim/adam.py, _AdamBase._new_buffer.
+MIN_8BIT_ELEMENTS = 4096
+# Smaller tensors are not paged by paged optimizers. Source: bitsandbytes, optim/optimizer.py, Optimizer8bit.get_state_buffer.
+MIN_PAGED_ELEMENTS = 100_000
+# Elements that share one absmax. Source: bitsandbytes, optim/optimizer.py, Optimizer2State.init_state (blocksize).
+STATE_BLOCK_SIZE = 256
+# Bytes of one 256-entry float32 table. Source: bitsandbytes, functional.py, create_dynamic_map.
+QUANTILE_MAP_BYTES = 256 * 4
+# What transformers passes to both torchao optimizers. Source: transformers, trainer_optimizer.py, _get_torchao_optimizer.
+TORCHAO_BLOCK_SIZE = 256
+SCALAR_BYTES = 4
+
+Arguments = Mapping[str, str]
+
+
+class Residence(StrEnum):
+    """Where a state lies."""
+
+    DEVICE = "device"
+    PAGED = "paged"  # managed memory, outside torch's allocator
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerState:
+    """One kind of state tensor."""
+
+    pattern: str
+    """Name of the parameter and of the state: `model.layers.{}.self_attn.q_proj.lora_A.weight.exp_avg`."""
+    num_tensors: int
+    raw_bytes: int
+    """Storage of one of them [bytes]."""
+    dtype: DType
+    residence: Residence = Residence.DEVICE
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the caching allocator holds for all of them [bytes]."""
+        return self.num_tensors * allocated(self.raw_bytes) if self.residence is Residence.DEVICE else 0
+
+    @property
+    def paged_bytes(self) -> int:
+        """Managed memory of all of them [bytes]."""
+        return self.num_tensors * self.raw_bytes if self.residence is Residence.PAGED else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitsAndBytes:
+    """One class of bitsandbytes' optimizers, as transformers constructs it."""
+
+    copies: tuple[int, ...]
+    """Parameter-sized copies in each state buffer: Adam (1, 1), AdEMAMix keeps both fast averages in the first buffer (2, 1)."""
+    bits: int
+    is_paged: bool = False
+
+
+_ADAMW, _ADEMAMIX, _ONE_STATE = (1, 1), (2, 1), (1,)
+
+# Source: transformers, trainer_optimizer.py, _get_bitsandbytes_optimizer.
+BITSANDBYTES: Mapping[str, BitsAndBytes] = {
+    "adamw_bnb_8bit": BitsAndBytes(copies=_ADAMW, bits=8),
+    "adamw_8bit": BitsAndBytes(copies=_ADAMW, bits=8),
+    "paged_adamw_32bit": BitsAndBytes(copies=_ADAMW, bits=32, is_paged=True),
+    "paged_adamw_8bit": BitsAndBytes(copies=_ADAMW, bits=8, is_paged=True),
+    "ademamix": BitsAndBytes(copies=_ADEMAMIX, bits=32),
+    "ademamix_8bit": BitsAndBytes(copies=_ADEMAMIX, bits=8),
+    "paged_ademamix_32bit": BitsAndBytes(copies=_ADEMAMIX, bits=32, is_paged=True),
+    "paged_ademamix_8bit": BitsAndBytes(copies=_ADEMAMIX, bits=8, is_paged=True),
+    "lion_32bit": BitsAndBytes(copies=_ONE_STATE, bits=32),
+    "lion_8bit": BitsAndBytes(copies=_ONE_STATE, bits=8),
+    "paged_lion_32bit": BitsAndBytes(copies=_ONE_STATE, bits=32, is_paged=True),
+    "paged_lion_8bit": BitsAndBytes(copies=_ONE_STATE, bits=8, is_paged=True),
+    "rmsprop_bnb": BitsAndBytes(copies=_ONE_STATE, bits=32),
+    "rmsprop_bnb_8bit": BitsAndBytes(copies=_ONE_STATE, bits=8),
+    "rmsprop_bnb_32bit": BitsAndBytes(copies=_ONE_STATE, bits=32),
+}
+
+TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+TORCHAO = ("adamw_torch_4bit", "adamw_torch_8bit")
+MODELLED = (*TORCH, *TORCHAO, "adafactor", *BITSANDBYTES)
+
+# Names of transformers' OptimizerNames that stand on other packages. Source: transformers, trainer_optimizer.py.
+UNMODELLED: Mapping[str, str] = {
+    "adamw_torch_xla": "torch_xla (TPU)",
+    "adamw_torch_npu_fused": "torch_npu (Ascend)",
+    "adamw_anyprecision": "torchdistx",
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor"), "galore_torch"),
+    **dict.fromkeys(("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), "galore_torch"),
+    **dict.fromkeys(("lomo", "adalomo"), "lomo_optim"),
+    "grokadamw": "grokadamw",
+    **dict.fromkeys(("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"), "schedulefree"),
+    **dict.fromkeys(("apollo_adamw", "apollo_adamw_layerwise"), "apollo_torch"),
+    "stable_adamw": "torch-optimi",
+}
+
+# Source: transformers, trainer.py, Trainer.get_decay_parameter_names.
+_WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def check_optimizer(name: str) -> None:
+    """Refuses an optimizer without a memory model.
+
+    Raises:
+        UnknownNameError: naming the package it would need, or the accepted names.
+    """
+    if name in MODELLED:
+        return
+    if name in UNMODELLED:
+        raise UnknownNameError(
+            f"optim: {name!r} is not modelled, because {UNMODELLED[name]} is no dependency; accepted: {', '.join(sorted(MODELLED))}",
+            field="training.optim",
+        )
+    raise UnknownNameError.of("training.optim", name, MODELLED)
+
+
+def states_exist_before_first_step(name: str) -> bool:
+    """Whether the optimizer allocates its states when it is made, not in its first step.
+
+    Source: torch, optim/adagrad.py, Adagrad.__init__; the others initialise lazily.
+    """
+    return name == "adagrad"
+
+
+def optimizer_states(name: str, arguments: Arguments, trained: Iterable[StoredTensor]) -> tuple[OptimizerState, ...]:
+    """Everything an optimizer keeps from its first step on.
+
+    Args:
+        name: a value of transformers' OptimizerNames.
+        arguments: `optim_args`, parsed.
+        trained: the trainable tensors.
+
+    Returns:
+        one row per kind of state tensor.
+
+    Raises:
+        UnknownNameError: if the optimizer has no memory model.
+        RequestError: if an argument is one the library fails on.
+    """
+    check_optimizer(name)
+    tensors = tuple(trained)
+    if name in BITSANDBYTES:
+        return tuple(_bitsandbytes(BITSANDBYTES[name], tensors))
+    return tuple(state for tensor in tensors for state in _per_tensor(name, arguments)(tensor))
+
+
+def _per_tensor(name: str, arguments: Arguments) -> Callable[[StoredTensor], Iterator[OptimizerState]]:
+    match name:
+        case "adamw_torch_fused":
+            return lambda t: _torch_adamw(t, Residence.DEVICE)
+        case "adamw_torch":
+            return lambda t: _torch_adamw(t, Residence.HOST)
+        case "sgd":
+            buffers = ("momentum_buffer",) if _number(arguments, "momentum") else ()
+            return lambda t: _like_parameter(t, buffers)
+        case "adagrad":
+            return lambda t: _like_parameter(t, ("sum",), has_step=True)
+        case "rmsprop":
+            momentum = ("momentum_buffer",) if _number(arguments, "momentum") > 0 else ()
+            centered = ("grad_avg",) if _is_true(arguments, "centered") else ()
+            return lambda t: _like_parameter(t, ("square_avg", *momentum, *centered), has_step=True)
+        case "adafactor":
+            return _adafactor
+        case _:
+            if "block_size" in arguments:
+                raise RequestError(
+                    f"optim_args: transformers hands block_size to torchao as text, on which {name} fails; leave it out",
+                    field="training.optim_args",
+                )
+            return lambda t: _torchao(t, 8 if name == "adamw_torch_8bit" else 4)
+
+
+def _torch_adamw(tensor: StoredTensor, step_residence: Residence) -> Iterator[OptimizerState]:
+    """Two averages in the parameter's type; the step counter lies on the device when fused.
+
+    Source: torch, optim/adam.py, Adam._init_group.
+    """
+    yield from _like_parameter(tensor, ("exp_avg", "exp_avg_sq"))
+    yield _state(tensor, "step", SCALAR_BYTES, DType.FLOAT32, step_residence)
+
+
+def _like_parameter(tensor: StoredTensor, names: Iterable[str], *, has_step: bool = False) -> Iterator[OptimizerState]:
+    """States of the parameter's shape and type; counters of steps lie on the host.
+
+    Source: torch, optim/sgd.py, optim/adagrad.py, optim/rmsprop.py.
+    """
+    for name in names:
+        yield _state(tensor, name, tensor.num_elements * tensor.dtype.itemsize, tensor.dtype)
+    if has_step:
+        yield _state(tensor, "step", SCALAR_BYTES, DType.FLOAT32, Residence.HOST)
+
+
+def _adafactor(tensor: StoredTensor) -> Iterator[OptimizerState]:
+    """Row and column averages in float32 for two dimensions and more, a full one below; transformers sets no first moment.
+
+    Source: transformers, optimization.py, Adafactor.step; trainer_optimizer.py, _get_adafactor.
+    """
+    if len(tensor.shape) >= 2:
+        rows, columns = _factors(tensor.shape)
+        yield _state(tensor, "exp_avg_sq_row", rows * 4, DType.FLOAT32)
+        yield _state(tensor, "exp_avg_sq_col", columns * 4, DType.FLOAT32)
+    else:
+        yield _state(tensor, "exp_avg_sq", tensor.num_elements * 4, DType.FLOAT32)
+    yield _state(tensor, "RMS", SCALAR_BYTES, DType.FLOAT32)
+
+
+def _factors(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Elements of the row and of the column average."""
+    return math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1]
+
+
+def _torchao(tensor: StoredTensor, bits: int) -> Iterator[OptimizerState]:
+    """Codes, one float32 scale per block, and a code table for each state of each tensor; small or uneven tensors stay as they are.
+
+    Source: torchao, optim/adam.py, _AdamBase._new_buffer; optim/subclass_8bit.py and subclass_4bit.py, zeros.
+    """
+    n = tensor.num_elements
+    for name in ("exp_avg", "exp_avg_sq"):
+        if n >= MIN_8BIT_ELEMENTS and n % TORCHAO_BLOCK_SIZE == 0:
+            yield _state(tensor, f"{name}.codes", n * bits // 8, DType.UINT8)
+            yield _state(tensor, f"{name}.scale", n // TORCHAO_BLOCK_SIZE * 4, DType.FLOAT32)
+            yield _state(tensor, f"{name}.qmap", 2**bits * 4, DType.FLOAT32)
+        else:
+            yield _state(tensor, name, n * tensor.dtype.itemsize, tensor.dtype)
+    yield _state(tensor, "step", SCALAR_BYTES, DType.FLOAT32, Residence.HOST)
+
+
+def _bitsandbytes(kind: BitsAndBytes, tensors: tuple[StoredTensor, ...]) -> Iterator[OptimizerState]:
+    """States of bitsandbytes' optimizers, and their tables once.
+
+    32-bit states are float32 whatever the parameter is. Under 8 bits, tensors below 4,096 elements and weights of nn.Embedding keep
+    32-bit states; the others get a byte per element and one float32 absmax per 256. Paging covers states of 100,000 elements and more.
+
+    Source: bitsandbytes, optim/optimizer.py, Optimizer1State.init_state and Optimizer2State.init_state; optim/ademamix.py,
+    AdEMAMix.init_state; transformers, trainer.py, Trainer.create_optimizer (override of embeddings).
+    """
+    uses_tables = False
+    for tensor in tensors:
+        n = tensor.num_elements
+        is_8bit = kind.bits == 8 and n >= MIN_8BIT_ELEMENTS and not _is_embedding_weight(tensor)
+        uses_tables |= is_8bit
+        residence = Residence.PAGED if kind.is_paged and n >= MIN_PAGED_ELEMENTS else Residence.DEVICE
+        dtype = DType.UINT8 if is_8bit else DType.FLOAT32
+        for number, copies in enumerate(kind.copies, 1):
+            yield _state(tensor, f"state{number}", copies * n * dtype.itemsize, dtype, residence)
+            if is_8bit:
+                yield _state(tensor, f"absmax{number}", copies * ceil_div(n, STATE_BLOCK_SIZE) * 4, DType.FLOAT32)
+    if uses_tables:
+        yield OptimizerState(pattern="qmap", num_tensors=len(kind.copies), raw_bytes=QUANTILE_MAP_BYTES, dtype=DType.FLOAT32)
+
+
+def _is_embedding_weight(tensor: StoredTensor) -> bool:
+    return tensor.module_kind is ModuleKind.EMBEDDING and tensor.pattern.endswith("weight")
+
+
+def _state(tensor: StoredTensor, name: str, raw_bytes: int, dtype: DType, residence: Residence = Residence.DEVICE) -> OptimizerState:
+    return OptimizerState(
+        pattern=f"{tensor.pattern}.{name}", num_tensors=tensor.num_copies, raw_bytes=raw_bytes, dtype=dtype, residence=residence
+    )
+
+
+def step_temporary_bytes(name: str, arguments: Arguments, trained: Iterable[StoredTensor]) -> int:
+    """Peak of what one step allocates beside states and gradients, each tensor rounded up.
+
+    Fused kernels and bitsandbytes' work in place. The multi-tensor paths of torch, chosen on CUDA, compute whole lists at once; lists
+    of one parameter group follow each other by type, and the former is still referenced while the next is made. Adafactor works on one
+    float32 tensor at a time, while the former update is still referenced. Weight decay is taken as 0, the default, where it would
+    add a copy (SGD).
+
+    Args:
+        name: a value of transformers' OptimizerNames.
+        arguments: `optim_args`, parsed.
+        trained: the trainable tensors.
+
+    Returns:
+        peak within the step [bytes].
+
+    Raises:
+        UnknownNameError: if the optimizer has no memory model.
+
+    Source: torch, optim/adam.py, adagrad.py and rmsprop.py, _multi_tensor_*; transformers, optimization.py, Adafactor.step.
+    """
+    check_optimizer(name)
+    groups = weight_decay_groups(trained)
+    match name:
+        case "adamw_torch" | "rmsprop":
+            # the root of the second average
+            return max((_peak_of_lists(group, 1) for group in groups), default=0)
+        case "adagrad":
+            # the root of the sum, and the scaled gradient
+            return max((_peak_of_lists(group, 2) for group in groups), default=0)
+        case "adafactor":
+            return max((_adafactor_peak(group) for group in groups), default=0)
+        case _:
+            return 0
+
+
+def weight_decay_groups(trained: Iterable[StoredTensor]) -> tuple[tuple[StoredTensor, ...], ...]:
+    """The two parameter groups transformers makes: with weight decay, and without (norms and biases).
+
+    Source: transformers, trainer.py, Trainer.create_optimizer and get_decay_parameter_names.
+    """
+    decayed: list[StoredTensor] = []
+    spared: list[StoredTensor] = []
+    for tensor in trained:
+        is_spared = tensor.module_class == "LayerNorm" or _WITHOUT_DECAY.search(tensor.pattern.lower()) is not None
+        (spared if is_spared else decayed).append(tensor)
+    return tuple(decayed), tuple(spared)
+
+
+def _peak_of_lists(group: Iterable[StoredTensor], num_lists: int) -> int:
+    """Peak while lists like the parameters are made for one type after the other."""
+    sums: dict[DType, int] = {}
+    for tensor in group:
+        raw = tensor.num_elements * tensor.dtype.itemsize
+        sums[tensor.dtype] = sums.get(tensor.dtype, 0) + tensor.num_copies * allocated(raw)
+    sizes = [0, *sums.values()]
+    if num_lists == 1:
+        return max((former + now for former, now in pairwise(sizes)), default=0)
+    return max((max(2 * former + now, former + 2 * now) for former, now in pairwise(sizes)), default=0)
+
+
+def _adafactor_peak(group: Iterable[StoredTensor]) -> int:
+    """Peak over the tensors of a group: two float32 updates, two float32 copies of 16-bit tensors, the factors or the former update."""
+    peak = former = 0
+    for tensor in group:
+        update = allocated(tensor.num_elements * 4)
+        raised = 2 * update if tensor.dtype.is_half else 0
+        factors = sum(allocated(n * 4) for n in _factors(tensor.shape)) if len(tensor.shape) >= 2 else 0
+        before = max(former, update if tensor.num_copies > 1 else 0)
+        peak = max(peak, raised + 2 * update + max(factors, before))
+        former = update
+    return peak
+
+
+def _number(arguments: Arguments, name: str) -> float:
+    text = arguments.get(name, "0")
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"optim_args: {name}={text!r} is not a number", field="training.optim_args") from None
+
+
+def _is_true(arguments: Arguments, name: str) -> bool:
+    return arguments.get(name, "").lower() in ("true", "1", "yes")
