@@ -56,7 +56,7 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff format $(SOURCES)
 
 pytest: $(TEST_STAMP)
-	$(PY) -m pytest -n 2 $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --timeout 300 $(PYTEST_ARGS)
 
 test: lint pytest
 

@@ -26,7 +26,7 @@ def calibrate() -> None:
 
 @app.command()
 def run(
-    request: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Request file, JSON or YAML, as `vramplan estimate --request` reads.")],
+    request: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A request as `vramplan estimate --request` reads it.")],
     out: Annotated[Path, typer.Option(help="JSONL file that the record is appended to.")],
     device: Annotated[Device, typer.Option(help="cpu is a dry run: the step runs, nothing is measured.")] = Device.CUDA,
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
@@ -100,5 +100,3 @@ def _lines(figures: Figures) -> dict[str, int | None]:
         "peak reserved": figures.peak_reserved_bytes,
         "device": figures.device_bytes,
     }
-
-

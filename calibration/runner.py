@@ -1,5 +1,6 @@
 """Runs one case in a fresh process and turns whatever happens to it into a record."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -121,10 +122,8 @@ _TIMED_OUT = WorkerReport(outcome="failed", error="timeout")
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     """Ends the worker and everything it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

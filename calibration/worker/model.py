@@ -44,7 +44,7 @@ def lora_config(case: Case) -> Any:
 def _materialized(case: Case, device: torch.device) -> Any:
     config = CONFIG_MAPPING[str(case.config["model_type"])].from_dict(dict(case.config))
     dtype = _dtype(case.request.get("dtype"), config)
-    arguments = {"dtype": dtype}
+    arguments: dict[str, Any] = {"dtype": dtype}
     if (attention := case.request.get("attn_implementation")) is not None:
         arguments["attn_implementation"] = attention
     # buffers are computed for real (rotary frequencies), parameters stay without storage

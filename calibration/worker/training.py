@@ -51,10 +51,8 @@ def train(case: Case, model: Any, meter: Meter, *, on_cpu: bool) -> float:
     borders = _Borders(meter)
     with tempfile.TemporaryDirectory(prefix="vramplan-output-") as folder:
         arguments = _arguments(case, folder, on_cpu=on_cpu)
-        if case.trainer == "trl":
-            trainer = _sft_trainer(case, model, arguments, borders)
-        else:
-            trainer = _trainer(case, model, arguments, borders)
+        make = _sft_trainer if case.trainer == "trl" else _trainer
+        trainer = make(case, model, arguments, borders)
         _watch_decoder(trainer.model, borders)
         meter.loaded(trainer.model)
         trainer.train()

@@ -1,0 +1,48 @@
+import pytest
+
+from calibration.case import Case
+from estimator.errors import RequestError
+from tests.calibration.cases import LLAMA, QLORA, case
+
+
+def test_the_hash_does_not_depend_on_key_order_nulls_or_the_name_of_the_model() -> None:
+    turned = dict(reversed(LLAMA.items()))
+    renamed = Case.from_request({"model": "some/model", **QLORA, "attn_implementation": None}, {**turned, "pad_token_id": None})
+    assert renamed.hash == case().hash
+
+
+def test_the_hash_survives_being_written_and_read() -> None:
+    assert Case.model_validate_json(case().model_dump_json()).hash == case().hash
+
+
+def test_hardware_and_engine_do_not_change_what_is_run() -> None:
+    assert case(hardware={"gpu": "t4"}, engine="trace").hash == case().hash
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float16"}, {"peft": None}, {"padded": True}, {"training": {**QLORA["training"], "optim": "sgd"}}]
+)
+def test_whatever_decides_the_run_changes_the_hash(change: dict[str, object]) -> None:
+    assert case(**change).hash != case().hash
+
+
+def test_another_batch_or_length_is_another_case() -> None:
+    larger = case().at(batch_size=4, sequence_length=32)
+    assert (larger.batch_size, larger.sequence_length) == (4, 32)
+    assert larger.hash != case().hash
+    assert larger.at(batch_size=2, sequence_length=16).hash == case().hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"training": None}, "training"),
+        ({"training": {"max_length": 16}}, "per_device_train_batch_size"),
+        ({"training": {"per_device_train_batch_size": 0, "max_length": 16}}, "per_device_train_batch_size"),
+        ({"training": {"per_device_train_batch_size": 1, "max_length": True}}, "max_length"),
+        ({"trainer": "axolotl"}, "trainer"),
+    ],
+)
+def test_a_request_without_one_run_in_it_is_refused_by_field(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        case(**changes)

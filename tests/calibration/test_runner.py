@@ -1,0 +1,118 @@
+"""The runner against workers that misbehave."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calibration import card
+from calibration.record import Figures, Kind, Outcome
+from calibration.runner import Device, NoDeviceError, Runner
+from tests.calibration.cases import case
+
+REPORT = "import sys, pathlib; report = pathlib.Path(sys.argv[2]); "
+
+
+def runner(script: str, device: Device = Device.CPU, timeout_seconds: float = 20.0) -> Runner:
+    return Runner(device=device, timeout_seconds=timeout_seconds, worker=(sys.executable, "-S", "-c", script))
+
+
+def test_a_report_becomes_a_record_of_the_case() -> None:
+    record = runner(REPORT + """report.write_text('{"outcome": "ok", "step_seconds": 0.5}')""").run(case())
+    assert (record.outcome, record.kind, record.case, record.provenance.step_seconds) == (Outcome.OK, Kind.DRY_RUN, case(), 0.5)
+
+
+def test_running_out_of_memory_is_recorded_with_what_was_seen_until_then() -> None:
+    script = REPORT + """report.write_text('{"outcome": "oom", "figures": {"loaded_bytes": 7}, "error": "full"}')"""
+    record = runner(script, Device.CUDA).run(case())
+    assert (record.outcome, record.figures, record.error) == (Outcome.OOM, Figures(loaded_bytes=7), "full")
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("import sys; sys.exit('no such kernel')", "no such kernel"),
+        ("raise ValueError('bad layer')", "bad layer"),
+        ("pass", "exited with code 0 without a report"),
+        (REPORT + "report.write_text('{\"outcome\": ')", "without a report"),
+        (REPORT + """report.write_text('{"outcome": "splendid"}')""", "without a report"),
+    ],
+)
+def test_a_worker_that_breaks_costs_only_its_case(script: str, told: str) -> None:
+    record = runner(script).run(case())
+    assert record.outcome is Outcome.FAILED
+    assert told in (record.error or "")
+
+
+def test_what_libraries_print_does_not_disturb_the_report() -> None:
+    script = REPORT + """print('{"outcome": "oom"}' * 10000); report.write_text('{"outcome": "ok"}')"""
+    assert runner(script).run(case()).outcome is Outcome.OK
+
+
+def test_a_hanging_worker_and_its_children_are_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"""
+import os, pathlib, time
+child = os.fork()
+if child:
+    pathlib.Path({str(pids)!r}).write_text(f"{{os.getpid()}} {{child}}")
+time.sleep(600)
+"""
+    start = time.monotonic()
+    record = runner(script, timeout_seconds=2).run(case())
+    assert record.outcome is Outcome.TIMEOUT
+    assert "2 s" in (record.error or "")
+    assert time.monotonic() - start < 15
+    deadline = time.monotonic() + 10
+    while any(_is_running(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    """Neither gone nor a zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_refusal_makes_no_record() -> None:
+    script = REPORT + """report.write_text('{"outcome": "refused", "error": "no card here"}')"""
+    with pytest.raises(NoDeviceError, match="no card here"):
+        runner(script, Device.CUDA).run(case())
+
+
+def test_the_worker_sees_one_card_and_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    told = "import os; sys.exit(str([os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'HF_TOKEN', 'HF_HUB_OFFLINE')]))"
+    record = Runner(device=Device.CUDA, gpu=1, worker=(sys.executable, "-c", REPORT + told)).run(case())
+    assert "['5', None, '1']" in (record.error or "")
+
+
+def test_a_card_is_named_as_the_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert card.card_id(1) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa, GPU-bb")
+    assert card.card_id(1) == "GPU-bb"
+    assert card.card_id(2) == ""
+
+
+def test_memory_in_use_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    program.write_text('#!/bin/sh\ncase "$*" in *memory.used*) echo 12;; *) echo 580.1;; esac\n')
+    program.chmod(0o755)
+    assert card.used_bytes("0") == 12 * 2**20
+    assert card.driver_version("0") == "580.1"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert card.used_bytes("0") is None
+
+
+def test_without_a_driver_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert card.used_bytes("0") is None

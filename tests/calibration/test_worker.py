@@ -1,0 +1,157 @@
+"""The worker's model against what transformers loads, and its loop on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
+
+from calibration.record import Kind, Outcome, PhasePeak
+from calibration.runner import Device, Runner
+from calibration.worker.meter import CudaMeter, count_parameters
+from calibration.worker.model import build
+from calibration.worker.training import train
+from tests.calibration.cases import GPT2, LLAMA, MIXTRAL, NF4, QLORA, case
+
+CPU = torch.device("cpu")
+
+
+def tensors(model: Any) -> dict[str, tuple[Any, ...]]:
+    """Name, class, shape, type and state of every tensor of a model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, tensor in {**parameters, **dict(model.named_buffers())}.items():
+        state = getattr(tensor, "quant_state", None)
+        kept = (state.absmax.dtype, tuple(state.absmax.shape), state.dtype, state.nested) if state is not None else None
+        scales = getattr(tensor, "SCB", None)
+        found[name] = (type(tensor).__name__, tuple(tensor.shape), tensor.dtype, kept, None if scales is None else tuple(scales.shape))
+    return found
+
+
+@pytest.mark.parametrize("config", [LLAMA, {**LLAMA, "tie_word_embeddings": True}, GPT2, MIXTRAL], ids=["llama", "tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("quantization", [None, NF4, {"load_in_8bit": True}], ids=["16bit", "nf4", "int8"])
+def test_the_built_model_has_the_tensors_that_from_pretrained_loads(
+    config: dict[str, Any], quantization: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    source = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)), dtype=torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+    assert tensors(build(case(config, quantization=quantization), CPU)) == tensors(loaded)
+
+
+def test_packed_weights_count_unpacked() -> None:
+    plain = build(case(quantization=None, peft=None), CPU)
+    packed = build(case(), CPU)
+    assert count_parameters(packed)[0] == count_parameters(plain)[0] == sum(p.numel() for p in plain.parameters())
+
+
+def test_preparing_for_kbit_training_makes_the_rest_float32() -> None:
+    model = build(case(prepare_model_for_kbit_training=True), CPU)
+    rest = {p.dtype for p in model.parameters() if type(p).__name__ != "Params4bit"}
+    assert rest == {torch.float32}
+
+
+class _Listener:
+    """A meter that only remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def loaded(self, model: torch.nn.Module) -> None:
+        self.told.append("loaded")
+
+    def begin_step(self) -> None:
+        self.told.append("step")
+
+    def close(self, span: str) -> None:
+        self.told.append(span)
+
+    def figures(self) -> None:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_every_phase_of_the_trainers_loop_is_closed_in_order() -> None:
+    training = {**QLORA["training"], "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
+    accumulated = case(training=training)
+    listener = _Listener()
+    train(accumulated, build(accumulated, CPU), listener, on_cpu=True)
+    micro_batch = ["forward", "loss", "backward_head", "backward_layers"]
+    step = ["step", *micro_batch, *micro_batch, "optimizer_step"]
+    assert listener.told == ["loaded", *step, *step]
+
+
+class _Allocator:
+    """Stands in for `torch.cuda`: a test sets what is allocated."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.top = self.reserved = 0
+        self.outside = 500
+        for name, answer in {
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: self.now,
+            "max_memory_allocated": lambda: self.top,
+            "memory_reserved": lambda: self.reserved,
+            "max_memory_reserved": lambda: self.reserved,
+            "reset_peak_memory_stats": self._reset,
+            "mem_get_info": lambda: (10_000 - self.outside - self.reserved, 10_000),
+            "memory_stats": lambda: {"num_alloc_retries": 0, "segment.all.peak": 3},
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+        monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+
+    def _reset(self) -> None:
+        self.top = self.now
+
+    def use(self, top: int, now: int) -> None:
+        self.top, self.now, self.reserved = max(self.top, top), now, max(self.reserved, top + 50)
+
+
+def test_peaks_are_kept_apart_by_phase_and_come_from_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = _Allocator(monkeypatch)
+    meter = CudaMeter(foreign_bytes=100)
+    allocator.use(top=1000, now=800)
+    meter.loaded(torch.nn.Linear(2, 3))
+    for states in (0, 64):
+        meter.begin_step()
+        for span, top, now in (
+            ("forward", 1200, 1100),
+            ("loss", 1500, 1300),
+            ("backward_head", 1900, 1200),
+            ("backward_layers", 1700, 900),
+            ("optimizer_step", 1000, 864),
+        ):
+            allocator.use(top=top + states, now=now if span != "optimizer_step" else 864)
+            meter.close(span)
+    figures = meter.figures()
+    assert figures is not None
+    assert (figures.context_bytes, figures.loaded_bytes, figures.steady_state_bytes) == (400, 800, 864)
+    assert {phase: peak.allocated_bytes for phase, peak in figures.phases.items()} == {
+        "load": 1000,
+        "forward": 1264,
+        "loss": 1564,
+        "backward": 1964,
+        "optimizer_step": 1064,
+    }
+    assert figures.phases["load"] == PhasePeak(allocated_bytes=1000, reserved_bytes=1050)
+    assert (figures.backward_head_bytes, figures.backward_layers_bytes) == (1964, 1764)
+    assert (figures.peak_allocated_bytes, figures.peak_reserved_bytes, figures.run_allocated_bytes) == (1964, 2014, 1964)
+    assert figures.device_bytes == 400 + 2014
+    assert (figures.num_parameters, figures.num_trainable) == (9, 9)
+
+
+def test_a_dry_run_runs_the_step_in_a_process_of_its_own() -> None:
+    record = Runner(device=Device.CPU, timeout_seconds=240).run(case())
+    assert record.outcome is Outcome.OK, record.error
+    assert (record.kind, record.figures, record.is_measurement) == (Kind.DRY_RUN, None, False)
+    assert record.environment is not None
+    assert record.environment.torch == torch.__version__
+
+
+@pytest.mark.slow
+def test_trl_runs_dry_too() -> None:
+    record = Runner(device=Device.CPU, timeout_seconds=240).run(case(trainer="trl"))
+    assert record.outcome is Outcome.OK, record.error
