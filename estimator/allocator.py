@@ -1,0 +1,88 @@
+"""CUDA's caching allocator: how requests become blocks, blocks become segments, and how much it holds beyond what is allocated."""
+
+from enum import StrEnum
+
+from estimator.units import MIB, allocated
+
+# Source: torch, c10/core/AllocatorConfig.h: kSmallSize, kSmallBuffer, kMinLargeAlloc, kLargeBuffer, kRoundLarge.
+_SMALL_REQUEST_BYTES = 1 * MIB
+_SMALL_SEGMENT_BYTES = 2 * MIB
+_LARGE_REQUEST_BYTES = 10 * MIB
+_LARGE_SEGMENT_BYTES = 20 * MIB
+_SEGMENT_GRANULARITY_BYTES = 2 * MIB
+# A large block is split only when more than this would remain; a small one when at least 512 bytes would.
+_UNSPLIT_REMAINDER_BYTES = 1 * MIB
+
+
+class Head(StrEnum):
+    """How the loss is computed, as far as fragmentation goes."""
+
+    FULL_LOGITS = "full_logits"
+    FUSED = "fused"
+
+
+# Share of the memory that comes and goes within a step (peak − steady state) that lies idle in cached segments at the peak: blocks of the
+# size of the logits are freed and cannot serve requests of another size. Medians over published runs whose device memory was recorded
+# (`CONSTANTS` in calibration.published names them), after the context is taken off.
+_IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
+
+
+def segment_bytes(request_bytes: int) -> int:
+    """Size of the segment that the allocator asks the driver for when nothing cached fits.
+
+    Args:
+        request_bytes: size of one tensor [bytes].
+
+    Returns:
+        2 MiB up to 1 MiB, 20 MiB below 10 MiB, else the request rounded up to 2 MiB [bytes].
+
+    Source: torch, c10/cuda/CUDACachingAllocator.cpp, get_allocation_size.
+    """
+    size = allocated(request_bytes)
+    if size == 0:
+        return 0
+    if size <= _SMALL_REQUEST_BYTES:
+        return _SMALL_SEGMENT_BYTES
+    if size < _LARGE_REQUEST_BYTES:
+        return _LARGE_SEGMENT_BYTES
+    return -(-size // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
+
+
+def fresh_block_bytes(request_bytes: int) -> int:
+    """What a tensor counts in `memory_allocated` when it gets a segment of its own.
+
+    The rest of a segment is split off only when it exceeds 1 MiB (512 bytes in the small pool); otherwise the tensor is charged with it.
+
+    Args:
+        request_bytes: size of one tensor [bytes].
+
+    Returns:
+        The block's size [bytes].
+
+    Source: torch, c10/cuda/CUDACachingAllocator.cpp, should_split.
+    """
+    size = allocated(request_bytes)
+    segment = segment_bytes(size)
+    splits = segment > size if size <= _SMALL_REQUEST_BYTES else segment - size > _UNSPLIT_REMAINDER_BYTES
+    return size if splits else segment
+
+
+def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL_LOGITS) -> int:
+    """Segments held at the peak, modelled: what is allocated, plus idle cached blocks in proportion to what comes and goes in a step.
+
+    Args:
+        peak_bytes: allocated at the peak [bytes].
+        steady_bytes: allocated between steps [bytes].
+        head: whether logits exist in full.
+
+    Returns:
+        Reserved bytes, a multiple of 2 MiB.
+    """
+    moving = max(0, peak_bytes - steady_bytes)
+    held = peak_bytes + round(moving * _IDLE_SHARE[head])
+    return -(-held // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
+
+
+def reserved_loaded_bytes(loaded_bytes: int) -> int:
+    """Segments held once a model is loaded: weights stay, so that little lies idle [bytes]."""
+    return -(-loaded_bytes // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
