@@ -49,6 +49,10 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Where no intermediate size is configured, these take four times the hidden size.
+_FOURFOLD = ("gpt2", "gptj", "gpt_bigcode", "bloom", "codegen", "gpt_neo")
+
+
 def resolved(config: Any, text_config: Any) -> dict[str, object]:
     """Facts of the text config: its own fields, and standard names where it has others.
 
@@ -78,7 +82,7 @@ def _fill(facts: dict[str, object], config: Any) -> None:
     if facts.get("model_type") == "mpt" or config.model_type == "mpt":
         facts["intermediate_size"] = config.expansion_ratio * config.d_model
     if isinstance(hidden, int) and facts.get("intermediate_size") is None:
-        facts["intermediate_size"] = 4 * hidden if config.model_type in ("gpt2", "gptj", "gpt_bigcode", "bloom", "codegen", "gpt_neo") else None
+        facts["intermediate_size"] = 4 * hidden if config.model_type in _FOURFOLD else None
     if isinstance(heads, int):
         multi_query = bool(getattr(config, "multi_query", False))
         if config.model_type == "falcon":

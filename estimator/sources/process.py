@@ -115,7 +115,9 @@ class Process:
             except queue.Empty:
                 if time.monotonic() >= deadline:
                     self.close()
-                    raise InspectionLimitError(f"building the model took longer than {seconds:g} s and was stopped", field="model") from None
+                    raise InspectionLimitError(
+                        f"building the model took longer than {seconds:g} s and was stopped", field="model"
+                    ) from None
                 if resident_bytes is not None and (used := _resident_bytes(self.pid)) > resident_bytes:
                     self.close()
                     message = f"building the model took {used} bytes of memory, more than the limit of {resident_bytes}, and was stopped"
@@ -153,7 +155,9 @@ class Inspector:
         keep_spare: whether one more process is kept warm, to step in for one that was killed. A command line that asks once needs none.
     """
 
-    def __init__(self, *, limits: Limits | None = None, max_processes: int = 1, keep_spare: bool = True, queue_seconds: float = 30.0) -> None:
+    def __init__(
+        self, *, limits: Limits | None = None, max_processes: int = 1, keep_spare: bool = True, queue_seconds: float = 30.0
+    ) -> None:
         self.limits = limits or Limits()
         self._keep_spare = keep_spare
         self._queue_seconds = queue_seconds

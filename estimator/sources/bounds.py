@@ -1,0 +1,213 @@
+"""What a config may hold, checked before any process works on it: a config is a stranger's input.
+
+Every bound lies several times above the largest published model, and keeps what is built from the config within seconds and a few GiB.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from estimator.errors import ConfigError
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 32
+MAX_VALUES = 200_000
+MAX_LIST_LENGTH = 65_536
+MAX_TEXT_LENGTH = 65_536
+MAX_PARAMETERS = 20 * 10**12
+"""Ten times the largest model published so far (Kimi-K2 1.0e12, DeepSeek-V4-Pro 1.6e12)."""
+MAX_MODULES = 200_000
+"""Layers × experts: where experts are modules of their own, each costs about 0.1 ms to build."""
+MAX_INTEGER = 2**53
+"""Beyond this, JSON readers disagree about integers."""
+
+_MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """Which integers a size may be."""
+
+    names: re.Pattern[str]
+    low: int
+    high: int
+
+
+def _bound(names: str, low: int, high: int) -> Bound:
+    # Flags and factors share endings with sizes: `use_sliding_window`, `scale_depth`, `pad_key_length`.
+    return Bound(names=re.compile(rf"(?!use_|is_|has_|no_|pad_|scale_|tie_)(?:{names})"), low=low, high=high)
+
+
+# The first that matches a field's whole name decides. Names are those of transformers' config classes, text, vision and audio parts alike.
+_BOUNDS = (
+    _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 1024),
+    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 1024),
+    _bound(r"vocab_size|.*_vocab_size|vocab_size_.*", 0, 2**24),
+    _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
+    _bound(r"num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 0, 2**13),
+    _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13),
+    _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**13),
+    _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
+    _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16),
+    _bound(r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31),
+    _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", 0, 2**20),
+)
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "n_embed")
+_INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff", "moe_intermediate_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_VOCABULARY = ("vocab_size",)
+
+
+def check(config: object) -> dict[str, Any]:
+    """The config, if every value is within bounds.
+
+    Args:
+        config: the content of a config.json.
+
+    Raises:
+        ConfigError: naming the field, its value and what would be accepted; one entry per field, at most ten.
+    """
+    if not isinstance(config, Mapping):
+        raise _error("", type(config).__name__, "a JSON object")
+    _check_shape(config)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
+        raise _error("model_type", model_type, "the name of an architecture, for instance 'llama'")
+    for path, name, value in _fields(config, ""):
+        _check_field(path, name, value)
+    for path, part in _parts(config, ""):
+        _check_products(path, part)
+    return _without_infinities(config)
+
+
+def _without_infinities(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_infinities(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name != _MAY_BE_INFINITE
+    }
+
+
+def _check_shape(config: Mapping[str, Any]) -> None:
+    """Depth, number of values, lengths, and values that JSON has no word for. Iterative: depth is what is being checked."""
+    pending: list[tuple[str, object, int]] = [("", config, 1)]
+    num_values = 0
+    while pending:
+        path, value, depth = pending.pop()
+        num_values += 1
+        if num_values > MAX_VALUES:
+            raise _error(path, "the whole config", f"at most {MAX_VALUES} values")
+        if depth > MAX_DEPTH:
+            raise _error(path[:200], f"nested {depth} deep", f"at most {MAX_DEPTH} levels")
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str) or len(key) > 256:
+                    raise _error(path, f"the key {_shown(key)}", "names of at most 256 characters")
+                pending.append((f"{path}.{key}".removeprefix("."), item, depth + 1))
+        elif isinstance(value, list):
+            if len(value) > MAX_LIST_LENGTH:
+                raise _error(path, f"a list of {len(value)}", f"at most {MAX_LIST_LENGTH} entries")
+            pending.extend((path, item, depth + 1) for item in value)
+        elif isinstance(value, str):
+            if len(value) > MAX_TEXT_LENGTH:
+                raise _error(path, f"a text of {len(value)} characters", f"at most {MAX_TEXT_LENGTH}")
+        elif isinstance(value, float):
+            if not math.isfinite(value) and not (value > 0 and path.endswith(_MAY_BE_INFINITE)):
+                raise _error(path, value, "a finite number")
+        elif isinstance(value, int):
+            if abs(value) > MAX_INTEGER:
+                raise _error(path, value, f"an integer of magnitude at most {MAX_INTEGER}")
+        elif value is not None:
+            raise _error(path, type(value).__name__, "a JSON value")
+
+
+def _parts(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config and the configs in it: `text_config`, `vision_config` and whatever else is an object."""
+    yield path, config
+    for name, value in config.items():
+        if isinstance(value, Mapping) and name not in _NOT_SIZES:
+            yield from _parts(value, f"{path}.{name}".removeprefix("."))
+
+
+# Objects whose entries are no sizes of modules, and are never given to transformers as such.
+_NOT_SIZES = (
+    "quantization_config",
+    "compression_config",
+    "id2label",
+    "label2id",
+    "task_specific_params",
+    "auto_map",
+    "rope_scaling",
+    "rope_parameters",
+)
+# Mamba-2 configs are written with an upper limit of Infinity, which is no JSON; it has no bearing on shapes and is left out.
+_MAY_BE_INFINITE = "time_step_limit"
+
+
+def _fields(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, object]]:
+    for part_path, part in _parts(config, path):
+        for name, value in part.items():
+            if not isinstance(value, Mapping):
+                yield f"{part_path}.{name}".removeprefix("."), name, value
+
+
+def _check_field(path: str, name: str, value: object) -> None:
+    bound = next((b for b in _BOUNDS if b.names.fullmatch(name)), None)
+    if bound is None or value is None:
+        return
+    accepted = f"an integer from {bound.low} to {bound.high}"
+    for item in value if isinstance(value, list) else (value,):
+        if isinstance(item, list):  # pairs, such as an image size per stage
+            items: list[object] = item
+        else:
+            items = [item]
+        for number in items:
+            if number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int):
+                # Ratios live under some of these names (`mlp_dim: 4.0` in vision parts of remote code): only whole sizes can be bounded.
+                raise _error(path, number, accepted)
+            if not bound.low <= number <= bound.high:
+                raise _error(path, number, accepted)
+
+
+def _check_products(path: str, part: Mapping[str, Any]) -> None:
+    """Number of modules and of parameters, from what nearly every architecture has: attention, MLPs, experts, embeddings."""
+    layers, hidden, experts = _largest(part, _LAYERS), _largest(part, _HIDDEN), max(1, _largest(part, _EXPERTS))
+    intermediate, vocabulary = _largest(part, _INTERMEDIATE), _largest(part, _VOCABULARY)
+    where = f"{path}." if path else ""
+    if layers * experts > MAX_MODULES:
+        raise _error(f"{where}num_hidden_layers × experts", f"{layers} × {experts}", f"a product of at most {MAX_MODULES}")
+    dense = layers * 4 * hidden * hidden + 2 * vocabulary * hidden
+    # `intermediate_size` is that of one expert in some configs and of the dense layers in others: the smallest given one is an expert's.
+    smallest = min((n for name in _INTERMEDIATE if (n := _largest(part, (name,))) > 0), default=0)
+    estimate = dense + 3 * layers * hidden * max(intermediate, experts * smallest)
+    if estimate > MAX_PARAMETERS:
+        sizes = (
+            f"{layers} layers × hidden {hidden} × intermediate {intermediate} × {experts} experts, vocabulary {vocabulary}: {estimate:.3g}"
+        )
+        raise _error(f"{where}num_parameters", sizes, f"at most {MAX_PARAMETERS:.3g} parameters")
+
+
+def _largest(part: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    """The largest integer under any of the names, in lists too; 0 without one."""
+    found = [0]
+    for name in names:
+        value = part.get(name)
+        found.extend(item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
+    return max(found)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _error(path: str, value: object, accepted: str) -> ConfigError:
+    field = f"model.config.{path}" if path else "model.config"
+    shown = value if isinstance(value, str) and " " in value else _shown(value)
+    return ConfigError(f"{field}: {shown} is out of bounds; accepted: {accepted}", field=field)
