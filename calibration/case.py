@@ -6,7 +6,7 @@ from typing import Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from estimator.errors import RequestError
+from estimator.errors import RequestError, UnknownNameError
 
 JsonObject = dict[str, JsonValue]
 
@@ -22,6 +22,8 @@ _RUN_FIELDS = (
     "padded",
     "inference",
 )
+# What else a request may hold.
+_OTHER_FIELDS = ("model", "revision", "hardware", "stack", "engine")
 
 
 def _without_nulls(value: JsonValue) -> JsonValue:
@@ -69,6 +71,8 @@ class Case(BaseModel):
         Raises:
             RequestError: if the request has no single run in it.
         """
+        if unknown := sorted(set(request) - {*_RUN_FIELDS, *_OTHER_FIELDS}):
+            raise UnknownNameError.of("request", unknown[0], (*_RUN_FIELDS, *_OTHER_FIELDS))
         model = request.get("model")
         run = {name: _without_nulls(request[name]) for name in _RUN_FIELDS if request.get(name) is not None}
         try:

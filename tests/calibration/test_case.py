@@ -41,6 +41,7 @@ def test_another_batch_or_length_is_another_case() -> None:
         ({"training": {"per_device_train_batch_size": 0, "max_length": 16}}, "per_device_train_batch_size"),
         ({"training": {"per_device_train_batch_size": 1, "max_length": True}}, "max_length"),
         ({"trainer": "axolotl"}, "trainer"),
+        ({"quantisation": {}}, "quantisation"),
     ],
 )
 def test_a_request_without_one_run_in_it_is_refused_by_field(changes: dict[str, object], named: str) -> None:

@@ -72,7 +72,6 @@ class _Listener:
         return None
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_every_phase_of_the_trainers_loop_is_closed_in_order() -> None:
     training = {**QLORA["training"], "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
     accumulated = case(training=training)
