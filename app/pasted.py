@@ -113,7 +113,7 @@ def _quantization(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     values.pop("quant_method", None)
     if values.get("llm_int8_has_fp16_weight"):
         raise RequestError(
-            "quantization.llm_int8_has_fp16_weight: True is not modelled (weights stay float16 and are quantized at each call); accepted: false",
+            "quantization.llm_int8_has_fp16_weight: True is not modelled (weights stay float16); accepted: false",
             field="quantization.llm_int8_has_fp16_weight",
         )
     return _split(

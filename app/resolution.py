@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from app.patterns import check_pattern, check_patterns
 from app.reading import read_quantization
+from app.regex import check_pattern, check_patterns
 from app.request import HardwareFields, PeftFields, QuantizationFields, Request
 from app.training import resolve_training
 from app.versions import stack_of

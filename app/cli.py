@@ -1,0 +1,183 @@
+"""The command line: one question, one answer, and an exit code that scripts can read."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from app.answer import Json
+from app.options import OPTIONS, PLAN_OPTIONS, merged, model_argument, with_options
+from app.reading import MAX_BODY_BYTES, read_json
+from estimator.errors import RequestError, VramplanError
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_DOES_NOT_FIT = 3
+
+cli = typer.Typer(
+    name="vramplan",
+    help="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def estimate(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
+    """How much memory a run takes, in each phase."""
+    from app.service import answer
+
+    result = answer(_payload(model, request, options))
+    if as_json:
+        _print_json(result)
+    else:
+        from app.terminal import print_estimate
+
+        print_estimate(_console(), result)
+    if result["fit"] is not None and result["fit"]["verdict"] == "does_not_fit":
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def plan(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
+    """The largest batch or length that fits the card, or what is missing."""
+    from app.plan import plan as make_plan
+
+    result = make_plan(_payload(model, request, options))
+    if as_json:
+        _print_json(result)
+    else:
+        from app.terminal import print_plan
+
+        print_plan(_console(), result)
+    if result["plan"] is None:
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+cli.command("estimate")(with_options(estimate, OPTIONS))
+cli.command("plan")(with_options(plan, PLAN_OPTIONS, OPTIONS))
+
+
+@cli.command()
+def models(text: Annotated[str | None, typer.Argument(help="part of an id or type")] = None, as_json: AsJson = False) -> None:
+    """The models that are answered for without a network."""
+    from app.catalogue import list_models
+
+    found = list_models(text)
+    if as_json:
+        _print_json(found)
+    else:
+        from app.terminal import print_models
+
+        print_models(_console(), found)
+
+
+@cli.command()
+def gpus(as_json: AsJson = False) -> None:
+    """The GPUs that are known by name."""
+    from app.catalogue import list_gpus
+
+    found = list_gpus()
+    if as_json:
+        _print_json(found)
+    else:
+        from app.terminal import print_gpus
+
+        print_gpus(_console(), found)
+
+
+@cli.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="catalogue or Hub id, or path of a config.json")],
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Every tensor of a model, as transformers creates it."""
+    from app.catalogue import inspect_model
+
+    found = inspect_model(model_argument(model), revision)
+    if as_json:
+        _print_json(found)
+    else:
+        from app.terminal import print_inspection
+
+        print_inspection(_console(), found)
+
+
+@cli.command()
+def serve(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
+) -> None:
+    """Serve the page and the HTTP API."""
+    import uvicorn
+
+    uvicorn.run("app.http:create_app", factory=True, host=host, port=port, server_header=False)
+
+
+@cli.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def calibrate(context: typer.Context) -> None:
+    """Measure a run on this machine's GPU."""
+    from calibration.cli import app as calibration
+
+    calibration(args=context.args, prog_name="vramplan calibrate")
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        cli()
+    except VramplanError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        for field in error.errors:
+            if field.message not in error.message:
+                print(f"  {field.message}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def _payload(model: str | None, request: str | None, options: Json) -> Json:
+    """The request of a file, if one is given, with the options set on top."""
+    payload = merged(_read(request) if request is not None else {}, options)
+    if model is not None:
+        payload["model"] = model_argument(model)
+    if "model" not in payload:
+        raise typer.BadParameter("give MODEL, or a request with one by --request")
+    return payload
+
+
+def _read(request: str) -> Json:
+    try:
+        content = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if request == "-" else Path(request).read_bytes()
+    except OSError as error:
+        raise RequestError(f"request: {request!r} cannot be read: {error.strerror}", field="request") from None
+    if Path(request).suffix in (".yaml", ".yml"):
+        return _read_yaml(content)
+    return read_json(content)
+
+
+def _read_yaml(content: bytes) -> Json:
+    import yaml
+
+    try:
+        payload = yaml.safe_load(content)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RequestError(f"request: not YAML: {str(error).splitlines()[0]}", field="request") from None
+    if not isinstance(payload, dict):
+        raise RequestError("request: expected a mapping", field="request")
+    return payload
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()

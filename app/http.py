@@ -1,0 +1,185 @@
+"""The HTTP face: bytes in, one call, JSON or a page out."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Any
+
+import orjson
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from app import examples
+from app.answer import Json
+from app.catalogue import inspect_model, list_gpus, list_models
+from app.page import router as page
+from app.plan import plan
+from app.problem import MEDIA_TYPE, problem, problem_of
+from app.reading import MAX_BODY_BYTES, read_json
+from app.request import PlanRequest
+from app.request import Request as EstimateRequest
+from app.service import answer
+from estimator.errors import FieldError, VramplanError
+
+# Estimates are arithmetic that holds the interpreter's lock: a few threads keep the loop free, more would only queue there.
+MAX_THREADS = 8
+
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+# FastAPI's documentation page brings scripts of its own from a CDN: it gets a policy that lets them in.
+DOCS_POLICY = (
+    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net; "
+    "img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'"
+)
+
+
+class Reply(Response):
+    """JSON written by orjson, which has no NaN."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
+
+
+class Problem(Reply):
+    """A problem document."""
+
+    media_type = MEDIA_TYPE
+
+
+def create_app() -> FastAPI:
+    """The application."""
+    app = FastAPI(
+        title="vramplan",
+        version="1",
+        description="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
+        redoc_url=None,
+        default_response_class=Reply,
+    )
+    app.state.threads = CapacityLimiter(MAX_THREADS)
+    app.add_exception_handler(VramplanError, _on_own_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_unforeseen_error)
+    app.middleware("http")(_with_headers)
+    app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented(EstimateRequest, examples.ESTIMATE))(
+        _estimate
+    )
+    app.post("/v1/plan", summary="What fits a card", openapi_extra=_documented(PlanRequest, examples.PLAN))(_plan)
+    app.get("/v1/models", summary="Bundled models")(_models)
+    app.get("/v1/models/{model_id:path}", summary="One model, tensor by tensor")(_model)
+    app.get("/v1/gpus", summary="Known GPUs")(_gpus)
+    app.get("/healthz", summary="Whether the service answers")(_health)
+    app.include_router(page)
+    return app
+
+
+async def _estimate(request: Request) -> Response:
+    return await _answered(request, answer)
+
+
+async def _plan(request: Request) -> Response:
+    return await _answered(request, plan)
+
+
+async def _models(request: Request, q: str | None = None) -> Response:
+    return Reply({"schema_version": 1, "models": list_models(q)})
+
+
+async def _model(request: Request, model_id: str, revision: str | None = None) -> Response:
+    return Reply(await in_thread(request, partial(inspect_model, model_id, revision)))
+
+
+async def _gpus() -> Response:
+    return Reply({"schema_version": 1, "gpus": list_gpus()})
+
+
+async def _health() -> Response:
+    return Reply({"status": "ok"})
+
+
+async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
+    payload = read_json(await body_of(request))
+    return Reply(await in_thread(request, partial(ask, payload)))
+
+
+async def body_of(request: Request) -> bytes:
+    """The body, refused before it is held when it is too long."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
+    return bytes(body)
+
+
+async def in_thread(request: Request, call: Callable[[], Json]) -> Json:
+    """The result of a blocking call, off the event loop."""
+    return await to_thread.run_sync(call, limiter=request.app.state.threads)
+
+
+def _documented(model: type[EstimateRequest], shown: Mapping[str, Json]) -> Json:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    # Definitions are inlined: the body is read by hand, so FastAPI collects no components for it.
+    inlined = orjson.loads(orjson.dumps(schema))
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _inline(inlined, definitions), "examples": dict(shown)}},
+        }
+    }
+
+
+def _inline(node: Any, definitions: Mapping[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_inline(child, definitions) for child in node]
+    if not isinstance(node, dict):
+        return node
+    name = str(node.get("$ref", "")).rpartition("/")[2]
+    if name == "JsonValue":
+        return {}
+    if name in definitions:
+        return _inline({**definitions[name], **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
+    return {key: _inline(child, definitions) for key, child in node.items()}
+
+
+async def _with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    response = await call_next(request)
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+    if request.url.path == "/docs":
+        response.headers["content-security-policy"] = DOCS_POLICY
+    return response
+
+
+async def _on_own_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, VramplanError)
+    headers = {"retry-after": "30"} if error.status == 503 else None
+    return Problem(problem_of(error), status_code=error.status, headers=headers)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    """FastAPI's own check of paths and queries, without the input that its default body echoes."""
+    assert isinstance(error, RequestValidationError)
+    errors = [FieldError(field=".".join(map(str, e["loc"][1:])), message=str(e["msg"])) for e in error.errors()]
+    return Problem(problem(422, "Invalid request", "; ".join(f"{e.field}: {e.message}" for e in errors), errors=errors), status_code=422)
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Problem(problem(error.status_code, None, str(error.detail)), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_unforeseen_error(_: Request, __: Exception) -> Response:
+    return Problem(problem(500, None, "an internal error, logged on the server"), status_code=500, headers=SECURITY_HEADERS)

@@ -1,0 +1,301 @@
+"""Warnings for what users trip over: each a stable code and one plain sentence with the numbers of this very run."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from app.card import MARGIN_WITHOUT_INTERVAL, Card
+from app.request import Request
+from app.training import positions
+from app.versions import shown
+from estimator.dtypes import DType
+from estimator.estimate import Estimate, Notice
+from estimator.inventory import Inventory
+from estimator.phases import Item
+from estimator.recipe import Attention, Recipe, Trainer, Training
+from estimator.storage import StoredTensor
+from estimator.units import gib
+
+# Share of the base weights that must stay unquantized before it is worth a sentence.
+NOTEWORTHY_SHARE = 0.10
+# Source: bitsandbytes, optim/optimizer.py, get_state_buffer.
+MIN_PAGED_ELEMENTS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """Everything a warning may look at."""
+
+    request: Request
+    inventory: Inventory
+    recipe: Recipe
+    estimate: Estimate
+    stored: tuple[StoredTensor, ...]
+    """What lies on the device between steps."""
+    card: Card | None
+    unmodelled: tuple[str, ...]
+    has_interval: bool
+    without_quantization: Estimate | None
+    """The same run as plain 16-bit LoRA; None when it was not asked for or is not modelled."""
+
+    @cached_property
+    def base(self) -> tuple[StoredTensor, ...]:
+        """The frozen or full base weights, packed or not."""
+        return tuple(tensor for tensor in self.stored if tensor.item is Item.WEIGHTS)
+
+    @cached_property
+    def unquantized(self) -> tuple[StoredTensor, ...]:
+        return tuple(tensor for tensor in self.base if tensor.quantization is None)
+
+    def peak_bytes(self, item: Item) -> int:
+        """The most that one item takes in any phase [bytes]."""
+        return max((line.num_bytes for phase in self.estimate.phases for line in phase.items if line.item is item), default=0)
+
+
+def notices(answered: Answered) -> tuple[Notice, ...]:
+    """The estimator's own notices, then those of the border, each code once unless it names different fields."""
+    own = tuple(answered.estimate.notices)
+    return own + tuple(Notice(code=code, message=message) for rule, code in RULES for message in rule(answered))
+
+
+def _bytes(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.allocated_bytes for tensor in tensors)
+
+
+def _num_elements(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.num_elements * tensor.num_copies for tensor in tensors)
+
+
+def _no_bfloat16(a: Answered) -> Iterable[str]:
+    capability = a.card.compute_capability if a.card is not None else None
+    if a.card is None or capability is None or capability >= (8, 0):
+        return
+    uses = [
+        name
+        for name, dtype in (
+            ("dtype", a.recipe.dtype),
+            ("bf16", a.recipe.training.autocast_dtype if a.recipe.training else None),
+            ("bnb_4bit_compute_dtype", a.recipe.quantization.compute_dtype if a.recipe.quantization else None),
+        )
+        if dtype is DType.BFLOAT16
+    ]
+    if uses:
+        yield (
+            f"{a.card.name} has compute capability {capability[0]}.{capability[1]} and bfloat16 needs 8.0: {', '.join(uses)} would be "
+            "emulated slowly or refused; use fp16=True and float16."
+        )
+
+
+def _compute_dtype(a: Answered) -> Iterable[str]:
+    quantization = a.recipe.quantization
+    if quantization is None or not quantization.kind.is_4bit or quantization.compute_dtype is not DType.FLOAT32:
+        return
+    largest = max((t.num_elements for t in a.base if t.quantization is not None), default=0)
+    yield (
+        f"bnb_4bit_compute_dtype is float32, the library's default: the largest weight takes {gib(4 * largest)} when it is dequantized "
+        f"instead of {gib(2 * largest)}, and layers compute and return 32-bit values; bfloat16 (float16 before Ampere) is what guides mean."
+    )
+
+
+def _unquantized(a: Answered) -> Iterable[str]:
+    if a.recipe.quantization is None:
+        return
+    rest, total = _bytes(a.unquantized), _bytes(a.base)
+    if rest <= NOTEWORTHY_SHARE * total:
+        return
+    parts = []
+    experts = _bytes(t for t in a.unquantized if "experts" in t.pattern)
+    if experts > NOTEWORTHY_SHARE * rest:
+        parts.append(f"experts {gib(experts)}")
+    heads = tuple(f"{name}." for name in (a.inventory.input_embedding, a.inventory.output_embedding) if name)
+    embeddings = _bytes(t for t in a.unquantized if heads and t.pattern.startswith(heads))
+    if embeddings > NOTEWORTHY_SHARE * rest:
+        parts.append(f"embedding and head {gib(embeddings)}")
+    widths = " and ".join(sorted({str(8 * t.dtype.itemsize) for t in a.unquantized}))
+    yield (
+        f"{gib(rest)} of the {gib(total)} of base weights are not quantized and stay in {widths} bits"
+        f"{': ' + ', '.join(parts) if parts else ''}; bitsandbytes replaces only linear layers."
+    )
+
+
+def _upcast(a: Answered) -> Iterable[str]:
+    if not a.recipe.prepare_for_kbit_training or not a.recipe.dtype.is_half:
+        return
+    upcast = [t for t in a.unquantized if t.dtype is DType.FLOAT32]
+    extra = 2 * _num_elements(upcast)
+    if extra:
+        yield (
+            f"prepare_model_for_kbit_training turns the {_num_elements(upcast):,} parameters that are not quantized into float32: "
+            f"{gib(extra)} more than {a.recipe.dtype.value}, and 32-bit activations follow from it."
+        )
+
+
+def _above_lora(a: Answered) -> Iterable[str]:
+    if a.without_quantization is None:
+        return
+    quantized, plain = a.estimate.peak.allocated_bytes, a.without_quantization.peak.allocated_bytes
+    if quantized > plain:
+        yield (
+            f"the quantized run peaks at {gib(quantized)}, above the {gib(plain)} of the same LoRA run with a plain bfloat16 base: "
+            "what is upcast or stays unquantized outweighs what quantization saves."
+        )
+
+
+def _string_model(a: Answered) -> Iterable[str]:
+    recipe = a.recipe
+    if recipe.trainer is Trainer.TRL and recipe.training and a.request.dtype is None and recipe.stack.sft_loads_ids_in_float32:
+        extra = 2 * _num_elements(t for t in a.base if t.dtype is DType.FLOAT32)
+        yield (
+            f"dtype is not given: SFTTrainer of TRL {shown(recipe.stack.trl)} loads a model id in float32, {gib(extra)} more than "
+            'bfloat16; pass a loaded model or model_init_kwargs={"dtype": "bfloat16"}.'
+        )
+
+
+def _nvidia_smi(a: Answered) -> Iterable[str]:
+    device, allocated = a.estimate.device_bytes, a.estimate.peak.allocated_bytes
+    if device is not None and device > allocated:
+        yield (
+            f"nvidia-smi will show about {gib(device)}, {gib(device - allocated)} more than torch.cuda.max_memory_allocated(): "
+            "segments that the allocator keeps, the CUDA context and libraries."
+        )
+
+
+def _merge(a: Answered) -> Iterable[str]:
+    quantization = a.recipe.quantization
+    if quantization is None or a.recipe.adapter is None:
+        return
+    bits = "4-bit" if quantization.kind.is_4bit else "8-bit"
+    yield (
+        f"the adapter cannot be merged into {bits} weights in place without rounding it away: merging needs the base model in 16 bits, "
+        f"{gib(2 * a.inventory.num_parameters)} (on the CPU will do)."
+    )
+
+
+def _paging(a: Answered) -> Iterable[str]:
+    if a.recipe.training is None or not a.recipe.training.optimizer.startswith("paged_"):
+        return
+    trained = [t for t in a.stored if t.trainable]
+    small = sum(t.num_copies for t in trained if t.num_elements < MIN_PAGED_ELEMENTS)
+    total = sum(t.num_copies for t in trained)
+    kept = a.peak_bytes(Item.ACTIVATIONS) + a.peak_bytes(Item.CHECKPOINTS) + a.peak_bytes(Item.LOGITS) + a.peak_bytes(Item.TEMPORARY)
+    yield (
+        f"paging moves optimizer states only, here {gib(a.estimate.paged_bytes)}, and only of tensors with at least "
+        f"{MIN_PAGED_ELEMENTS:,} elements ({small:,} of {total:,} trained tensors are smaller); activations and logits, here up to "
+        f"{gib(kept)}, are never paged and can still run out."
+    )
+
+
+def _nvidia_only(a: Answered) -> Iterable[str]:
+    if a.recipe.quantization is not None and a.card is None:
+        yield "bitsandbytes is made for NVIDIA GPUs first; on Apple Silicon quantize with MLX instead, which this answer does not describe."
+
+
+def _kbit_checkpointing(a: Answered) -> Iterable[str]:
+    training = a.recipe.training
+    if a.recipe.prepare_for_kbit_training and a.recipe.quantization and training and not training.gradient_checkpointing:
+        yield (
+            "prepare_model_for_kbit_training turns gradient checkpointing on unless it is called with use_gradient_checkpointing=False; "
+            "this answer is for the latter, as training.gradient_checkpointing says."
+        )
+
+
+def _assumed_capability(a: Answered) -> Iterable[str]:
+    if a.card is None or a.card.compute_capability is None:
+        major, minor = a.recipe.compute_capability
+        yield f"no GPU is named: compute capability {major}.{minor} is assumed, which decides kernels and their workspaces."
+
+
+def _beyond_positions(a: Answered) -> Iterable[str]:
+    limit, _ = positions(a.inventory)
+    inference = a.recipe.inference
+    length = (
+        a.recipe.training.sequence_length if a.recipe.training else inference.prompt_length + inference.max_new_tokens if inference else 0
+    )
+    if limit is not None and length > limit:
+        yield f"the length {length:,} is beyond the model's max_position_embeddings of {limit:,}: it runs, but outside what was trained."
+
+
+def _no_interval(a: Answered) -> Iterable[str]:
+    if not a.has_interval and a.estimate.device_bytes is not None:
+        yield (
+            "no interval can be given yet: fewer than 9 published measurements of this class were left aside as a test; "
+            f"'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the estimate."
+        )
+
+
+def _unmodelled_fields(a: Answered) -> Iterable[str]:
+    for field in a.unmodelled:
+        yield f"{field} changes memory, and how is not modelled: the answer is for the run without it."
+    training = a.request.training
+    kwargs = training.gradient_checkpointing_kwargs if training else None
+    for name in ("offload", "selective"):
+        if kwargs is not None and getattr(kwargs, name):
+            field = f"training.gradient_checkpointing_kwargs.{name}"
+            yield f"{field} changes memory, and how is not modelled: the answer is for the run without it."
+
+
+def _checkpoint_quantization(a: Answered) -> Iterable[str]:
+    own = a.inventory.config.get("quantization_config")
+    method = own.get("quant_method") if isinstance(own, dict) else None
+    if method not in (None, "bitsandbytes") and a.recipe.quantization is None:
+        yield f"the checkpoint is stored quantized with {method}: this answer is for its weights dequantized to {a.recipe.dtype.value}."
+
+
+def _label_smoothing(a: Answered) -> Iterable[str]:
+    training = a.request.training
+    if training and training.label_smoothing_factor > 0 and a.recipe.trainer is Trainer.TRL and a.recipe.stack.sft_tiles_loss:
+        yield (
+            "label_smoothing_factor makes SFTTrainer run the model a second time for the full logits: "
+            "the answer counts one pass with full logits."
+        )
+
+
+def _flash_attention(a: Answered) -> Iterable[str]:
+    recipe = a.recipe
+    if recipe.attention not in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3):
+        return
+    if recipe.compute_capability < (8, 0):
+        yield f"{recipe.attention.value} needs compute capability 8.0 and would fail on this card; sdpa works."
+    elif not recipe.dtype.is_half and not _autocasts(recipe.training):
+        yield f"{recipe.attention.value} works in float16 and bfloat16 only, and this run computes attention in {recipe.dtype.value}."
+
+
+def _autocasts(training: Training | None) -> bool:
+    return training is not None and training.autocast_dtype is not None
+
+
+def _other_major(a: Answered) -> Iterable[str]:
+    asked, inspected = shown(a.recipe.stack.transformers), a.inventory.transformers_version
+    if asked.split(".")[0] != inspected.split(".")[0]:
+        yield f"the parameter table was read from transformers {inspected}; known differences to {asked} are applied, unknown ones are not."
+
+
+def _load_only(a: Answered) -> Iterable[str]:
+    if a.recipe.training is None and a.recipe.inference is None:
+        yield "neither training nor inference is given: the answer is for loading the weights alone."
+
+
+Rule = Callable[[Answered], Iterable[str]]
+
+RULES: tuple[tuple[Rule, str], ...] = (
+    (_load_only, "load_only"),
+    (_unmodelled_fields, "field_not_modelled"),
+    (_no_bfloat16, "no_bfloat16"),
+    (_flash_attention, "flash_attention_unsupported"),
+    (_compute_dtype, "compute_dtype_float32"),
+    (_unquantized, "weights_not_quantized"),
+    (_upcast, "float32_upcast"),
+    (_above_lora, "qlora_above_lora"),
+    (_string_model, "model_loaded_in_float32"),
+    (_checkpoint_quantization, "checkpoint_quantization"),
+    (_kbit_checkpointing, "kbit_checkpointing_default"),
+    (_beyond_positions, "beyond_max_position_embeddings"),
+    (_label_smoothing, "label_smoothing_extra_forward"),
+    (_paging, "paging_is_partial"),
+    (_merge, "merge_needs_dequantized_copy"),
+    (_nvidia_only, "bitsandbytes_needs_nvidia"),
+    (_nvidia_smi, "nvidia_smi_shows_more"),
+    (_assumed_capability, "compute_capability_assumed"),
+    (_other_major, "other_transformers_major"),
+    (_no_interval, "interval_unavailable"),
+)

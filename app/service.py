@@ -1,0 +1,107 @@
+"""The application: one question in, one answer out. The command line, HTTP and the page all call these functions and nothing below them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from estimator.engine import estimate as run_engine
+from estimator.engine import explain
+
+from app.answer import Json, is_modelled, render_estimate
+from app.card import Card, card_of
+from app.notices import Answered, notices
+from app.reading import Question, read_estimate
+from app.request import InlineModel, Request
+from app.resolution import resolve_recipe
+from estimator.dtypes import DType
+from estimator.errors import RequestError, VramplanError
+from estimator.estimate import Estimate
+from estimator.inventory import Inventory
+from estimator.recipe import Recipe
+from estimator.sources.resolve import ResolvedModel, resolve
+from estimator.static_memory import stored_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A question brought together with its model and its card."""
+
+    question: Question[Request]
+    model: ResolvedModel
+    recipe: Recipe
+    card: Card | None
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.model.inventory
+
+
+def answer(payload: Mapping[str, Any]) -> Json:
+    """The answer to a request of the contract.
+
+    Raises:
+        VramplanError: if the request or the model cannot be answered for.
+    """
+    case = prepare(read_estimate(payload))
+    return render(case, run_engine(case.inventory, case.recipe))
+
+
+def prepare(question: Question[Request]) -> Case:
+    """Find the model and the card, and resolve every default."""
+    request = question.request
+    if request.engine == "trace":
+        raise RequestError("engine: 'trace' is not available yet; accepted: 'auto', 'analytic'", field="engine")
+    card = card_of(request.hardware)
+    model = find_model(request)
+    recipe = resolve_recipe(request, model.inventory, card.compute_capability if card is not None else None)
+    return Case(question=question, model=model, recipe=recipe, card=card)
+
+
+def find_model(request: Request) -> ResolvedModel:
+    """The model that a request names or carries."""
+    model = request.model
+    return resolve(dict(model.config) if isinstance(model, InlineModel) else model, request.revision)
+
+
+def render(case: Case, estimate: Estimate) -> Json:
+    """The answer in the contract's words, with explanations and warnings."""
+    return render_estimate(
+        model={
+            "id": case.model.id,
+            "revision": case.model.revision,
+            "model_type": case.inventory.model_type,
+            "source": case.model.source,
+            "num_parameters": case.inventory.num_parameters,
+        },
+        recipe=case.recipe,
+        estimate=estimate,
+        explanations=explain(case.inventory, case.recipe),
+        card=case.card,
+        interval=None,
+        notices=notices(
+            Answered(
+                request=case.question.request,
+                inventory=case.inventory,
+                recipe=case.recipe,
+                estimate=estimate,
+                stored=tuple(stored_tensors(case.inventory, case.recipe)),
+                card=case.card,
+                unmodelled=case.question.unmodelled,
+                has_interval=False,
+                without_quantization=_without_quantization(case, estimate),
+            )
+        ),
+        ignored=case.question.ignored,
+    )
+
+
+def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
+    """The same run as plain LoRA on a bfloat16 base, to see whether quantization pays."""
+    recipe = case.recipe
+    if recipe.quantization is None or recipe.adapter is None or recipe.training is None or not is_modelled(estimate):
+        return None
+    plain = replace(recipe, quantization=None, prepare_for_kbit_training=False, dtype=DType.BFLOAT16)
+    try:
+        return run_engine(case.inventory, plain)
+    except VramplanError:  # a comparison that cannot be made is left out, the answer stands without it
+        return None

@@ -1,0 +1,143 @@
+"""Answers as people read them in a terminal."""
+
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from app.answer import Json
+from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
+from estimator.units import gib
+
+_COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
+_BAR_WIDTH = 8
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def print_estimate(console: Console, answer: Json) -> None:
+    """Verdict, table of phases and items, warnings."""
+    verdict = answer["fit"]["verdict"] if answer["fit"] else None
+    console.print(f"[bold {_COLOURS[verdict]}]{escape(verdict_sentence(answer))}[/]", highlight=False)
+    console.print(_context(answer), style="dim", highlight=False)
+    console.print()
+    console.print(_phase_table(answer))
+    _print_warnings(console, answer)
+
+
+def print_plan(console: Console, answer: Json) -> None:
+    """The plan or what is missing, then the estimate it rests on."""
+    if answer["plan"] is not None:
+        console.print(f"[bold green]{escape(plan_sentence(answer['plan']))}[/]", highlight=False)
+        for other in answer["plan"]["alternatives"]:
+            console.print(
+                f"  or {other['per_device_train_batch_size']} × {other['gradient_accumulation_steps']}, "
+                f"leaving {gib(other['margin_bytes'])}",
+                style="dim",
+                highlight=False,
+            )
+        console.print()
+        print_estimate(console, answer["plan"]["estimate"])
+        return
+    shortfall = answer["shortfall"]
+    console.print(f"[bold red]{escape(shortfall_sentence(shortfall))}[/]", highlight=False)
+    for change in shortfall["changes"]:
+        mark = "[green]fits[/]" if change["fits"] else "saves"
+        console.print(
+            f"  {mark} {gib(change['saves_bytes'])}: {escape(_setting(change['set']))} ({escape(change['costs'])})", highlight=False
+        )
+    console.print()
+    print_estimate(console, shortfall["estimate"])
+
+
+def print_models(console: Console, models: Iterable[Json]) -> None:
+    """One line per catalogue model."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    table.add_column("type")
+    table.add_column("parameters", justify="right")
+    for model in models:
+        table.add_row(escape(model["id"]), escape(model["model_type"]), f"{model['num_parameters']:,}")
+    console.print(table)
+
+
+def print_gpus(console: Console, gpus: Iterable[Json]) -> None:
+    """One line per known card."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("gpu", "name"):
+        table.add_column(name)
+    for name in ("capacity", "compute capability"):
+        table.add_column(name, justify="right")
+    for gpu in gpus:
+        table.add_row(escape(gpu["id"]), escape(gpu["name"]), gib(gpu["capacity_bytes"]), gpu["compute_capability"])
+    console.print(table)
+
+
+def print_inspection(console: Console, inspection: Json) -> None:
+    """The parameter table of one model."""
+    model = inspection["model"]
+    console.print(
+        f"[bold]{escape(model['id'] or model['model_type'])}[/]: {model['num_parameters']:,} parameters, "
+        f"{escape(inspection['model_class'])}",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("tensor", "left"), ("shape", "left"), ("copies", "right"), ("parameters", "right"), ("module", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in inspection["tensors"]:
+        shape = " × ".join(map(str, row["shape"]))
+        note = f" → {row['tied_to']}" if row["tied_to"] else "" if row["role"] == "parameter" else f" ({row['role']})"
+        table.add_row(escape(row["name"] + note), shape, str(row["copies"]), f"{row['num_parameters']:,}", escape(row["module_class"]))
+    console.print(table)
+
+
+def bar(share: float, width: int = _BAR_WIDTH) -> str:
+    """A bar of `width` characters filled to `share`, in eighths of a character."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+
+
+def _phase_table(answer: Json) -> RenderableType:
+    phases = answer["phases"]
+    peak = max(phase["allocated_bytes"] for phase in phases)
+    items = list(dict.fromkeys(item["name"] for phase in phases for item in phase["items"]))
+    bytes_of = {(phase["phase"], item["name"]): item["bytes"] for phase in phases for item in phase["items"]}
+    basis_of = {item["name"]: item["basis"] for phase in phases for item in phase["items"]}
+    table = Table(box=None, pad_edge=False, show_footer=True, padding=(0, 1, 0, 0))
+    table.add_column("item", footer=Text("allocated", style="bold"), no_wrap=True)
+    for phase in phases:
+        is_peak = phase["allocated_bytes"] == peak
+        footer = Text(gib(phase["allocated_bytes"]), style="bold red" if is_peak else "bold")
+        table.add_column(phase["phase"], justify="right", footer=footer, no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in items:
+        sizes = [bytes_of.get((phase["phase"], name)) for phase in phases]
+        largest = max(size or 0 for size in sizes)
+        cells = [gib(size) if size else "–" for size in sizes]
+        # a tilde marks what is not exact to the byte
+        label = name if basis_of[name] == "exact" else f"{name} ~"
+        table.add_row(label, *cells, Text(bar(largest / peak if peak else 0.0), style="cyan"))
+    return table
+
+
+def _print_warnings(console: Console, answer: Json) -> None:
+    if answer["warnings"]:
+        console.print()
+    for warning in answer["warnings"]:
+        console.print(f"[yellow]{escape(warning['code'])}[/] {escape(warning['message'])}", highlight=False)
+    if answer["ignored"]:
+        console.print(f"no bearing on memory: {escape(', '.join(answer['ignored']))}", style="dim", highlight=False)
+
+
+def _context(answer: Json) -> str:
+    model, counts, versions = answer["model"], answer["parameters"], answer["stack"]
+    return escape(
+        f"{model['id'] or model['model_type']}: {counts['total']:,} parameters, {counts['trainable']:,} trainable; "
+        f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}"
+    )
+
+
+def _setting(setting: Json) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in setting.items())

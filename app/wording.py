@@ -1,0 +1,44 @@
+"""The sentences that the terminal and the page share."""
+
+from app.answer import Json
+from estimator.units import gib
+
+_VERDICTS = {"fits": "Fits", "tight": "Tight", "does_not_fit": "Does not fit"}
+
+
+def verdict_sentence(answer: Json) -> str:
+    """The answer in one sentence."""
+    fit, peak = answer["fit"], answer["peak"]
+    need = _need(answer)
+    if fit is None:
+        return f"{need[0].upper()}{need[1:]}."
+    card = fit["gpu"] or "the card"
+    free = fit["free_bytes"]
+    rest = f"{gib(free)} to spare" if free >= 0 else f"{gib(-free)} missing"
+    when = f" in {peak['phase']}" if peak else ""
+    return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
+
+
+def _need(answer: Json) -> str:
+    peak = answer["peak"]
+    if peak is None:
+        load = answer["phases"][0]["allocated_bytes"]
+        return f"loading takes {gib(load)}; the step of this model is not modelled"
+    device = peak["device_bytes"]
+    if device is None:
+        return f"peak {gib(peak['allocated_bytes'])} allocated"
+    return f"peak {gib(device)} on the device ({gib(peak['allocated_bytes'])} allocated)"
+
+
+def plan_sentence(plan: Json) -> str:
+    """The plan in one sentence."""
+    return (
+        f"per_device_train_batch_size {plan['per_device_train_batch_size']} × "
+        f"gradient_accumulation_steps {plan['gradient_accumulation_steps']} at {plan['max_length']:,} tokens "
+        f"(global batch {plan['global_batch_size']}); {gib(plan['margin_bytes'])} to spare."
+    )
+
+
+def shortfall_sentence(shortfall: Json) -> str:
+    """What is missing, in one sentence."""
+    return f"Nothing fits: the smallest batch misses {gib(shortfall['missing_bytes'])} in {shortfall['phase']}."
