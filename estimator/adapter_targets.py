@@ -271,11 +271,13 @@ def refuse_mamba(model_type: str, modules: Iterable[str]) -> None:
 
 def no_match(adapter: Adapter, names: ModuleNames) -> RequestError:
     """The error for targets that name nothing in the model."""
-    wanted = adapter.target_modules if adapter.target_modules is not None else adapter.target_parameters
-    return RequestError(
-        f"peft.target_modules: {wanted!r} matches no module of this {names.model_type} model; for instance {_examples(names)} would",
-        field="peft.target_modules",
-    )
+    if adapter.target_modules is None and not adapter.target_parameters:
+        # Its default is lost when names of experts are rewritten: the empty set that remains is no longer "not given".
+        problem = f"PEFT applies no default to {names.model_type} models, whose experts are fused"
+    else:
+        wanted = adapter.target_modules if adapter.target_modules is not None else adapter.target_parameters
+        problem = f"{wanted!r} matches nothing in this {names.model_type} model"
+    return RequestError(f"peft.target_modules: {problem}; name modules, for instance {_examples(names)}", field="peft.target_modules")
 
 
 def _examples(names: ModuleNames) -> str:

@@ -208,7 +208,8 @@ def _saved_copies(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
                     field="peft.modules_to_save",
                 )
             pattern = f"{parent(weight.pattern)}.modules_to_save.{leaf(weight.pattern)}"
-            yield replace(weight, pattern=pattern, indices=indices, item=Item.ADAPTER_WEIGHTS, trainable=weight.item is not Item.BUFFERS)
+            copied = replace(weight, pattern=pattern, indices=indices)
+            yield copied if copied.item is Item.BUFFERS else replace(copied, item=Item.ADAPTER_WEIGHTS, trainable=True)
 
 
 def _trained_tokens(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
-from estimator.inventory import Inventory, ModuleKind
+from estimator.inventory import Inventory, ModuleKind, TensorRole
 from estimator.recipe import Quantization
 from estimator.stack import Stack
 from estimator.units import ceil_div
@@ -134,10 +134,17 @@ def skipped_modules(inventory: Inventory, quantization: Quantization) -> tuple[s
     if quantization.skip_modules is not None:
         keys = set(quantization.skip_modules)
     else:
-        keys = {name.removesuffix(".weight") for name in inventory.tied_names} | {inventory.last_parameter_module}
+        keys = {name.removesuffix(".weight") for name in (*inventory.tied_names, _last_parameter(inventory))}
         if inventory.output_embedding is not None:
             keys.add(inventory.output_embedding)
     return tuple(sorted(keys | set(inventory.keep_in_fp32_modules)))
+
+
+def _last_parameter(inventory: Inventory) -> str:
+    """Full name of the last parameter. A bias's name skips nothing, because only `.weight` is taken off it."""
+    module = inventory.last_parameter_module
+    names = [name for row in inventory.rows if row.role is TensorRole.PARAMETER for name in row.names()]
+    return next((name for name in reversed(names) if name.rpartition(".")[0] == module), module)
 
 
 def is_skipped(module: str, keys: tuple[str, ...], stack: Stack) -> bool:
