@@ -74,6 +74,7 @@ class Figures(_Frozen):
     num_allocation_retries: NonNegativeInt | None = None
     """Times the allocator had to give segments back to the card; above 0 the reserved figures are squeezed ones."""
     num_segments: NonNegativeInt | None = None
+    """Segments held after the last step."""
 
 
 class Environment(_Frozen):

@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--foreign-bytes", type=int, default=0)
     arguments = parser.parse_args()
-    _die_with_parent()
+    die_with_parent()
     case = Case.model_validate_json(arguments.case.read_bytes())
     _write(arguments.report, run(case, arguments.device, arguments.foreign_bytes))
     return 0
@@ -65,7 +65,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A killed campaign must not leave a process on the card."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

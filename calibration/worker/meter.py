@@ -129,7 +129,7 @@ class CudaMeter:
             num_parameters=self._num_parameters,
             num_trainable=self._num_trainable,
             num_allocation_retries=statistics.get("num_alloc_retries"),
-            num_segments=statistics.get("segment.all.peak"),
+            num_segments=statistics.get("segment.all.current"),
         )
 
     def _own_device_bytes(self) -> int:

@@ -59,6 +59,8 @@ def _materialized(case: Case, device: torch.device) -> Any:
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
+        if device.type == "cuda":
+            model.hf_device_map = {"": device.index or 0}  # as from_pretrained leaves it: accelerate asks before it moves a quantized model
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """The runner against workers that misbehave."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,28 @@ time.sleep(600)
     assert time.monotonic() - start < 15
     deadline = time.monotonic() + 10
     while any(_is_running(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_parent_leaves_no_worker_behind(tmp_path: Path) -> None:
+    pids = tmp_path / "pid"
+    worker = f"""
+import os, pathlib, time
+from calibration.worker.__main__ import die_with_parent
+die_with_parent()
+pathlib.Path({str(pids)!r}).write_text(str(os.getpid()))
+time.sleep(600)
+"""
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while _is_running(int(pids.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

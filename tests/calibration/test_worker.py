@@ -97,7 +97,7 @@ class _Allocator:
             "max_memory_reserved": lambda: self.reserved,
             "reset_peak_memory_stats": self._reset,
             "mem_get_info": lambda: (10_000 - self.outside - self.reserved, 10_000),
-            "memory_stats": lambda: {"num_alloc_retries": 0, "segment.all.peak": 3},
+            "memory_stats": lambda: {"num_alloc_retries": 0, "segment.all.current": 3},
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
