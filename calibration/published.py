@@ -88,6 +88,8 @@ class Run:
     model: str
     config: Mapping[str, Any] | None
     """Content of the config.json where the catalogue does not have the model."""
+    vocab_size: int | None
+    """Rows of the embeddings where the script resized them."""
     recipe: Recipe
     gpu: Gpu
     group: str
@@ -169,6 +171,10 @@ def _is_foreign_quantization(quantization: str | None) -> bool:
     return quantization is not None and not quantization.startswith("bnb-")
 
 
+# The script adds a padding token and resizes the embeddings to the tokenizer's length, whatever the checkpoint's: 32,000 + 1 for Mistral,
+# 49,157 + 1 for santacoder, whose checkpoint is padded to 49,280. Resting memory confirms both to 2 kB.
+_RESIZED_VOCABULARY = {"mistralai/Mistral-7B-v0.1": 32_001, "bigcode/gpt_bigcode-santacoder": 49_158}
+
 # Versions of the rows of June 2024, published without any: those of the project's next record, a month later.
 _UNRECORDED = {"torch": "2.2.2", "transformers": "4.39.3", "peft": "0.11.1", "bitsandbytes": "0.43.1", "trl": "0.9.6"}
 
@@ -215,6 +221,7 @@ def _fms_run(row: Row) -> Run:
         row=row,
         model=fields["model"],
         config=_configs().get(fields["model"]),
+        vocab_size=_RESIZED_VOCABULARY.get(fields["model"]),
         recipe=recipe,
         gpu=find_gpu("a100-80"),
         group=f"{fields['model'].rpartition('/')[2]} {fields['method']} {kind} {transformers}",

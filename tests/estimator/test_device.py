@@ -14,7 +14,7 @@ def test_training_takes_a_second_workspace_for_the_backward_thread() -> None:
 
 
 def test_a_context_grows_with_the_number_of_multiprocessors() -> None:
-    assert context_bytes(132) - context_bytes(108) == int(2.9 * 24 * MIB)
+    assert abs(context_bytes(132) - context_bytes(108) - 2.9 * 24 * MIB) <= 1
 
 
 def test_device_is_segments_context_libraries_and_paged_memory() -> None:
