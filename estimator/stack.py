@@ -178,6 +178,14 @@ class Stack:
         return self.trl < (0, 26)
 
     @property
+    def sft_casts_adapters_by_name(self) -> bool:
+        """Whether the cast by names reaches LoRA adapters too; where it does not, they stay float32.
+
+        Source: calibration/measurements/published, rows fms-accel-0057 and fms-accel-0137: float32 under trl 0.13.0 and 0.11.4.
+        """
+        return self.trl >= (0, 14)
+
+    @property
     def sft_casts_trainable_to_bfloat16(self) -> bool:
         """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model, but DoRA magnitudes, to bfloat16.
 
