@@ -90,6 +90,8 @@ class Run:
     """Content of the config.json where the catalogue does not have the model."""
     vocab_size: int | None
     """Rows of the embeddings where the script resized them."""
+    has_rotary_caches: bool
+    """Whether every layer keeps cos and sin of all positions in buffers."""
     recipe: Recipe
     gpu: Gpu
     group: str
@@ -175,6 +177,10 @@ def _is_foreign_quantization(quantization: str | None) -> bool:
 # 49,157 + 1 for santacoder, whose checkpoint is padded to 49,280. Resting memory confirms both to 2 kB.
 _RESIZED_VOCABULARY = {"mistralai/Mistral-7B-v0.1": 32_001, "bigcode/gpt_bigcode-santacoder": 49_158}
 
+# Rows of 4.39.3 have them, those of 4.43.3 have not.
+# Source: transformers 4.39.3, models/mistral/modeling_mistral.py, MistralRotaryEmbedding.
+_WITHOUT_ROTARY_CACHES = (4, 43)
+
 # Versions of the rows of June 2024, published without any: those of the project's next record, a month later.
 _UNRECORDED = {"torch": "2.2.2", "transformers": "4.39.3", "peft": "0.11.1", "bitsandbytes": "0.43.1", "trl": "0.9.6"}
 
@@ -198,7 +204,7 @@ def _fms_run(row: Row) -> Run:
         dtype=dtype,
         attention=Attention.FLASH_ATTENTION_2,
         quantization=_quantization(fields, dtype),
-        adapter=_adapter(fields),
+        adapter=_adapter(fields, stack),
         # The project's own plugin ("accelerated") loads and wraps the model itself, past TRL's casts.
         prepare_for_kbit_training=is_baseline,
         trainer=Trainer.TRL if is_baseline else Trainer.TRANSFORMERS,
@@ -222,6 +228,7 @@ def _fms_run(row: Row) -> Run:
         model=fields["model"],
         config=_configs().get(fields["model"]),
         vocab_size=_RESIZED_VOCABULARY.get(fields["model"]),
+        has_rotary_caches=fields["model"].startswith("mistralai/") and stack.transformers < _WITHOUT_ROTARY_CACHES,
         recipe=recipe,
         gpu=find_gpu("a100-80"),
         group=f"{fields['model'].rpartition('/')[2]} {fields['method']} {kind} {transformers}",
@@ -244,11 +251,14 @@ def _quantization(fields: Mapping[str, Any], dtype: DType) -> Quantization | Non
     )
 
 
-def _adapter(fields: Mapping[str, Any]) -> Adapter | None:
+def _adapter(fields: Mapping[str, Any], stack: Stack) -> Adapter | None:
     rank = fields.get("rank")
     if rank is None:
         return None
     # santacoder's attention has one fused input projection, and its output projection shares the name of the MLP's.
     named = fields["targets"]
     targets = ("c_attn",) if "c_attn" in named else tuple(named.split(","))
-    return Adapter(r=rank, target_modules=targets, dropout=fields.get("dropout", 0.0))
+    # Before peft 0.12 (its pull request 1706) an adapter took the type of its base weight; on packed weights, which are not floating-point,
+    # it stayed float32.
+    autocast_dtype = stack.peft >= (0, 12) or fields.get("quantization") is not None
+    return Adapter(r=rank, target_modules=targets, dropout=fields.get("dropout", 0.0), autocast_adapter_dtype=autocast_dtype)
