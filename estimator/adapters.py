@@ -294,7 +294,8 @@ def module_names(inventory: Inventory, tensors: Iterable[StoredTensor]) -> Modul
         if leaf(weight.pattern) == "weight" and weight.module_kind is not ModuleKind.EMBEDDING and _is_adaptable(weight):
             linear.update(name for _, name in copies(parent(weight.pattern), weight.indices))
     return ModuleNames(
-        model_type=inventory.model_type,
+        # PEFT reads the type of the whole model, also where only its text part is modelled.
+        model_type=str(inventory.config.get("root_model_type", inventory.model_type)),
         modules=tuple(modules),
         linear=frozenset(linear),
         output_embedding=inventory.output_embedding,

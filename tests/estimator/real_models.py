@@ -78,7 +78,7 @@ def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None
         replace_with_bnb_linear(model, skipped, config, pre_quantized=True)
     finally:
         torch.set_default_dtype(default)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
             # DoRA reads the scales, which loading would have made.

@@ -74,12 +74,14 @@ def recipes(inventory: Inventory) -> dict[str, Recipe]:
     first, last = leaves[0], leaves[-1]
     embedding = (inventory.input_embedding or "embed_tokens").rpartition(".")[2]
     head = inventory.output_embedding or "lm_head"
-    plain = Recipe(
-        dtype=DType.BFLOAT16, attention=Attention.EAGER, training=Training(micro_batch_size=1, sequence_length=8), stack=Stack()
-    )
+    plain = Recipe(dtype=DType.BFLOAT16, attention=Attention.EAGER, training=Training(micro_batch_size=1, sequence_length=8), stack=Stack())
     listed = Adapter(r=8, target_modules=(first, last))
     layers = replace(
-        listed, layers_to_transform=(0, 2, 3), exclude_modules=(last,) if first != last else None, rank_pattern=((first, 3),), bias="lora_only"
+        listed,
+        layers_to_transform=(0, 2, 3),
+        exclude_modules=(last,) if first != last else None,
+        rank_pattern=((first, 3),),
+        bias="lora_only",
     )
     skip = replace(NF4, skip_modules=(last, rf".*\.1\.{first}" if first != last else "nothing"))
     return {
@@ -88,9 +90,7 @@ def recipes(inventory: Inventory) -> dict[str, Recipe]:
             plain, quantization=NF4, adapter=Adapter(r=16, target_modules="all-linear"), prepare_for_kbit_training=True
         ),
         "defaults": replace(plain, adapter=Adapter(r=8)),
-        "dora on int8, prepared": replace(
-            plain, quantization=INT8, adapter=replace(listed, use_dora=True), prepare_for_kbit_training=True
-        ),
+        "dora on int8, prepared": replace(plain, quantization=INT8, adapter=replace(listed, use_dora=True), prepare_for_kbit_training=True),
         "saved modules on fp4": replace(plain, quantization=FP4, adapter=replace(listed, modules_to_save=(embedding, head))),
         "chosen layers, all biases": replace(plain, adapter=replace(layers, bias="all")),
         "chosen layers, skipped modules": replace(plain, quantization=skip, adapter=layers),
@@ -115,7 +115,7 @@ def mismatch(source: str, recipe: Recipe) -> str | None:
     try:
         if recipe.adapter is not None:
             model = with_adapter(model, recipe.adapter, is_prepared=recipe.prepare_for_kbit_training)
-    except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:
         refusal = error
     try:
         ours = our_parameters(stored_tensors(inventory, recipe))
