@@ -10,6 +10,7 @@ import typer
 from app.answer import Json
 from app.options import OPTIONS, PLAN_OPTIONS, merged, model_argument, with_options
 from app.reading import MAX_BODY_BYTES, read_json
+from app.redaction import redacted
 from estimator.errors import RequestError, VramplanError
 
 EXIT_ERROR = 1
@@ -134,10 +135,10 @@ def main() -> None:
     try:
         cli()
     except VramplanError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {redacted(error.message)}", file=sys.stderr)
         for field in error.errors:
             if field.message not in error.message:
-                print(f"  {field.message}", file=sys.stderr)
+                print(f"  {redacted(field.message)}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 
 

@@ -47,7 +47,7 @@ FULL: Json = {
     "hardware": {"gpu": "l4"},
 }
 INFERENCE: Json = {
-    "model": "mistralai/Mistral-7B-v0.3",
+    "model": "mistralai/Mistral-7B-v0.1",
     "dtype": "bfloat16",
     "inference": {"batch_size": 1, "prompt_length": 4096, "max_new_tokens": 512},
     "hardware": {"gpu": "rtx3090"},

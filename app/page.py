@@ -18,6 +18,7 @@ from app.catalogue import list_gpus, list_models
 from app.chart import chart_of
 from app.form import Form
 from app.plan import plan
+from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES, read_json
 from app.service import answer
 from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
@@ -82,7 +83,7 @@ def _page(form: Form, *, result: Json | None = None, error: VramplanError | None
         "fields": fields,
         "models": [model["id"] for model in list_models()],
         "gpus": list_gpus(),
-        "error": error,
+        "error": None if error is None else problem_of(error),
         "pasted": pasted,
         "result": None if result is None else _view(result),
     }

@@ -9,7 +9,7 @@ from estimator.engine import estimate as run_engine
 from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
 from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
-from app.service import Case, prepare, render
+from app.service import Case, interval_of, prepare, render
 from app.training import positions
 from estimator.dtypes import DType
 from estimator.errors import RequestError, VramplanError
@@ -37,12 +37,14 @@ class _Search:
         return replace(self.case.recipe, training=replace(self.training(), **changes))
 
     def fits(self, recipe: Recipe) -> bool:
-        return self.missing_bytes(run_engine(self.case.inventory, recipe)) <= 0
+        return self.missing_bytes(recipe, run_engine(self.case.inventory, recipe)) <= 0
 
-    def missing_bytes(self, estimate: Estimate) -> int:
+    def missing_bytes(self, recipe: Recipe, estimate: Estimate) -> int:
         """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
         assert self.case.card is not None
-        return self.case.card.required_bytes(device_bytes(estimate)) - self.case.card.usable_bytes
+        bounds = interval_of(recipe, estimate)
+        required = self.case.card.required_bytes(device_bytes(estimate), bounds.device_high_bytes if bounds is not None else None)
+        return required - self.case.card.usable_bytes
 
 
 def plan(payload: Mapping[str, Any]) -> Json:
@@ -165,7 +167,7 @@ def _shortfall(search: _Search) -> Json:
     useful = [change for change in changes if change is not None and change["saves_bytes"] > 0]
     useful.sort(key=lambda change: (not change["fits"], -change["saves_bytes"]))
     return {
-        "missing_bytes": search.missing_bytes(estimate),
+        "missing_bytes": search.missing_bytes(recipe, estimate),
         "phase": estimate.peak.phase.value,
         "estimate": render(replace(search.case, recipe=recipe), estimate),
         "changes": useful,
@@ -213,6 +215,6 @@ def _change(search: _Search, estimate: Estimate, setting: Json, changed: Recipe,
     return {
         "set": setting,
         "saves_bytes": device_bytes(estimate) - device_bytes(after),
-        "fits": search.missing_bytes(after) <= 0,
+        "fits": search.missing_bytes(changed, after) <= 0,
         "costs": costs,
     }

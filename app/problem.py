@@ -1,9 +1,10 @@
-"""Errors as RFC 9457 problem documents. Nothing of the input is echoed but what the messages themselves quote."""
+"""Errors as RFC 9457 problem documents. Of the input only what messages quote is echoed, and no token."""
 
 from collections.abc import Iterable
 from http import HTTPStatus
 
 from app.answer import Json
+from app.redaction import redacted
 from estimator.errors import FieldError, VramplanError
 
 MEDIA_TYPE = "application/problem+json"
@@ -20,8 +21,8 @@ def problem(status: int, title: str | None, detail: str, *, errors: Iterable[Fie
         "type": kind,
         "title": title or HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
-        "errors": [{"field": e.field, "message": e.message} for e in errors],
+        "detail": redacted(detail),
+        "errors": [{"field": redacted(e.field), "message": redacted(e.message)} for e in errors],
     }
 
 

@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from app import fields
 from app.pasted import canonical
+from app.redaction import redacted
 from app.request import PeftFields, PlanRequest, QuantizationFields, Request, TrainingFields
 from estimator.errors import FieldError, RequestError
 
@@ -19,8 +20,6 @@ MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
 _SHOWN_ERRORS = 8
 _SHOWN_CHARACTERS = 80
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 RequestT = TypeVar("RequestT", bound=Request)
 RequestT_co = TypeVar("RequestT_co", bound=Request, covariant=True)
@@ -52,7 +51,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise RequestError(f"the request is not JSON: {_clean(str(error))}") from None
+        raise RequestError(f"the request is not JSON: {redacted(str(error))}") from None
     if not isinstance(payload, dict):
         raise RequestError("the request must be a JSON object; see /docs for an example")
     return payload
@@ -127,7 +126,7 @@ def _message(field: str, detail: ErrorDetails, kind: type[BaseModel]) -> str:
         return f"{field}: not a known field{_suggestion(section, name, kind)}"
     if detail["type"] == "missing":
         return f"{field}: is required"
-    expected = _clean(detail["msg"])
+    expected = redacted(detail["msg"])
     return f"{field}: {_shown(detail['input'])} is not accepted; {expected[0].lower()}{expected[1:]}"
 
 
@@ -144,9 +143,4 @@ def _suggestion(section: str, name: str, kind: type[BaseModel]) -> str:
 def _shown(value: object) -> str:
     """A value as messages quote it: short, and never a whole object."""
     scalar = value is None or isinstance(value, str | int | float)
-    return _clean(str(value) if scalar else type(value).__name__)[:_SHOWN_CHARACTERS]
-
-
-def _clean(text: str) -> str:
-    """Text that is safe to show: no tokens, no control characters."""
-    return _CONTROL.sub("?", _SECRET.sub("hf_…", text))
+    return redacted(str(value) if scalar else type(value).__name__)[:_SHOWN_CHARACTERS]

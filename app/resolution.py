@@ -16,6 +16,10 @@ from estimator.stack import Stack
 # What is assumed about a card that is not named: Ampere, the oldest with native bfloat16.
 DEFAULT_COMPUTE_CAPABILITY = (8, 0)
 
+_COMPUTE_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
+_LOAD_DTYPES = (*_COMPUTE_DTYPES, DType.FLOAT64)
+_STORAGE_DTYPES = (DType.UINT8, DType.INT8, *_LOAD_DTYPES)
+
 
 def resolve_recipe(request: Request, inventory: Inventory, compute_capability: tuple[int, int] | None) -> Recipe:
     """The recipe that the request means for this model.
@@ -65,10 +69,7 @@ def resolve_dtype(request: Request, inventory: Inventory, stack: Stack, *, quant
     if request.dtype == "auto":
         return checkpoint
     if request.dtype is not None:
-        dtype = parse_dtype(request.dtype)
-        if dtype not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT64):
-            raise UnknownNameError.of("dtype", request.dtype, ["auto", "bfloat16", "float16", "float32", "float64"])
-        return dtype
+        return _one_of("dtype", request.dtype, _LOAD_DTYPES, "auto")
     if request.training is not None and request.trainer == "trl" and stack.sft_loads_ids_in_float32:
         return DType.FLOAT32
     if stack.loads_checkpoint_dtype_by_default:
@@ -116,25 +117,20 @@ def _quantization(asked: QuantizationFields) -> Quantization:
     return Quantization(
         kind=QuantizationKind(asked.bnb_4bit_quant_type) if asked.load_in_4bit else QuantizationKind.INT8,
         double_quant=asked.load_in_4bit and asked.bnb_4bit_use_double_quant,
-        compute_dtype=_float_dtype(asked.bnb_4bit_compute_dtype, "quantization.bnb_4bit_compute_dtype"),
-        storage_dtype=_storage_dtype(asked.bnb_4bit_quant_storage),
+        compute_dtype=_one_of("quantization.bnb_4bit_compute_dtype", asked.bnb_4bit_compute_dtype, _COMPUTE_DTYPES),
+        storage_dtype=_one_of("quantization.bnb_4bit_quant_storage", asked.bnb_4bit_quant_storage, _STORAGE_DTYPES),
         skip_modules=None if skip is None else check_patterns("quantization.llm_int8_skip_modules", skip),
         threshold=asked.llm_int8_threshold,
     )
 
 
-def _float_dtype(name: str, field: str) -> DType:
-    dtype = parse_dtype(name, field)
-    if dtype not in (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16):
-        raise UnknownNameError.of(field, name, ["bfloat16", "float16", "float32"])
-    return dtype
-
-
-def _storage_dtype(name: str) -> DType:
-    dtype = parse_dtype(name, "quantization.bnb_4bit_quant_storage")
-    allowed = (DType.UINT8, DType.INT8, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32, DType.FLOAT64)
-    if dtype not in allowed:
-        raise UnknownNameError.of("quantization.bnb_4bit_quant_storage", name, [d.value for d in allowed])
+def _one_of(field: str, name: str, accepted: tuple[DType, ...], *others: str) -> DType:
+    try:
+        dtype = parse_dtype(name, field)
+    except UnknownNameError:
+        dtype = None
+    if dtype not in accepted:
+        raise UnknownNameError.of(field, name, [*others, *accepted])
     return dtype
 
 

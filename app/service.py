@@ -7,15 +7,16 @@ from typing import Any
 from estimator.engine import estimate as run_engine
 from estimator.engine import explain
 
-from app.answer import Json, is_modelled, render_estimate
+from app.answer import Json, device_bytes, is_modelled, render_estimate
 from app.card import Card, card_of
 from app.notices import Answered, notices
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
+from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.errors import RequestError, VramplanError
-from estimator.estimate import Estimate
+from estimator.estimate import Estimate, Interval
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
@@ -65,6 +66,7 @@ def find_model(request: Request) -> ResolvedModel:
 
 def render(case: Case, estimate: Estimate) -> Json:
     """The answer in the contract's words, with explanations and warnings."""
+    bounds = interval_of(case.recipe, estimate)
     return render_estimate(
         model={
             "id": case.model.id,
@@ -77,7 +79,7 @@ def render(case: Case, estimate: Estimate) -> Json:
         estimate=estimate,
         explanations=explain(case.inventory, case.recipe),
         card=case.card,
-        interval=None,
+        interval=bounds,
         notices=notices(
             Answered(
                 request=case.question.request,
@@ -87,12 +89,19 @@ def render(case: Case, estimate: Estimate) -> Json:
                 stored=tuple(stored_tensors(case.inventory, case.recipe)),
                 card=case.card,
                 unmodelled=case.question.unmodelled,
-                has_interval=False,
+                has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
             )
         ),
         ignored=case.question.ignored,
     )
+
+
+def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
+    """How wrong the estimate may be, as far as published measurements tell."""
+    if not is_modelled(estimate):
+        return None
+    return interval(recipe=recipe, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate))
 
 
 def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:

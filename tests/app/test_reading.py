@@ -147,7 +147,18 @@ def test_a_token_is_never_repeated() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"3", b'{"model": NaN}', b'{"model": Infinity}', b'{"x": 1e999}', b"[" * 100_000, b"\xff\xfe", b"x" * (MAX_BODY_BYTES + 1)],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"model": NaN}',
+        b'{"model": Infinity}',
+        b'{"x": 1e999}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"x" * (MAX_BODY_BYTES + 1),
+    ],
 )
 def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError):

@@ -90,7 +90,12 @@ def test_defaults_equal_those_of_the_installed_sft_config() -> None:
 
 @pytest.mark.parametrize(
     ("transformers", "torch", "expected"),
-    [("5.23", "2.13", "adamw_torch_fused"), ("4.57", "2.8", "adamw_torch_fused"), ("4.57", "2.7", "adamw_torch"), ("4.51", "2.8", "adamw_torch")],
+    [
+        ("5.23", "2.13", "adamw_torch_fused"),
+        ("4.57", "2.8", "adamw_torch_fused"),
+        ("4.57", "2.7", "adamw_torch"),
+        ("4.51", "2.8", "adamw_torch"),
+    ],
 )
 def test_the_default_optimizer_follows_transformers_and_torch(transformers: str, torch: str, expected: str) -> None:
     assert training(stack={"transformers": transformers, "torch": torch}).optimizer == expected
@@ -233,4 +238,7 @@ def test_a_quantization_that_is_switched_off_is_none() -> None:
 
 
 def test_optimizer_arguments_are_split() -> None:
-    assert training(optim="adafactor", optim_args="beta1=0.9, scale_parameter=True").optimizer_arguments == (("beta1", "0.9"), ("scale_parameter", "True"))
+    assert training(optim="adafactor", optim_args="beta1=0.9, scale_parameter=True").optimizer_arguments == (
+        ("beta1", "0.9"),
+        ("scale_parameter", "True"),
+    )

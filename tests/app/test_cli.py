@@ -1,0 +1,143 @@
+"""The command line, as a process: what it prints and how it ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import examples
+from app.options import all_options
+from app.request import HardwareFields, InferenceFields, PeftFields, PlanRequest, QuantizationFields, TrainingFields
+
+MODEL = "meta-llama/Llama-3.1-8B"
+QLORA = (
+    "--load-in-4bit",
+    "--bnb-4bit-quant-type",
+    "nf4",
+    "--bnb-4bit-use-double-quant",
+    "--bnb-4bit-compute-dtype",
+    "bfloat16",
+    "--dtype",
+    "bfloat16",
+    "--lora-r",
+    "16",
+    "--lora-alpha",
+    "32",
+    "--lora-dropout",
+    "0.05",
+    "--target-modules",
+    "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    "--prepare-model-for-kbit-training",
+    "--per-device-train-batch-size",
+    "4",
+    "--gradient-accumulation-steps",
+    "4",
+    "--max-length",
+    "2048",
+    "--optim",
+    "paged_adamw_8bit",
+    "--bf16",
+    "--gradient-checkpointing",
+    "--gpu",
+    "rtx4090",
+)
+
+
+def run(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from app.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, check=False)
+
+
+def test_options_ask_the_same_question_as_the_request() -> None:
+    by_options = run("estimate", MODEL, *QLORA, "--json")
+    by_request = run("estimate", "--request", "-", "--json", stdin=json.dumps(examples.QLORA))
+    assert json.loads(by_options.stdout) == json.loads(by_request.stdout)
+
+
+def test_the_default_output_is_verdict_table_and_warnings() -> None:
+    done = run("estimate", MODEL, *QLORA)
+    first, *rest = done.stdout.splitlines()
+    assert "rtx4090" in first
+    assert any(line.startswith("quantization_state") for line in rest)
+    assert any(line.startswith("allocated") for line in rest)
+    assert any("merge_needs_dequantized_copy" in line for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("estimate", "openai-community/gpt2"), 0),
+        (("estimate", "openai-community/gpt2", "--gpu", "rtx4090"), 0),
+        (("estimate", "meta-llama/Llama-3.1-70B", "--gpu", "rtx4090"), 3),
+        (("estimate", "openai-community/gpt2", "--gpu", "abacus"), 1),
+        (("estimate", "openai-community/gpt2", "--max-length", "0"), 1),
+        (("estimate", "--request", "/nowhere/request.json"), 1),
+        (("estimate", "/nowhere/config.json"), 1),
+        (("estimate",), 2),
+        (("estimate", "openai-community/gpt2", "--nonsense"), 2),
+        (("estimate", "openai-community/gpt2", "--max-length", "long"), 2),
+        (("models", "pythia"), 0),
+        (("gpus",), 0),
+        (("inspect", "openai-community/gpt2"), 0),
+    ],
+)
+def test_the_exit_code_says_how_it_went(arguments: tuple[str, ...], code: int) -> None:
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (done.stderr == "") == (code in (0, 3))
+
+
+def test_an_error_names_the_field() -> None:
+    assert "hardware.gpu: 'abacus' is not known" in run("estimate", "openai-community/gpt2", "--gpu", "abacus").stderr
+
+
+def test_a_request_may_be_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "request.yaml"
+    file.write_text("model: openai-community/gpt2\ntraining:\n  max_length: 128\n  per_device_train_batch_size: 2\n")
+    result = json.loads(run("estimate", "--request", str(file), "--json").stdout)
+    assert result["recipe"]["training"]["max_length"] == 128
+
+
+def test_options_override_the_request(tmp_path: Path) -> None:
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps(examples.QLORA))
+    result = json.loads(run("estimate", "--request", str(file), "--max-length", "256", "--gpu", "a100-80", "--json").stdout)
+    assert result["recipe"]["training"]["max_length"] == 256
+    assert result["recipe"]["training"]["per_device_train_batch_size"] == 4
+    assert result["fit"]["gpu"] == "a100-80"
+
+
+def test_a_plan_can_be_asked_for() -> None:
+    done = run("plan", MODEL, *QLORA, "--gpu", "a100-80", "--global-batch-size", "16", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["plan"]["global_batch_size"] == 16
+
+
+def test_every_option_sets_a_field_of_the_request() -> None:
+    sections: dict[str, Any] = {
+        "quantization": QuantizationFields,
+        "training": TrainingFields,
+        "inference": InferenceFields,
+        "hardware": HardwareFields,
+        "peft": PeftFields,
+    }
+    inert = {"peft.lora_alpha"}
+    for option in all_options():
+        section, _, name = option.path.partition(".")
+        known = set(sections[section].model_fields) if name else set(PlanRequest.model_fields)
+        assert (name.partition(".")[0] or section) in known or option.path in inert
+
+
+def test_an_estimate_of_a_catalogue_model_imports_no_framework_and_no_web_server() -> None:
+    program = (
+        "import sys; from app.cli import cli; "
+        f"cli(['estimate', {MODEL!r}, *{QLORA!r}], standalone_mode=False); "
+        "assert not {'torch', 'transformers', 'numpy', 'fastapi', 'uvicorn'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "heavy import" not in done.stderr
+    assert "Error" not in done.stderr, done.stderr

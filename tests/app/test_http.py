@@ -1,0 +1,142 @@
+"""The HTTP face."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from app import examples
+from app.http import create_app
+from app.reading import MAX_BODY_BYTES
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(), raise_server_exceptions=False) as client:
+        yield client
+
+
+def assert_problem(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert {"type", "title", "status", "detail", "errors"} <= set(body)
+    assert body["status"] == status
+    return body
+
+
+def test_every_example_of_the_documentation_runs(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/estimate", "/v1/plan"):
+        content = paths[path]["post"]["requestBody"]["content"]["application/json"]
+        assert content["examples"]
+        for example in content["examples"].values():
+            response = client.post(path, json=example["value"])
+            assert response.status_code == 200, response.text
+
+
+def test_the_documented_schema_refers_to_nothing_outside_itself(client: TestClient) -> None:
+    assert "$ref" not in str(client.get("/openapi.json").json()["paths"]["/v1/plan"]["post"]["requestBody"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model": NaN}',
+        b'{"model": "gpt2", "training": {"max_length": Infinity}}',
+        b'{"model": "gpt2", "training": {"max_length": 1e999}}',
+        b'{"model": "gpt2", "training": {"max_length": ' + b"9" * 5000 + b"}}",
+        b"[" * 100_000,
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b"\xff\xfe\x00",
+        b'{"model": {"config": {}}}',
+        b'{"model": {"config": {"model_type": "llama", "num_hidden_layers": 1000000000}}}',
+        b'{"model": "gpt2", "nonsense": 1}',
+        b'{"model": "../../etc/passwd"}',
+        b'{"model": "openai-community/gpt2", "revision": "../../../x"}',
+    ],
+)
+def test_what_cannot_be_read_is_a_422_problem(client: TestClient, body: bytes) -> None:
+    assert_problem(client.post("/v1/estimate", content=body), 422)
+
+
+def test_a_refusal_names_field_and_value(client: TestClient) -> None:
+    body = assert_problem(client.post("/v1/estimate", json={"model": "gpt2", "training": {"per_device_train_batch_size": 0}}), 422)
+    assert body["errors"][0]["field"] == "training.per_device_train_batch_size"
+    assert "0" in body["errors"][0]["message"]
+
+
+def test_a_long_body_is_refused(client: TestClient) -> None:
+    assert_problem(client.post("/v1/estimate", content=b" " * (MAX_BODY_BYTES + 1)), 413)
+
+
+def test_a_long_body_of_unknown_length_is_refused(client: TestClient) -> None:
+    chunks = (b" " * 65_536 for _ in range(MAX_BODY_BYTES // 65_536 + 2))
+    assert_problem(client.post("/v1/estimate", content=chunks), 413)
+
+
+def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
+    assert_problem(client.get("/nowhere"), 404)
+    assert_problem(client.get("/v1/estimate"), 405)
+
+
+def test_a_token_is_never_echoed(client: TestClient) -> None:
+    token = "hf_canarycanarycanary"
+    requests: list[dict[str, Any]] = [
+        {"model": "gpt2", token: 1},
+        {"model": "gpt2", "dtype": token},
+        {"model": "gpt2", "training": {"max_length": token}},
+        {**examples.QLORA, "training": {**examples.QLORA["training"], "hub_token": token}},
+        {"model": "gpt2", "hardware": {"gpu": token}},
+    ]
+    for request in requests:
+        assert token not in client.post("/v1/estimate", json=request).text
+
+
+def test_the_catalogue_can_be_listed_and_searched(client: TestClient) -> None:
+    models = client.get("/v1/models").json()["models"]
+    assert len(models) >= 60
+    found = client.get("/v1/models", params={"q": "llama-3.1-8b"}).json()["models"]
+    assert "meta-llama/Llama-3.1-8B" in [model["id"] for model in found]
+
+
+def test_a_model_is_shown_tensor_by_tensor(client: TestClient) -> None:
+    model = client.get("/v1/models/meta-llama/Llama-3.1-8B").json()
+    assert model["model"]["num_parameters"] == 8_030_261_248
+    counted = sum(t["num_parameters"] for t in model["tensors"] if t["role"] == "parameter" and t["tied_to"] is None)
+    assert counted == 8_030_261_248
+
+
+def test_a_query_that_is_not_accepted_is_a_problem_without_the_input(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_pages_and_answers_carry_security_headers(client: TestClient) -> None:
+    for path in ("/", "/healthz", "/nowhere"):
+        headers = client.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_web_process_imports_no_framework_and_stays_small() -> None:
+    program = """
+import resource, sys
+from starlette.testclient import TestClient
+from app import examples
+from app.http import create_app
+client = TestClient(create_app())
+assert client.post("/v1/estimate", json=examples.QLORA).status_code == 200
+assert client.get("/").status_code == 200
+assert not {"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 150

@@ -1,0 +1,224 @@
+"""Whole answers, in the form of the contract."""
+
+from typing import Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from app import examples
+from app.service import answer
+from estimator.phases import Item, Phase
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+class ModelJson(BaseModel):
+    model_config = STRICT
+    id: str | None
+    revision: str | None
+    model_type: str
+    source: Literal["catalogue", "hub", "config"]
+    num_parameters: int
+
+
+class ParametersJson(BaseModel):
+    model_config = STRICT
+    total: int
+    trainable: int
+    adapter: int
+    quantized: int
+
+
+class IntervalJson(BaseModel):
+    model_config = STRICT
+    coverage: float
+    allocated_low_bytes: int
+    allocated_high_bytes: int
+    device_low_bytes: int
+    device_high_bytes: int
+    basis: str
+
+
+class PeakJson(BaseModel):
+    model_config = STRICT
+    phase: str
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int
+    paged_bytes: int
+    interval: IntervalJson | None
+
+
+class ItemJson(BaseModel):
+    model_config = STRICT
+    name: str
+    bytes: int
+    basis: Literal["exact", "modelled", "traced", "fitted"]
+    formula: str
+    source: str
+
+
+class PhaseJson(BaseModel):
+    model_config = STRICT
+    phase: str
+    allocated_bytes: int
+    items: list[ItemJson]
+
+
+class FitJson(BaseModel):
+    model_config = STRICT
+    gpu: str | None
+    capacity_bytes: int
+    headroom_bytes: int
+    free_bytes: int
+    verdict: Literal["fits", "tight", "does_not_fit"]
+
+
+class WarningJson(BaseModel):
+    model_config = STRICT
+    code: str
+    message: str
+
+
+class AnswerJson(BaseModel):
+    """The contract's answer to `estimate`."""
+
+    model_config = STRICT
+    schema_version: Literal[1]
+    model: ModelJson
+    parameters: ParametersJson
+    recipe: dict[str, Any]
+    engine: Literal["analytic", "trace"]
+    stack: dict[Literal["torch", "transformers", "peft", "bitsandbytes", "trl"], str]
+    peak: PeakJson | None
+    steady_state_bytes: int | None
+    phases: list[PhaseJson]
+    fit: FitJson | None
+    warnings: list[WarningJson]
+    ignored: list[str]
+
+
+def codes(result: dict[str, Any]) -> set[str]:
+    return {warning["code"] for warning in result["warnings"]}
+
+
+@pytest.fixture(scope="module")
+def qlora() -> dict[str, Any]:
+    return answer(examples.QLORA)
+
+
+@pytest.mark.parametrize("name", list(examples.ESTIMATE))
+def test_every_example_is_answered_in_the_form_of_the_contract(name: str) -> None:
+    result = answer(examples.ESTIMATE[name]["value"])
+    AnswerJson.model_validate(result)
+    assert result["peak"] is not None
+    for phase in result["phases"]:
+        assert phase["allocated_bytes"] == sum(item["bytes"] for item in phase["items"])
+        assert phase["phase"] in set(Phase)
+        for item in phase["items"]:
+            assert item["name"] in set(Item)
+            assert item["formula"]
+            assert item["source"]
+
+
+def test_training_goes_through_five_phases(qlora: dict[str, Any]) -> None:
+    assert [phase["phase"] for phase in qlora["phases"]] == ["load", "forward", "loss", "backward", "optimizer_step"]
+
+
+def test_inference_goes_through_three_phases() -> None:
+    assert [phase["phase"] for phase in answer(examples.INFERENCE)["phases"]] == ["load", "prefill", "decode"]
+
+
+def test_the_peak_is_the_largest_phase(qlora: dict[str, Any]) -> None:
+    largest = max(qlora["phases"], key=lambda phase: phase["allocated_bytes"])
+    assert (qlora["peak"]["phase"], qlora["peak"]["allocated_bytes"]) == (largest["phase"], largest["allocated_bytes"])
+    assert qlora["peak"]["allocated_bytes"] <= qlora["peak"]["reserved_bytes"] <= qlora["peak"]["device_bytes"]
+
+
+def test_the_parameters_of_the_guides_example_are_counted_logically(qlora: dict[str, Any]) -> None:
+    # Source: peft 0.21, print_trainable_parameters on Llama-3.1-8B with r = 16 on all seven projections.
+    assert qlora["parameters"] == {"total": 8_072_204_288, "trainable": 41_943_040, "adapter": 41_943_040, "quantized": 6_979_321_856}
+
+
+def test_inert_fields_are_listed(qlora: dict[str, Any]) -> None:
+    assert qlora["ignored"] == ["peft.lora_alpha"]
+
+
+def test_defaults_are_shown_resolved() -> None:
+    recipe = answer({"model": "meta-llama/Llama-3.1-8B", "trainer": "trl", "training": {}, "stack": {"trl": "1.16.0"}})["recipe"]
+    assert recipe["dtype"] == "float32"
+    assert recipe["training"]["per_device_train_batch_size"] == 8
+    assert recipe["training"]["max_length"] == 1024
+    assert recipe["training"]["bf16"] is True
+
+
+def test_a_card_that_is_too_small_gets_does_not_fit_and_what_is_missing() -> None:
+    result = answer({**examples.QLORA, "hardware": {"capacity_gib": 4.0}})
+    assert result["fit"]["verdict"] == "does_not_fit"
+    assert result["fit"]["gpu"] is None
+    assert result["fit"]["free_bytes"] < 0
+
+
+def test_a_card_that_is_large_enough_fits() -> None:
+    assert answer({**examples.QLORA, "hardware": {"gpu": "h200-sxm"}})["fit"]["verdict"] == "fits"
+
+
+def test_without_hardware_there_is_no_verdict_and_the_assumption_is_named() -> None:
+    result = answer({**examples.QLORA, "hardware": None})
+    assert result["fit"] is None
+    assert result["recipe"]["compute_capability"] == "8.0"
+    assert {"compute_capability_assumed", "bitsandbytes_needs_nvidia"} <= codes(result)
+
+
+def test_loading_alone_says_so() -> None:
+    result = answer({"model": "openai-community/gpt2"})
+    assert [phase["phase"] for phase in result["phases"]] == ["load"]
+    assert "load_only" in codes(result)
+
+
+def test_what_the_guides_do_not_say_is_said(qlora: dict[str, Any]) -> None:
+    expected = {"float32_upcast", "weights_not_quantized", "merge_needs_dequantized_copy", "paging_is_partial", "nvidia_smi_shows_more"}
+    assert expected <= codes(qlora)
+    merge = next(w["message"] for w in qlora["warnings"] if w["code"] == "merge_needs_dequantized_copy")
+    assert "14.96 GiB" in merge  # 2 bytes × 8,030,261,248 parameters
+
+
+def test_bfloat16_on_a_t4_brings_a_warning() -> None:
+    result = answer({**examples.QLORA, "hardware": {"gpu": "t4"}})
+    message = next(w["message"] for w in result["warnings"] if w["code"] == "no_bfloat16")
+    assert "7.5" in message
+    assert "fp16=True" in message
+
+
+def test_a_compute_dtype_left_at_float32_brings_a_warning() -> None:
+    request = {**examples.QLORA, "quantization": {"load_in_4bit": True}}
+    assert "compute_dtype_float32" in codes(answer(request))
+    assert "compute_dtype_float32" not in codes(answer(examples.QLORA))
+
+
+def test_a_model_id_in_sft_trainer_brings_a_warning_unless_dtype_is_given() -> None:
+    without = {key: value for key, value in examples.SFT_LORA.items() if key != "dtype"}
+    assert "model_loaded_in_float32" in codes(answer({**without, "stack": {"trl": "1.16.0"}}))
+    assert "model_loaded_in_float32" not in codes(answer(examples.SFT_LORA))
+
+
+def test_fused_experts_that_stay_in_16_bits_are_named() -> None:
+    result = answer({"model": "mistralai/Mixtral-8x7B-v0.1", "dtype": "bfloat16", "load_in_4bit": True, "stack": {"transformers": "5.23"}})
+    message = next(w["message"] for w in result["warnings"] if w["code"] == "weights_not_quantized")
+    assert "experts" in message
+
+
+def test_a_length_beyond_the_trained_positions_brings_a_warning() -> None:
+    request = {"model": "meta-llama/Llama-2-7b-hf", "training": {"max_length": 8192, "per_device_train_batch_size": 1}}
+    assert "beyond_max_position_embeddings" in codes(answer(request))
+
+
+def test_checkpointing_left_off_beside_prepare_brings_a_warning() -> None:
+    training = {**examples.QLORA["training"], "gradient_checkpointing": False}
+    assert "kbit_checkpointing_default" in codes(answer({**examples.QLORA, "training": training}))
+
+
+def test_a_field_that_is_not_modelled_brings_a_warning() -> None:
+    training = {**examples.QLORA["training"], "torch_compile": True}
+    result = answer({**examples.QLORA, "training": training})
+    assert any(w["code"] == "field_not_modelled" and "training.torch_compile" in w["message"] for w in result["warnings"])
