@@ -1,6 +1,6 @@
 """Tiny models of every family, in every training mode, built in memory.
 
-The sizes are all different, so that a tensor can be recognised by its shape: h = 112, f = 272, a = 4, k = 2, d = 24, V = 352, r = 6.
+The sizes are all different, so that a tensor can be recognised by its shape: h = 160, f = 272, a = 4, k = 2, d = 24, V = 352, r = 6.
 """
 
 import logging
@@ -20,7 +20,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, RANK, POSITIONS = 112, 272, 4, 2, 24, 352, 6, 512
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, RANK, POSITIONS = 160, 272, 4, 2, 24, 352, 6, 512
 EXPERTS, EXPERTS_PER_TOKEN, EXPERT_WIDTH = 6, 2, 40
 
 
@@ -142,7 +142,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "stablelm": Family(config_class="StableLmConfig", values=_GROUPED),
         "phi": Family(config_class="PhiConfig", values=_GROUPED),
         "opt": Family(config_class="OPTConfig", values=_SIZES | {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
-        "bloom": Family(config_class="BloomConfig", values={"hidden_size": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY}, layers_field="n_layer"),
+        "bloom": Family(config_class="BloomConfig", values={"hidden_size": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY}, layers_field="n_layer", attention="eager"),
         "cohere": Family(config_class="CohereConfig", values=_GROUPED),
         "granite": Family(config_class="GraniteConfig", values=_GROUPED),
         "smollm3": Family(config_class="SmolLM3Config", values=_GROUPED | _PAD),
@@ -220,6 +220,7 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it for Conv1D, and says so
         adapted = get_peft_model(model, lora)
     for name, parameter in adapted.named_parameters():
         # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes

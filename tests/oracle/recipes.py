@@ -1,0 +1,82 @@
+"""The same tiny model and mode as the estimator is told it: an inventory and a recipe."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from estimator.dtypes import DType
+from estimator.introspect.inventory import inspect
+from estimator.inventory import Inventory
+from estimator.recipe import Adapter, Attention, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.stack import Stack
+from tests.oracle.models import FAMILIES, Mode
+from tests.oracle.run import mode_of
+
+_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+
+def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
+    """The inventory of a tiny model."""
+    return _inventory(family, layers, tuple(sorted((config or {}).items())))
+
+
+@lru_cache(maxsize=256)
+def _inventory(family: str, layers: int, config: tuple[tuple[str, object], ...]) -> Inventory:
+    made = FAMILIES[family].config(layers, **dict(config))
+    made.architectures = None
+    data = made.to_dict()
+    return inspect(data, f"oracle {family} {layers} {config}")
+
+
+def recipe(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    S: int,
+    *,
+    gc: bool | None = None,
+    every_n_layers: int = 1,
+    accumulation: int = 1,
+    optimizer: str = "adamw_torch_fused",
+    padded: bool = False,
+    attention: str | None = None,
+) -> Recipe:
+    """What a user would have asked for; arguments as in `run.step`."""
+    mode = mode_of(mode)
+    adapter = None
+    if mode.adapter is not None:
+        targets = mode.adapter.targets
+        adapter = Adapter(
+            r=mode.adapter.r,
+            target_modules=targets,
+            target_parameters=mode.adapter.target_parameters,
+            dropout=mode.adapter.dropout,
+            use_dora=mode.adapter.dora,
+            autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
+        )
+    quantization = None
+    if mode.quant is not None:
+        quantization = Quantization(kind=QuantizationKind(mode.quant), double_quant=mode.double_quant, compute_dtype=_DTYPES[mode.compute_dtype])
+    # quantized models get 16-bit adapters from TRL alone
+    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
+    return Recipe(
+        dtype=_DTYPES[mode.load_dtype],
+        attention=Attention(attention or FAMILIES[family].attention),
+        quantization=quantization,
+        adapter=adapter,
+        prepare_for_kbit_training=mode.prepared,
+        trainer=Trainer.TRL if from_trl else Trainer.TRANSFORMERS,
+        stack=Stack(trl=(0, 24)) if from_trl and mode.prepared else Stack(),
+        training=Training(
+            micro_batch_size=B,
+            sequence_length=S,
+            gradient_accumulation_steps=accumulation,
+            optimizer=optimizer,
+            autocast_dtype=DType.BFLOAT16 if mode.autocast else None,
+            gradient_checkpointing=gc is not None,
+            use_reentrant=bool(gc),
+            checkpoint_every_n_layers=every_n_layers,
+            padded=padded,
+        ),
+    )
