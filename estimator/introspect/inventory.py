@@ -125,17 +125,29 @@ def _name_of(model: Any, getter: str) -> str | None:
 
 
 def _layers(model: Any, text_config: Any) -> tuple[str | None, int]:
-    """Name and length of the list of decoder layers: within the decoder, the outermost list that holds most parameters."""
+    """Name and length of the list of decoder layers.
+
+    Within the decoder: of the outermost lists those as long as the config says, of these the one that holds most parameters.
+    """
+    num_layers = int(getattr(text_config, "num_hidden_layers", 0) or 0)
     decoder = _decoder(model)
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    sizes: dict[str, int] = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in sizes):
-            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
-    if not sizes:
-        return None, int(getattr(text_config, "num_hidden_layers", 0) or 0)
-    name = max(sizes, key=sizes.__getitem__)
-    return f"{prefix}.{name}".removeprefix("."), len(decoder.get_submodule(name))
+    lists = _outermost_lists(decoder)
+    if not lists:
+        decoder, lists = model, _outermost_lists(model)
+    if not lists:
+        return None, num_layers
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    candidates = {name: module for name, module in lists.items() if len(module) == num_layers} or lists
+    name = max(candidates, key=lambda name: sum(parameter.numel() for parameter in candidates[name].parameters()))
+    return f"{prefix}.{name}".removeprefix("."), len(candidates[name])
+
+
+def _outermost_lists(module: Any) -> dict[str, nn.ModuleList]:
+    lists: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = child
+    return lists
 
 
 def _decoder(model: Any) -> Any:

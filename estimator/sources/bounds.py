@@ -18,8 +18,8 @@ MAX_LIST_LENGTH = 65_536
 MAX_TEXT_LENGTH = 65_536
 MAX_PARAMETERS = 20 * 10**12
 """Ten times the largest model published so far (Kimi-K2 1.0e12, DeepSeek-V4-Pro 1.6e12)."""
-MAX_MODULES = 200_000
-"""Layers × experts: where experts are modules of their own, each costs about 0.1 ms to build."""
+MAX_MODULES = 2**20
+"""Layers × experts. Where experts are modules of their own, each costs about 0.1 ms to build; the limit on time does the rest."""
 MAX_INTEGER = 2**53
 """Beyond this, JSON readers disagree about integers."""
 
@@ -33,26 +33,34 @@ class Bound:
     names: re.Pattern[str]
     low: int
     high: int
+    exact: bool
+    """Whether the names are those of sizes alone; else the field may also hold a flag, a factor or a word, which is then let through."""
 
 
-def _bound(names: str, low: int, high: int) -> Bound:
+def _bound(names: str, low: int, high: int, *, exact: bool = True) -> Bound:
     # Flags and factors share endings with sizes: `use_sliding_window`, `scale_depth`, `pad_key_length`.
-    return Bound(names=re.compile(rf"(?!use_|is_|has_|no_|pad_|scale_|tie_)(?:{names})"), low=low, high=high)
+    return Bound(names=re.compile(rf"(?!use_|is_|has_|no_|pad_|scale_|tie_)(?:{names})"), low=low, high=high, exact=exact)
 
 
 # The first that matches a field's whole name decides. Names are those of transformers' config classes, text, vision and audio parts alike.
 _BOUNDS = (
     _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 1024),
-    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 1024),
-    _bound(r"vocab_size|.*_vocab_size|vocab_size_.*", 0, 2**24),
+    _bound(
+        r"num_key_value_heads|num_kv_heads|num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 1, 2**13
+    ),
+    _bound(r"vocab_size", 1, 2**24),
+    _bound(r"head_dim|kv_lora_rank|q_lora_rank|moe_intermediate_size|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17),
+    _bound(r"num_experts|num_local_experts|n_routed_experts|n_shared_experts|moe_num_experts|num_experts_per_tok", 0, 2**15),
+    _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31),
+    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 1024, exact=False),
+    _bound(r".*_vocab_size|vocab_size_.*", 0, 2**24, exact=False),
     _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
-    _bound(r"num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 0, 2**13),
-    _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13),
-    _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**13),
+    _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13, exact=False),
+    _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**15, exact=False),
     _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
-    _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16),
-    _bound(r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31),
-    _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", 0, 2**20),
+    _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16, exact=False),
+    _bound(r".*_position_embeddings|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31, exact=False),
+    _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", -1, 2**20, exact=False),
 )
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
@@ -77,8 +85,9 @@ def check(config: object) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
         raise _error("model_type", model_type, "the name of an architecture, for instance 'llama'")
-    for path, name, value in _fields(config, ""):
-        _check_field(path, name, value)
+    wrong = [error for path, name, value in _fields(config, "") for error in _check_field(path, name, value)][:10]
+    if wrong:
+        raise ConfigError(wrong[0].message, errors=[entry for error in wrong for entry in error.errors])
     for path, part in _parts(config, ""):
         _check_products(path, part)
     return _without_infinities(config)
@@ -155,24 +164,21 @@ def _fields(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, ob
                 yield f"{part_path}.{name}".removeprefix("."), name, value
 
 
-def _check_field(path: str, name: str, value: object) -> None:
+def _check_field(path: str, name: str, value: object) -> Iterator[ConfigError]:
     bound = next((b for b in _BOUNDS if b.names.fullmatch(name)), None)
-    if bound is None or value is None:
+    if bound is None:
         return
-    accepted = f"an integer from {bound.low} to {bound.high}"
+    for number in _flat(value):
+        is_integer = isinstance(number, int) and not isinstance(number, bool)
+        if (isinstance(number, int) and is_integer and not bound.low <= number <= bound.high) or (bound.exact and not is_integer):
+            yield _error(path, number, f"an integer from {bound.low} to {bound.high}")
+            return
+
+
+def _flat(value: object) -> Iterator[object]:
+    """The value, or the entries of a list of sizes (one per layer or stage) and of pairs in it; nulls mean the default."""
     for item in value if isinstance(value, list) else (value,):
-        if isinstance(item, list):  # pairs, such as an image size per stage
-            items: list[object] = item
-        else:
-            items = [item]
-        for number in items:
-            if number is None:
-                continue
-            if isinstance(number, bool) or not isinstance(number, int):
-                # Ratios live under some of these names (`mlp_dim: 4.0` in vision parts of remote code): only whole sizes can be bounded.
-                raise _error(path, number, accepted)
-            if not bound.low <= number <= bound.high:
-                raise _error(path, number, accepted)
+        yield from (entry for entry in (item if isinstance(item, list) else (item,)) if entry is not None)
 
 
 def _check_products(path: str, part: Mapping[str, Any]) -> None:
@@ -188,7 +194,7 @@ def _check_products(path: str, part: Mapping[str, Any]) -> None:
     estimate = dense + 3 * layers * hidden * max(intermediate, experts * smallest)
     if estimate > MAX_PARAMETERS:
         sizes = (
-            f"{layers} layers × hidden {hidden} × intermediate {intermediate} × {experts} experts, vocabulary {vocabulary}: {estimate:.3g}"
+            f"{estimate:.3g} from {layers} layers, hidden {hidden}, intermediate {intermediate}, {experts} experts, vocabulary {vocabulary}"
         )
         raise _error(f"{where}num_parameters", sizes, f"at most {MAX_PARAMETERS:.3g} parameters")
 
