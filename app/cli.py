@@ -147,6 +147,8 @@ def _payload(model: str | None, request: str | None, options: Json) -> Json:
     payload = merged(_read(request) if request is not None else {}, options)
     if model is not None:
         payload["model"] = model_argument(model)
+    if "trainer" in payload and "inference" not in payload:
+        payload.setdefault("training", {})
     if "model" not in payload:
         raise typer.BadParameter("give MODEL, or a request with one by --request")
     return payload

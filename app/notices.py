@@ -34,6 +34,8 @@ class Answered:
     """What lies on the device between steps."""
     card: Card | None
     unmodelled: tuple[str, ...]
+    has_own_code: bool
+    """Whether the model's repository brings code, which is never run."""
     has_interval: bool
     without_quantization: Estimate | None
     """The same run as plain 16-bit LoRA; None when it was not asked for or is not modelled."""
@@ -270,6 +272,14 @@ def _other_major(a: Answered) -> Iterable[str]:
         yield f"the parameter table was read from transformers {inspected}; known differences to {asked} are applied, unknown ones are not."
 
 
+def _own_code(a: Answered) -> Iterable[str]:
+    if a.has_own_code:
+        yield (
+            f"the repository brings code of its own, which was not run: {a.inventory.model_class} of transformers "
+            f"{a.inventory.transformers_version} stands for it."
+        )
+
+
 def _load_only(a: Answered) -> Iterable[str]:
     if a.recipe.training is None and a.recipe.inference is None:
         yield "neither training nor inference is given: the answer is for loading the weights alone."
@@ -279,6 +289,7 @@ Rule = Callable[[Answered], Iterable[str]]
 
 RULES: tuple[tuple[Rule, str], ...] = (
     (_load_only, "load_only"),
+    (_own_code, "own_code_not_run"),
     (_unmodelled_fields, "field_not_modelled"),
     (_no_bfloat16, "no_bfloat16"),
     (_flash_attention, "flash_attention_unsupported"),

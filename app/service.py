@@ -89,6 +89,7 @@ def render(case: Case, estimate: Estimate) -> Json:
                 stored=tuple(stored_tensors(case.inventory, case.recipe)),
                 card=case.card,
                 unmodelled=case.question.unmodelled,
+                has_own_code=case.model.has_own_code,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
             )

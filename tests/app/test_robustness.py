@@ -1,0 +1,49 @@
+"""Whatever is asked, the answer is an answer or a refusal."""
+
+import copy
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from app import examples
+from app.http import create_app
+from app.request import HardwareFields, InferenceFields, PeftFields, QuantizationFields, Request, TrainingFields
+
+CLIENT = TestClient(create_app(), raise_server_exceptions=False)
+SECTIONS: dict[str, list[str]] = {
+    "": sorted(set(Request.model_fields) - {"model", "revision"}),
+    "quantization": sorted(QuantizationFields.model_fields),
+    "peft": sorted(PeftFields.model_fields),
+    "training": sorted(TrainingFields.model_fields),
+    "inference": sorted(InferenceFields.model_fields),
+    "hardware": sorted(HardwareFields.model_fields),
+}
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63),
+    st.integers(-2, 70_000),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.sampled_from(
+        ["bfloat16", "float32", "auto", "eager", "all-linear", "q_proj", "adafactor", "sgd", "trl", "nf4", "lora_only", "5.0", "t4"]
+    ),
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+)
+FIELDS = st.sampled_from([(section, name) for section, names in SECTIONS.items() for name in names])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([e["value"] for e in examples.ESTIMATE.values()]), st.lists(st.tuples(FIELDS, VALUES), min_size=1, max_size=3))
+def test_a_request_with_any_values_gets_200_or_422(example: dict[str, Any], changes: list[tuple[tuple[str, str], Any]]) -> None:
+    request = copy.deepcopy(example)
+    for (section, name), value in changes:
+        target = request.setdefault(section, {}) if section else request
+        if isinstance(target, dict):
+            target[name] = value
+    response = CLIENT.post("/v1/estimate", json=request)
+    assert response.status_code in (200, 422), (request, response.text)
