@@ -67,7 +67,7 @@ bench: $(TEST_STAMP)
 	$(PY) -m tests.benchmarks.speed
 
 accuracy: $(TEST_STAMP)
-	$(PY) -m tests.benchmarks.accuracy
+	$(PY) -m calibration.accuracy
 
 catalogue: $(TEST_STAMP)
 	$(PY) -m estimator.introspect.catalogue

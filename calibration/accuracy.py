@@ -1,0 +1,183 @@
+"""Every published measurement beside the estimate for its own model, recipe and versions: `python -m calibration.accuracy`."""
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from estimator.engine import estimate
+
+from calibration.published import BATCH_BYTES_PER_TOKEN, CONSTANTS, NotModelled, Row, Run, rows, translate
+from calibration.published_model import inventory_of
+from estimator import correction
+from estimator.errors import VramplanError
+
+# Figures that have intervals.
+_JUDGED = ("allocated", "device")
+
+_RESIDUALS = Path(correction.__file__).with_name("data") / "residuals.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A figure as it was measured and as it is predicted [bytes]."""
+
+    measured: int
+    predicted: int
+
+    @property
+    def error(self) -> float:
+        """(predicted − measured) / measured: negative when the estimate is too low."""
+        return (self.predicted - self.measured) / self.measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One run: the figures that were published, each beside its estimate."""
+
+    run: Run
+    figures: Mapping[str, Pair]
+    """By name: `resting`, `allocated`, `device`."""
+
+    def judges(self, figure: str) -> bool:
+        """Whether the row may judge a figure: it was published, and set no constant of it."""
+        return figure in self.figures and not any(self.run.row.id in ids for ids in CONSTANTS.get(figure, {}).values())
+
+
+def compare(run: Run) -> Comparison:
+    """The estimate of a run beside its figures.
+
+    Raises:
+        VramplanError: if the model cannot be had or the recipe is refused.
+    """
+    estimated = estimate(inventory_of(run), run.recipe)
+    figures: dict[str, Pair] = {}
+    row = run.row
+    if row.resting_bytes is not None and estimated.steady_state_bytes is not None:
+        batch_bytes = BATCH_BYTES_PER_TOKEN * run.tokens
+        figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes + batch_bytes)
+    if row.allocated_bytes is not None and estimated.steady_state_bytes is not None:
+        figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=estimated.peak.allocated_bytes)
+    if row.device_bytes is not None and estimated.device_bytes is not None:
+        figures["device"] = Pair(measured=row.device_bytes, predicted=estimated.device_bytes)
+    return Comparison(run=run, figures=MappingProxyType(figures))
+
+
+def compare_all(published: Iterable[Row] | None = None) -> tuple[tuple[Comparison, ...], tuple[NotModelled, ...]]:
+    """Every row, compared or with the reason why not."""
+    compared: list[Comparison] = []
+    left_out: list[NotModelled] = []
+    for row in rows() if published is None else published:
+        translated = translate(row)
+        if isinstance(translated, NotModelled):
+            left_out.append(translated)
+            continue
+        try:
+            found = compare(translated)
+        except VramplanError as error:
+            left_out.append(NotModelled(row=row, reason=error.message))
+            continue
+        if "allocated" in found.figures:
+            compared.append(found)
+        else:
+            left_out.append(NotModelled(row=row, reason="the step of this model is not modelled"))
+    return tuple(compared), tuple(left_out)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:8.3f}"
+
+
+def _pair(pair: Pair | None) -> str:
+    return " " * 26 if pair is None else f"{_gib(pair.measured)} {_gib(pair.predicted)} {pair.error:+8.2%}"
+
+
+def _print_rows(compared: Sequence[Comparison]) -> None:
+    print(f"{'':<16} {'measured, predicted [GiB], error: resting':<40} {'allocated peak':<26}  device")
+    for found in compared:
+        shown = "  ".join(_pair(found.figures.get(name)) for name in ("resting", "allocated", "device"))
+        print(f"{found.run.row.id:<16} {shown}  B={found.run.row.fields['batch']} {found.run.group}")
+
+
+def _print_summary(compared: Sequence[Comparison]) -> None:
+    groups: dict[str, list[Comparison]] = {}
+    for found in compared:
+        groups.setdefault(found.run.group, []).append(found)
+    print(f"\n{'group':<52} rows   resting worst   allocated median  worst")
+    for group, members in [*sorted(groups.items()), ("all", list(compared))]:
+        resting = [m.figures["resting"].error for m in members if "resting" in m.figures]
+        peaks = [m.figures["allocated"].error for m in members]
+        worst_resting = f"{max(resting, key=abs):+.3%}" if resting else "-"
+        print(
+            f"{group:<52} {len(members):4}   {worst_resting:>13}   {statistics.median(map(abs, peaks)):>16.3%}  {max(peaks, key=abs):+.3%}"
+        )
+
+
+def _print_left_out(left_out: Sequence[NotModelled], *, every: bool) -> None:
+    print(f"\nnot compared: {len(left_out)} rows")
+    for (source, reason), number in Counter((n.row.source, n.reason) for n in left_out).most_common():
+        print(f"  {number:5}  {source:<20} {reason}")
+    if every:
+        for one in left_out:
+            print(f"  {one.row.id:<28} {one.reason}")
+
+
+def residual_classes(compared: Sequence[Comparison]) -> dict[str, Any]:
+    """Residuals of the rows that may judge, by class of recipe: what intervals are made of.
+
+    A class with too few device residuals of its own takes those of all training runs: what lies between allocated and device memory
+    depends little on the method.
+    """
+    classes: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for found in compared:
+        name = correction.class_of(found.run.recipe)
+        if name is not None:
+            entry = classes.setdefault(name, {figure: [] for figure in _JUDGED})
+            for figure in _JUDGED:
+                entry[figure] += _residuals(found, figure)
+    pooled = [row for entry in classes.values() for row in entry["device"]]
+    written = {
+        name: {
+            "evidence": _evidence(entry["allocated"]),
+            "allocated": entry["allocated"],
+            "device": entry["device"] if len(entry["device"]) >= correction.MIN_RESIDUALS else pooled,
+        }
+        for name, entry in classes.items()
+    }
+    constants = {figure: {name: list(ids) for name, ids in of.items()} for figure, of in CONSTANTS.items()}
+    return {"schema_version": 1, "constants": constants, "classes": written}
+
+
+def _residuals(found: Comparison, figure: str) -> list[dict[str, Any]]:
+    if not found.judges(figure):
+        return []
+    pair = found.figures[figure]
+    return [{"id": found.run.row.id, "residual": round(correction.residual(pair.measured, pair.predicted), 6)}]
+
+
+def _evidence(allocated: Sequence[Mapping[str, Any]]) -> str:
+    sources = sorted({str(row["id"]).rpartition("-")[0] for row in allocated})
+    return f"published rows of {', '.join(sources)} that set no constant (calibration/measurements/published)"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write-intervals", action="store_true", help=f"write {_RESIDUALS.name}, from which the estimator makes intervals")
+    parser.add_argument("--all", action="store_true", help="name every row that is not compared, not only the reasons")
+    options = parser.parse_args(arguments)
+    compared, left_out = compare_all()
+    _print_rows(compared)
+    _print_summary(compared)
+    _print_left_out(left_out, every=options.all)
+    if options.write_intervals:
+        _RESIDUALS.write_text(json.dumps(residual_classes(compared), indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten: {_RESIDUALS}")
+
+
+if __name__ == "__main__":
+    main()
