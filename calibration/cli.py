@@ -16,7 +16,7 @@ from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, R
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
-app = typer.Typer(no_args_is_help=True, help="Measure what a card really does.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what a card really does.")
 
 
 @app.callback()
