@@ -48,7 +48,7 @@ def test_dtype_defaults_follow_the_version_of_transformers(transformers: str, pa
 
 
 def test_a_model_id_in_sft_trainer_is_loaded_in_float32_since_trl_0_27() -> None:
-    run = {"trainer": "trl", "training": {}}
+    run: dict[str, Any] = {"trainer": "trl", "training": {}}
     assert recipe(**run).dtype is DType.FLOAT32
     assert recipe(stack={"trl": "0.26.2"}, **run).dtype is DType.BFLOAT16
     assert recipe(dtype="bfloat16", **run).dtype is DType.BFLOAT16
@@ -117,7 +117,7 @@ def test_reentrance_follows_the_versions_unless_given(stack: dict[str, str], fie
 
 
 def test_the_trainer_overrides_the_reentrance_that_prepare_set() -> None:
-    run = {"quantization": NF4, "peft": LORA, "prepare_model_for_kbit_training": True}
+    run: dict[str, Any] = {"quantization": NF4, "peft": LORA, "prepare_model_for_kbit_training": True}
     resolved = recipe(**run, training={"max_length": 512, "gradient_checkpointing": True}).training
     assert resolved is not None
     assert resolved.use_reentrant is False
@@ -153,7 +153,7 @@ def test_liger_replaces_the_loss_of_the_trainer_unless_its_config_says_no() -> N
 
 @pytest.mark.parametrize(("trl", "expected"), [("0.25.1", True), ("0.26.0", False), ("1.16.0", False)])
 def test_sft_trainer_prepared_quantized_models_until_0_25(trl: str, expected: bool) -> None:
-    run = {"quantization": NF4, "peft": LORA, "trainer": "trl", "training": {}}
+    run: dict[str, Any] = {"quantization": NF4, "peft": LORA, "trainer": "trl", "training": {}}
     assert recipe(stack={"trl": trl}, **run).prepare_for_kbit_training is expected
     assert recipe(stack={"trl": trl}, **run, prepare_model_for_kbit_training=True).prepare_for_kbit_training is True
 
