@@ -429,7 +429,9 @@ def custom(
     if node is not None:
         node.stash = tuple(v.view() for v in stash)
         for v in stash:
-            if v.storage is not None and v.storage.item is Item.TEMPORARY:
-                v.storage.relabel(Item.ACTIVATIONS)
+            if v.storage is not None:
+                if v.storage.item is Item.TEMPORARY:
+                    v.storage.relabel(Item.ACTIVATIONS)
+                tape.stashed.append(v.storage)
     y.node = node
     return y

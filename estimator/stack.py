@@ -192,3 +192,19 @@ class Stack:
         Source: trl 0.26, trainer/sft_trainer.py, SFTTrainer.__init__.
         """
         return self.trl >= (0, 26)
+
+    @property
+    def loss_keeps_half_logits(self) -> bool:
+        """Whether the 16-bit logits stay alive beside their float32 copy while the loss is computed.
+
+        Source: transformers 4.46, loss/loss_utils.py, ForCausalLMLoss takes them from the model; before, the model replaced them by the copy.
+        """
+        return self.transformers >= (4, 46)
+
+    @property
+    def loss_shifts_logits(self) -> bool:
+        """Whether the loss makes a contiguous copy of the logits without the last position; later the labels are shifted instead.
+
+        Source: transformers, loss/loss_utils.py, ForCausalLMLoss (4.48: `logits[..., :-1, :].contiguous()`).
+        """
+        return self.transformers < (4, 50)

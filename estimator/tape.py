@@ -230,6 +230,10 @@ class Tape:
         self.grad_enabled = False
         self.frame: CheckpointFrame | None = None
         self.gradients: dict[str, Value] = {}
+        self.stashed: list[Storage] = []
+        """What autograd functions hung on their contexts since the last `take_stash`."""
+        self.leaving_autocast: list[tuple[Item, Extent, int]] = []
+        """Cached casts that stand for layers not run one by one."""
         self.live: Counter[Held] = Counter()
         self.totals = [0] * len(_POWERS)
         self.peaks: dict[Phase, list[Snapshot]] = {}
@@ -319,6 +323,12 @@ class Tape:
                 raise StopRecomputation
         return Recomputable(frame, index)
 
+    def take_stash(self) -> tuple[tuple[Held, int], ...]:
+        """What autograd functions hung on their contexts since the last call."""
+        distinct = {id(storage): storage for storage in self.stashed}
+        self.stashed = []
+        return tuple(Counter((s.item, s.size) for s in distinct.values()).items())
+
     # -- modes --------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -333,6 +343,9 @@ class Tape:
         finally:
             self.autocast_enabled = False
             self.autocast_cache = {}
+            for item, size, number in self.leaving_autocast:
+                self.shrink(item, size, number)
+            self.leaving_autocast = []
 
     @contextmanager
     def recording(self, enabled: bool = True) -> Iterator[None]:
@@ -397,29 +410,32 @@ class Tape:
             del gradient
             collected.pop(node, None)
             node.saved = ()
-            for position, (following, _, _) in enumerate(node.inputs):
-                if following is None:
-                    continue
-                result = results[position]
-                results[position] = None
-                if isinstance(following, AccumulateGrad):
-                    if result is not None:
-                        following.receive(result)
-                    continue
-                if isinstance(following, _Arrival):
-                    following.add(self, result)
-                    continue
-                if result is not None:
-                    if following.collects:
-                        collected.setdefault(following, []).append(result.view())
-                    else:
-                        _accumulate(self, buffers, following, result)
-                    buffers.setdefault(following, result)
-                waiting[following] -= 1
-                if waiting[following] == 0:
-                    ties += 1
-                    heapq.heappush(ready, (-following.sequence, ties, following))
+            edges = [edge[0] for edge in node.inputs]
+            while results:
+                # Popped, so that no name here keeps a gradient alive through the next node.
+                self._deliver(edges.pop(0), results.pop(0), buffers, collected)
+            for following, _, _ in node.inputs:
+                if isinstance(following, Node):
+                    waiting[following] -= 1
+                    if waiting[following] == 0:
+                        ties += 1
+                        heapq.heappush(ready, (-following.sequence, ties, following))
 
+    def _deliver(
+        self, following: "Node | AccumulateGrad | _Arrival | None", gradient: Value | None, buffers: dict[Node, Value], collected: dict[Node, list[Value]]
+    ) -> None:
+        if gradient is None or following is None:
+            return
+        match following:
+            case AccumulateGrad():
+                following.receive(gradient)
+            case _Arrival():
+                following.add(self, gradient)
+            case Node() if following.collects:
+                collected.setdefault(following, []).append(gradient)
+                buffers.setdefault(following, gradient)
+            case Node():
+                _accumulate(self, buffers, following, gradient)
 
     def _fitted(self, gradient: Value | None, extent: Extent, dtype: DType) -> Value | None:
         """A gradient summed over broadcast dimensions and cast to its input's type.

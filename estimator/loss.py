@@ -1,0 +1,87 @@
+"""From the last hidden state to a loss: logits and what the loss functions make of them.
+
+Legend: T = B·S tokens, V vocabulary, h hidden size.
+"""
+
+from collections.abc import Sequence
+
+from estimator.dtypes import DType
+from estimator.modules import Modules
+from estimator.operators import cast, saving_output, scale
+from estimator.phases import Item
+from estimator.tape import Extent, Gradients, Node, Value
+
+
+def label_logits(value: Value) -> Value:
+    """Count a tensor of one element per token and vocabulary entry as `logits`."""
+    if value.storage is not None:
+        value.storage.relabel(Item.LOGITS)
+    return value
+
+
+def cross_entropy(logits: Value, vocabulary: int) -> Value:
+    """`F.cross_entropy` on float32 logits: the log-softmax is kept; the backward pass makes two more tensors of its size.
+
+    Source: torch, derivatives.yaml, _log_softmax and nll_loss_forward.
+    """
+    tape = logits.tape
+    rows = logits.extent.scaled(1, vocabulary)
+    extent = logits.extent
+
+    def log_softmax_backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = label_logits(tape.new(extent, DType.FLOAT32))
+        del saved
+        return [result]
+
+    def nll_backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = label_logits(tape.new(extent, DType.FLOAT32))
+        del saved
+        return [result]
+
+    node = tape.node([logits], log_softmax_backward)
+    log_probabilities = label_logits(tape.new(extent, DType.FLOAT32))
+    tape.save_output(node, log_probabilities)
+    log_probabilities.node = node
+    labels, padded = tape.new(rows, DType.INT64), tape.new(rows, DType.INT64)
+    node = tape.node([log_probabilities], nll_backward, [log_probabilities, labels])
+    loss = tape.new(Extent(1), DType.FLOAT32)
+    loss.node = node
+    del padded
+    return loss
+
+
+def stock_loss(modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, keeps_half: bool) -> Sequence[Value]:
+    """transformers' ForCausalLMLoss: returns the loss and the logits the model hands back.
+
+    Args:
+        shifts_logits: whether the logits (and not the labels) are shifted, by a contiguous copy.
+        keeps_half: whether the 16-bit logits outlive their float32 copy (the caller holds them).
+
+    Source: transformers, loss/loss_utils.py, ForCausalLMLoss.
+    """
+    logits = label_logits(modules.linear(head, hidden))
+    if softcap:
+        for step in (scale, saving_output, scale):
+            logits = label_logits(step(logits))
+    full = label_logits(cast(logits, DType.FLOAT32))
+    if not keeps_half:
+        logits = full
+    if shifts_logits:
+        full = label_logits(_copied(full))
+    loss = cross_entropy(full, vocabulary)
+    return loss, logits
+
+
+def _copied(x: Value) -> Value:
+    """`logits[..., :-1, :].contiguous()`: its gradient is a full tensor with the slice copied in."""
+    tape = x.tape
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [label_logits(tape.new(gradient.extent, gradient.dtype))]
+
+    node = tape.node([x], backward)
+    y = tape.new(x.extent, x.dtype)
+    y.node = node
+    return y

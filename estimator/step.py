@@ -1,0 +1,290 @@
+"""One training step on the tape: embedding, layers, loss and the way back.
+
+Layers that are alike are run once at each end of their row; those between are taken as copies of the first, since what they keep is the same and
+what is alive changes by a constant from one to the next.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from estimator.blocks.families import FAMILIES, Family, Frame
+from estimator.blocks.layer import Layer, Surroundings
+from estimator.dtypes import DType
+from estimator.inventory import Inventory
+from estimator.loss import stock_loss
+from estimator.modules import Modules
+from estimator.phases import Item, Phase
+from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.storage import StoredTensor
+from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Snapshot, Tape, Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """What the batch's size decides about the program, beside the sizes of its tensors."""
+
+    beyond_window: bool
+    """Whether sequences are longer than the sliding window."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The instants at which each phase can be largest, beside what is stored between steps."""
+
+    peaks: Mapping[Phase, tuple[Snapshot, ...]]
+
+
+def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
+    """Stored tensors by name relative to their layer, and those outside the layers by full name."""
+    layers: list[dict[str, StoredTensor]] = [{} for _ in range(inventory.num_layers)]
+    outside: dict[str, StoredTensor] = {}
+    prefix = f"{inventory.layers_prefix}.{{}}."
+    for tensor in stored:
+        if tensor.pattern.startswith(prefix):
+            relative = tensor.pattern[len(prefix) :]
+            for index in tensor.indices[0]:
+                layers[index][relative] = tensor
+        else:
+            outside[tensor.pattern] = tensor
+    return layers, outside
+
+
+def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, kernel_workspaces: bool = True) -> Program:
+    """Run forward, loss and backward of one micro-batch.
+
+    Raises:
+        KeyError: if the family is not known; callers ask `FAMILIES` first.
+    """
+    training = recipe.training
+    assert training is not None
+    step = _Step(inventory, recipe, training, stored, regime, kernel_workspaces)
+    step.run()
+    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+
+
+class _Step:
+    def __init__(
+        self, inventory: Inventory, recipe: Recipe, training: Training, stored: tuple[StoredTensor, ...], regime: Regime, kernel_workspaces: bool
+    ) -> None:
+        self.inventory = inventory
+        self.recipe = recipe
+        self.training = training
+        self.family: Family = FAMILIES[inventory.model_type]
+        self.tape = Tape(
+            autocast_dtype=training.autocast_dtype,
+            accumulating=training.gradient_accumulation_steps > 1,
+            kernel_workspaces=kernel_workspaces,
+        )
+        self.layers, self.outside = layer_tensors(inventory, stored)
+        windowed = regime.beyond_window
+        decoder = (inventory.layers_prefix or "").rpartition(".")[0]
+        beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
+        self.frame = Frame(
+            tape=self.tape,
+            modules=Modules(self.tape, "", beside, recipe),
+            config=inventory.config,
+            attention=recipe.attention,
+            masked=training.padded,
+            sliding_masked=training.padded or windowed,
+        )
+
+    def run(self) -> None:
+        tape = self.tape
+        batch = [tape.new(Extent(1, 1, 1), DType.INT64, Item.ACTIVATIONS) for _ in range(3)]
+        with tape.recording():
+            loss = self._forward()
+        tape.enter(Phase.BACKWARD)
+        if loss.node is not None:
+            tape.backward(loss.node, tape.new(Extent(1), DType.FLOAT32))
+        tape.note_peak()
+        tape.phase = Phase.OPTIMIZER_STEP
+        del loss, batch
+
+    def _forward(self) -> Value:
+        """The model's forward under autocast; accelerate then turns the returned logits into float32.
+
+        Source: accelerate, utils/operations.py, convert_outputs_to_fp32.
+        """
+        tape = self.tape
+        with tape.autocasting():
+            loss, logits = self._model()
+        if self.training.autocast_dtype is not None and logits is not None and logits.dtype is not DType.FLOAT32:
+            converted = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
+            del converted
+        return loss
+
+    def _model(self) -> tuple[Value, Value | None]:
+        hidden = self.hidden_states()
+        self.tape.enter(Phase.LOSS)
+        return self._loss(hidden)
+
+    def hidden_states(self) -> Value:
+        """Embedding, layers and final norm."""
+        frame, family = self.frame, self.family
+        embedded = family.embed(frame)  # stays a local of the model's forward to its end
+        self._require_input_gradients(embedded)
+        positions = self.tape.new(Extent(1, 0, 1), DType.INT64)
+        around = family.surround(frame, embedded)
+        hidden = family.finish(frame, self._run_layers(embedded, around))
+        del embedded, around, positions
+        return hidden
+
+    def _require_input_gradients(self, hidden: Value) -> None:
+        """With adapters and checkpointing the embedding's output is made a leaf that asks for a gradient.
+
+        Source: transformers, modeling_utils.py, enable_input_require_grads.
+        """
+        if hidden.node is None and self.recipe.adapter is not None and self.training.gradient_checkpointing:
+            hidden.node = _InputGradient(self.tape, hidden)  # type: ignore[assignment]
+
+    def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
+        config = self.inventory.config
+        vocabulary = config["vocab_size"]
+        head = self.inventory.output_embedding
+        assert isinstance(vocabulary, int)
+        assert head is not None
+        modules = Modules(self.tape, "", self._head_tensors(head), self.recipe)
+        if self.training.loss is not Loss.STOCK:
+            raise NotImplementedError(self.training.loss)
+        stack = self.recipe.stack
+        loss, logits = stock_loss(
+            modules,
+            head,
+            hidden,
+            vocabulary,
+            shifts_logits=stack.loss_shifts_logits,
+            softcap=isinstance(config.get("final_logit_softcapping"), (int, float)),
+            keeps_half=stack.loss_keeps_half_logits,
+        )
+        return loss, logits
+
+    def _head_tensors(self, head: str) -> dict[str, StoredTensor]:
+        """A tied head works on the embedding's weight."""
+        tensors = dict(self.outside)
+        if f"{head}.weight" not in tensors:
+            tensors[f"{head}.weight"] = tensors[f"{self.inventory.input_embedding}.weight"]
+        return tensors
+
+    # -- layers ---------------------------------------------------------------------------------------------------------------------
+
+    def _run_layers(self, hidden: Value, around: Surroundings) -> Value:
+        kinds = [self._kind(i) for i in range(self.inventory.num_layers)]
+        last = {kind: i for i, kind in enumerate(kinds)}
+        seen: dict[object, _Copy] = {}
+        for index, kind in enumerate(kinds):
+            entry = (kind, hidden.dtype, hidden.requires_grad)
+            if entry in seen and index != last[kind]:
+                hidden = seen[entry].stand_in(self.tape, hidden)
+                continue
+            before = Counter(self.tape.live)
+            cached = set(self.tape.autocast_cache)
+            hidden = self._run_layer(index, hidden, around)
+            # The first layer is no model for the others: the embedding that enters it outlives it.
+            if index > 0 and entry not in seen:
+                seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], checkpointed=self._is_checkpointed(index))
+        return hidden
+
+    def _kind(self, index: int) -> object:
+        tensors = self.layers[index]
+        signature = tuple((name, t.shape, t.dtype, t.trainable, t.quantization) for name, t in tensors.items())
+        return signature, self._layer_type(index), self._is_checkpointed(index)
+
+    def _layer_type(self, index: int) -> str:
+        types = self.inventory.config.get("layer_types")
+        if isinstance(types, (list, tuple)) and index < len(types):
+            return str(types[index])
+        return "sliding_attention" if self.inventory.config.get("sliding_window") else "full_attention"
+
+    def _is_checkpointed(self, index: int) -> bool:
+        return self.training.gradient_checkpointing and index % self.training.checkpoint_every_n_layers == 0
+
+    def _run_layer(self, index: int, hidden: Value, around: Surroundings) -> Value:
+        layer = Layer(
+            modules=Modules(self.tape, f"{self.inventory.layers_prefix}.{index}.", self.layers[index], self.recipe),
+            config=self.inventory.config,
+            index=index,
+            attention=self.recipe.attention,
+            layer_type=self._layer_type(index),
+        )
+
+        def function(x: Value) -> Value:
+            return self.family.layer(layer, x, around)
+
+        if self._is_checkpointed(index):
+            return self.tape.checkpoint(function, hidden, self.training.use_reentrant)
+        return function(hidden)
+
+
+class _InputGradient(AccumulateGrad):
+    """The embedding's output as a leaf: its gradient stays until the graph goes."""
+
+    __slots__ = ()
+
+    def __init__(self, tape: Tape, hidden: Value) -> None:
+        self.tape = tape
+        self.name = "(input embeddings)"
+        self.dtype = hidden.dtype
+        self.count = hidden.extent.count
+
+    def receive(self, gradient: Value) -> None:
+        self.tape.gradients.setdefault(self.name, gradient)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copy:
+    """What one layer adds to what is alive, so that its twins need not be run."""
+
+    kept: tuple[tuple[Held, int], ...]
+    """Alive after the layer and not before it."""
+    until_graph_goes: tuple[tuple[Held, int], ...]
+    """The part of it that the backward pass does not free."""
+    until_autocast_ends: tuple[tuple[Held, int], ...]
+    gradients: tuple[Extent, ...]
+
+    @classmethod
+    def of(cls, tape: Tape, before: Counter[Held], cached: set[str], tensors: Mapping[str, StoredTensor], *, checkpointed: bool) -> "_Copy":
+        kept = Counter(tape.live)
+        kept.subtract(before)
+        casts: Counter[Held] = Counter()
+        if checkpointed:
+            for name in tape.autocast_cache.keys() - cached:
+                storage = tape.autocast_cache[name].storage
+                assert storage is not None
+                casts[storage.item, storage.size] += 1
+        kept.subtract(casts)
+        gradients = [Extent(t.num_elements * t.dtype.itemsize) for t in tensors.values() if t.trainable]
+        return cls(
+            kept=tuple((held, n) for held, n in kept.items() if n),
+            until_graph_goes=tape.take_stash(),
+            until_autocast_ends=tuple(casts.items()),
+            gradients=() if tape.accumulating else tuple(gradients),
+        )
+
+    def stand_in(self, tape: Tape, hidden: Value) -> Value:
+        """Take the place of one more layer like this one."""
+        for (item, size), number in self.kept:
+            tape.grow(item, size, number)
+        for (item, size), number in self.until_autocast_ends:
+            tape.grow(item, size, number)
+            tape.leaving_autocast.append((item, size, number))
+
+        def backward(node: Node, gradient: Value) -> Gradients:
+            stay = dict(self.until_graph_goes)
+            for held, number in self.kept:
+                tape.shrink(*held, number - stay.get(held, 0))
+            for size in self.gradients:
+                tape.grow(Item.GRADIENTS, size)
+            return [gradient.view()]
+
+        node = tape.node([hidden], backward)
+        return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
+
+
+def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
+    """Which pieces of the program the batch's size selects."""
+    training = recipe.training
+    assert training is not None
+    window = inventory.config.get("sliding_window")
+    beyond = isinstance(window, int) and recipe.attention is Attention.SDPA and training.sequence_length > window
+    return Regime(beyond_window=beyond)
