@@ -16,7 +16,10 @@ from estimator.storage import StoredTensor
 
 # Fused experts that keep (experts, in, out); all others keep (experts, out, in).
 # Source: transformers 5.23, `use_experts_implementation(is_transposed=True)` in models/{gpt_oss,aria,openai_privacy_filter}.
-TRANSPOSED_EXPERTS = frozenset({"GptOssExperts", "AriaExperts", "AriaTextExperts", "OpenAIPrivacyFilterExperts"})
+TRANSPOSED_EXPERTS = frozenset({"GptOssExperts", "AriaExperts", "OpenAIPrivacyFilterExperts"})
+
+# Source: peft, tuners/lora/layer.py, dispatch_default.
+_CONVOLUTIONS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -126,16 +129,25 @@ def adapter_tensors(
 
 
 def _is_adaptable(weight: StoredTensor) -> bool:
-    kinds = (ModuleKind.CONV1D, ModuleKind.EMBEDDING)
-    return leaf(weight.pattern) == "weight" and (weight.module_kind in kinds or is_linear(weight.module_kind, weight.module_class))
+    is_matrix = _is_linear(weight) or weight.module_kind is ModuleKind.EMBEDDING
+    return leaf(weight.pattern) == "weight" and (is_matrix or _is_convolution(weight))
+
+
+def _is_linear(weight: StoredTensor) -> bool:
+    return weight.module_kind is ModuleKind.CONV1D or is_linear(weight.module_kind, weight.module_class)
+
+
+def _is_convolution(weight: StoredTensor) -> bool:
+    """Whether it is a convolution over all its input channels; groups cannot be told from the shape of a depthwise one."""
+    return weight.module_class in _CONVOLUTIONS and (weight.shape[1] > 1 or weight.shape[0] == 1)
 
 
 def _module_adapter(
     adapter: Adapter, weight: StoredTensor, rank: int, quantization: Quantization | None, load_dtype: DType
 ) -> Iterator[StoredTensor]:
-    """LoRA on one kind of module.
+    """LoRA on one kind of module. A convolution gets A with its kernel, and a pointwise B.
 
-    Source: peft, tuners/lora/layer.py, Linear and Embedding; tuners/lora/dora.py, DoraLinearLayer.update_layer.
+    Source: peft, tuners/lora/layer.py, Linear, Embedding and _ConvNd; tuners/lora/dora.py, DoraLinearLayer.update_layer.
     """
     module = parent(weight.pattern)
     is_4bit = weight.quantization is not None and weight.quantization.is_4bit
@@ -147,6 +159,13 @@ def _module_adapter(
         out_features = width
         yield _added(weight, f"{module}.lora_embedding_A", (rank, rows), dtype, ModuleKind.OTHER)
         yield _added(weight, f"{module}.lora_embedding_B", (width, rank), dtype, ModuleKind.OTHER)
+    elif _is_convolution(weight):
+        out_features, in_channels, *kernel = weight.shape
+        ones = [1] * len(kernel)
+        yield _added(weight, f"{module}.lora_A.weight", (rank, in_channels, *kernel), dtype, ModuleKind.OTHER)
+        yield _added(weight, f"{module}.lora_B.weight", (out_features, rank, *ones), dtype, ModuleKind.OTHER)
+        if adapter.lora_bias:
+            yield _added(weight, f"{module}.lora_B.bias", (out_features,), dtype, ModuleKind.OTHER)
     else:
         first, second = weight.shape
         in_features, out_features = (first, second) if weight.module_kind is ModuleKind.CONV1D else (second, first)
@@ -273,7 +292,7 @@ def _check(adapter: Adapter, base: Base, matcher: Matcher, targets: Targets) -> 
     for name in matched:
         if name not in adaptable:
             raise RequestError(
-                f"peft.target_modules: {name} is matched but is no linear, Conv1D or embedding module that can be adapted",
+                f"peft.target_modules: {name} is matched but is no linear, convolution or embedding module that can be adapted",
                 field="peft.target_modules",
             )
     embeddings = {name for w in base.tensors if w.module_kind is ModuleKind.EMBEDDING for _, name in copies(parent(w.pattern), w.indices)}
@@ -291,7 +310,7 @@ def module_names(inventory: Inventory, tensors: Iterable[StoredTensor]) -> Modul
                 modules[".".join(parts[:end])] = None
     linear: set[str] = set()
     for weight in tensors:
-        if leaf(weight.pattern) == "weight" and weight.module_kind is not ModuleKind.EMBEDDING and _is_adaptable(weight):
+        if leaf(weight.pattern) == "weight" and _is_linear(weight):
             linear.update(name for _, name in copies(parent(weight.pattern), weight.indices))
     return ModuleNames(
         # PEFT reads the type of the whole model, also where only its text part is modelled.

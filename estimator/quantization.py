@@ -26,7 +26,10 @@ NESTED_CODE_LENGTH = 256
 # Classes derived from nn.Linear in transformers' and torch's code: PEFT adapts them, bitsandbytes under transformers 5 leaves them.
 # Source: transformers, models/{falcon,llama4,phimoe,deepseek_v4}; torch, nn/modules/linear.py.
 LINEAR_SUBCLASSES = frozenset(
-    {"FalconLinear", "NonDynamicallyQuantizableLinear", "Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"}
+    {
+        *("FalconLinear", "NonDynamicallyQuantizableLinear", "Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear"),
+        *("EsmFoldLinear", "IdeficsDecoupledLinear"),
+    }
 )
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"

@@ -1,7 +1,7 @@
 """States of every modelled optimizer, made by transformers' own choice of class and one real step: equality, tensor by tensor.
 
-Steps run on the CPU. What needs CUDA there is taken from the library's own code instead: torchao's step runs uncompiled, and whether a state
-is paged is asked of bitsandbytes' `init_state` on the meta device, with its allocation of managed memory replaced by a marker.
+Steps run on the CPU. What needs CUDA is taken from the library's own code instead: torchao's step runs uncompiled, and whether a state is
+paged is asked of bitsandbytes' `init_state` on the meta device, with its allocation of managed memory replaced by a marker.
 """
 
 import argparse
