@@ -1,0 +1,183 @@
+"""How fast the answers come, beside the goals: `python -m tests.benchmarks.speed`."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from app.reading import read_estimate
+from app.service import prepare
+from estimator.engine import estimate
+from estimator.sources import catalogue
+from estimator.sources.process import Inspector
+from estimator.units import MIB
+
+MODEL = "meta-llama/Llama-3.1-8B"
+REQUEST: dict[str, Any] = {
+    "model": MODEL,
+    "dtype": "bfloat16",
+    "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+    "peft": {"r": 16, "target_modules": "all-linear"},
+    "training": {
+        "per_device_train_batch_size": 4,
+        "max_length": 2048,
+        "optim": "paged_adamw_8bit",
+        "bf16": True,
+        "gradient_checkpointing": True,
+    },
+    "hardware": {"gpu": "rtx4090"},
+}
+# Widths that no bundled model has, so that nothing is answered from a cache.
+NEW_ARCHITECTURES = ("Qwen/Qwen3-8B", "google/gemma-2-9b", "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V3")
+REFERENCE = """
+import sys, time
+start = time.perf_counter()
+import torch
+from accelerate import init_empty_weights
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+import json
+imported = time.perf_counter()
+config = json.load(sys.stdin)
+with init_empty_weights():
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+print(imported - start, time.perf_counter() - imported)
+"""
+
+
+def main() -> None:
+    """Prints one line per measurement."""
+    rows: list[tuple[str, str, str]] = []
+    for measure in (warm_estimate, command_line, web_process, new_inventories, reference):
+        rows += measure()
+        while rows:
+            name, value, goal = rows.pop(0)
+            print(f"{name:<64}{value:>14}   {goal}", flush=True)
+
+
+def warm_estimate() -> list[tuple[str, str, str]]:
+    """From frozen recipe and inventory to the estimate; every call has another batch, so that no cache can answer."""
+    case = prepare(read_estimate(REQUEST))
+    assert case.recipe.training is not None
+    recipes = [
+        replace(case.recipe, training=replace(case.recipe.training, micro_batch_size=1 + n % 64, sequence_length=128 * (1 + n // 64)))
+        for n in range(2000)
+    ]
+    for recipe in recipes[:200]:
+        estimate(case.inventory, recipe)
+    seconds = [_timed(lambda recipe=recipe: estimate(case.inventory, recipe)) for recipe in recipes[200:]]
+    return [
+        ("warm estimate, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 100 µs"),
+        ("warm estimate, 99th percentile", f"{sorted(seconds)[int(len(seconds) * 0.99)] * 1e6:.0f} µs", ""),
+    ]
+
+
+def command_line() -> list[tuple[str, str, str]]:
+    """A fresh process of the command, from its start to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = Path(folder) / "request.json"
+        request.write_text(json.dumps({**REQUEST, "hardware": None}))
+        # the console script's own import and call
+        command = [sys.executable, "-c", "from app.cli import main; main()", "estimate", "--request", str(request)]
+        seconds = [_timed(lambda: subprocess.run(command, check=True, capture_output=True)) for _ in range(5)]
+        probe = "import sys, app.cli\ntry:\n app.cli.main()\nfinally:\n print('torch' in sys.modules, file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", probe, *command[3:]], check=True, capture_output=True, text=True)
+    return [
+        ("vramplan estimate of a bundled model, best of 5, wall", f"{min(seconds):.2f} s", "≤ 0.4 s"),
+        ("the same, torch imported", done.stderr.split()[-1], "False"),
+    ]
+
+
+def web_process() -> list[tuple[str, str, str]]:
+    """The serving process after a hundred answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", str(port)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not _answers(port):
+            if process.poll() is not None or time.perf_counter() - start > 60:
+                raise SystemExit("the service does not start")
+            time.sleep(0.02)
+        started = time.perf_counter() - start
+        seconds = [_timed(lambda: _post(port)) for _ in range(100)]
+        resident = psutil.Process(process.pid).memory_info().rss
+    finally:
+        process.terminate()
+        process.wait()
+    return [
+        ("vramplan serve, until it answers", f"{started:.2f} s", ""),
+        ("POST /v1/estimate, median", f"{statistics.median(seconds) * 1e3:.1f} ms", ""),
+        ("web process, resident", f"{resident / MIB:.0f} MiB", "≤ 150 MiB"),
+    ]
+
+
+def new_inventories() -> list[tuple[str, str, str]]:
+    """Architectures at sizes nobody has asked for, in a process that has its imports behind it."""
+    inspector = Inspector(keep_spare=False)
+    cold = _timed(lambda: _inspect(inspector, _config(MODEL)))
+    rows = [("inventory, cold process", f"{cold:.2f} s", "")]
+    for name in NEW_ARCHITECTURES:
+        seconds = _timed(lambda name=name: _inspect(inspector, _config(name)))
+        rows.append((f"inventory of {name}, warm process", f"{seconds:.2f} s", "≤ 1 s"))
+    inspector.close()
+    return rows
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """What `accelerate estimate-memory` does, less its download: import the frameworks, build on the meta device."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", REFERENCE], input=json.dumps(_config(MODEL)), env=environment, check=True, capture_output=True, text=True
+    )
+    imported, built = map(float, done.stdout.split()[-2:])
+    return [
+        ("reference: importing torch, transformers and accelerate", f"{imported:.2f} s", ""),
+        (f"reference: accelerate's empty {MODEL}", f"{built:.2f} s", ""),
+    ]
+
+
+def _config(name: str) -> dict[str, Any]:
+    entry = catalogue.find(name)
+    assert entry is not None, name
+    return dict(catalogue.load(entry.file).config)
+
+
+def _inspect(inspector: Inspector, config: dict[str, Any]) -> None:
+    inspector.run("inventory", {"config": config, "content_hash": "benchmark"})
+
+
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _post(port: int) -> None:
+    body = json.dumps(REQUEST).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/estimate", data=body, headers={"content-type": "application/json"})
+    urllib.request.urlopen(request, timeout=30).read()
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
