@@ -10,6 +10,7 @@ from estimator.dtypes import DType
 from estimator.errors import RequestError
 from estimator.estimate import ParameterCounts
 from estimator.inventory import Inventory, ModuleKind, TensorRole, TensorRow
+from estimator.inventory_v4 import unfuse_experts
 from estimator.optimizers import OptimizerState, optimizer_states, step_temporary_bytes
 from estimator.patterns import Indices, copies, leaf, parent, partition
 from estimator.phases import Item
@@ -151,8 +152,9 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
 
 @lru_cache(maxsize=512)
 def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
-    rows = inventory.rows
-    tensors = tuple(_loaded(inventory, rows, preparation))
+    if preparation.stack.experts_are_modules:
+        inventory = unfuse_experts(inventory)
+    tensors = tuple(_loaded(inventory, preparation))
     adapter = preparation.adapter
     if preparation.prepare_for_kbit_training:
         tensors = tuple(map(_upcast, tensors))
@@ -164,13 +166,13 @@ def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTenso
                 "peft: a quantized model cannot be trained without an adapter; give a LoraConfig, or drop quantization", field="peft"
             )
         return tuple(replace(t, trainable=t.item is Item.WEIGHTS) for t in tensors)
-    tensors = _with_adapter(inventory, rows, tensors, adapter, preparation)
+    tensors = _with_adapter(inventory, tensors, adapter, preparation)
     if not preparation.is_training:
         return tuple(replace(t, trainable=False) for t in tensors)
     return _trl_casts(tensors, preparation) if preparation.trainer is Trainer.TRL else tensors
 
 
-def _loaded(inventory: Inventory, rows: tuple[TensorRow, ...], preparation: Preparation) -> Iterator[StoredTensor]:
+def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:
     """What `from_pretrained` leaves on the device: weights, their quantization state, buffers.
 
     Source: transformers, core_model_loading.py, convert_and_load_state_dict_in_model; integrations/bitsandbytes.py.
@@ -184,7 +186,7 @@ def _loaded(inventory: Inventory, rows: tuple[TensorRow, ...], preparation: Prep
         packed = replaceable and not is_skipped(parent(name), keys, stack)
         return packed, not packed and keeps_float32(name)
 
-    for row in rows:
+    for row in inventory.rows:
         if row.tied_to is not None:
             continue
         replaceable = quantization is not None and row.leaf == "weight" and is_replaceable(row.module_kind, row.module_class, stack)
@@ -255,11 +257,11 @@ def _upcast(tensor: StoredTensor) -> StoredTensor:
 
 
 def _with_adapter(
-    inventory: Inventory, rows: tuple[TensorRow, ...], tensors: tuple[StoredTensor, ...], adapter: Adapter, preparation: Preparation
+    inventory: Inventory, tensors: tuple[StoredTensor, ...], adapter: Adapter, preparation: Preparation
 ) -> tuple[StoredTensor, ...]:
-    shared = tuple(_tied(rows, tensors))
+    shared = tuple(_tied(inventory.rows, tensors))
     base = Base(
-        names=module_names(replace(inventory, rows=rows), (*tensors, *shared)),
+        names=module_names(inventory, (*tensors, *shared)),
         tensors=(*(t for t in tensors if t.item is not Item.QUANTIZATION_STATE), *shared),
         own=frozenset(t.pattern for t in tensors),
     )

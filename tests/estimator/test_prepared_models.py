@@ -153,7 +153,6 @@ def test_prepared_parameters_of_every_bundled_model_equal_those_of_the_libraries
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("model_type", causal_model_types())
 def test_prepared_parameters_of_every_default_config_equal_those_of_the_libraries(model_type: str) -> None:
     try:

@@ -239,6 +239,18 @@ def test_experts_stay_in_16_bits_under_nf4_and_become_32_when_prepared() -> None
         assert {t.dtype for t in tensors if ".experts." in t.pattern} == {dtype}
 
 
+def test_experts_and_routers_are_quantized_and_adapted_one_by_one_under_transformers_4() -> None:
+    inventory = load("mistralai-mixtral-8x7b-v0.1.json").inventory
+    recipe = replace(PLAIN, quantization=NF4, adapter=Adapter(r=8, target_modules="all-linear"), stack=Stack(transformers=(4, 57, 1)))
+    tensors = stored_tensors(inventory, recipe)
+    counts = parameter_counts(tensors)
+    # Embedding, head and norms stay: 2·V·h + (2·32 + 1)·h; routers are linear layers there, and quantized.
+    assert counts.total - counts.adapter - counts.quantized == 2 * 32000 * 4096 + 65 * 4096
+    # q, o, k, v, router, and three projections of eight experts in each of 32 layers.
+    per_layer = 2 * (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 8) + 8 * 3 * (4096 + 14336)
+    assert counts.adapter == 8 * 32 * per_layer
+
+
 def test_replacing_the_skip_list_quantizes_the_head() -> None:
     inventory = inventory_of(CONFIGS["llama"])
     for skip, is_quantized in ((None, False), (("o_proj",), True), (("o_proj", "lm_head"), False)):
