@@ -1,8 +1,8 @@
 """Makes a CPU run take the code paths that a CUDA run takes, as far as they decide what is kept and what is alive.
 
-What is not emulated: workspaces inside kernels (attention's fp32 dq accumulator and expanded dk/dv, cuBLAS, sorting in the embedding's backward
-pass); padding of masks and log-sum-exp to multiples inside the memory-efficient attention kernel; the two 8-byte random states that fused attention
-and dropout keep; the choice of the attention kernel (fp32 queries with grouped heads cannot use a fused one on CUDA).
+What is not emulated: workspaces inside kernels (attention's fp32 dq accumulator and expanded dk/dv, cuBLAS, sorting in the embedding's
+backward pass); padding of masks and log-sum-exp to multiples inside the memory-efficient attention kernel; the two 8-byte random states that
+fused attention and dropout keep; the choice of the attention kernel (fp32 queries with grouped heads cannot use a fused one on CUDA).
 """
 
 import functools
@@ -33,7 +33,8 @@ LOWER_PRECISION_MISSING_ON_CPU = ("einsum", "mv", "addmv", "addr", "chain_matmul
 def autocast_list(name: str) -> tuple[str, ...]:
     """Operations of one autocast policy of CUDA, as `op` or `op.overload`.
 
-    Source: torch, ATen/autocast_mode.h, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE: the header that the installed torch ships.
+    Source: torch, ATen/autocast_mode.h, AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE; read from the header that the
+    installed torch ships.
     """
     header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
     body = re.search(rf"#define {name}\(_\)((?:.*\\\n)*.*\n)", header.read_text())
@@ -249,7 +250,9 @@ class _MatMul8bitOnCuda(bnb_autograd.MatMul8bitLt):  # type: ignore[misc, name-d
         return output.reshape(*input_shape[:-1], state.CB.shape[0])
 
 
-def _matmul_8bit(a: torch.Tensor, b: torch.Tensor, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> torch.Tensor:
+def _matmul_8bit(
+    a: torch.Tensor, b: torch.Tensor, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None
+) -> torch.Tensor:
     if threshold > 0:
         state.threshold = threshold
     result: torch.Tensor = _MatMul8bitOnCuda.apply(a, b, out, bias, state)

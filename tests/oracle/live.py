@@ -31,7 +31,8 @@ class Storage:
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape)) or "scalar"
-        return f"{self.num_bytes:>9} B  {str(self.dtype).removeprefix('torch.'):8} {shape:16} {self.label:15} {self.phase:14} #{self.order} {self.op}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.num_bytes:>9} B  {dtype:8} {shape:16} {self.label:15} {self.phase:14} #{self.order} {self.op}"
 
 
 @dataclass(slots=True)

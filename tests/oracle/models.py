@@ -73,13 +73,16 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         "lora_bf16_fp32_autocast": Mode(adapter=_LORA, adapter_dtype=_F32, autocast=True),
         "lora_fp32_fp32_autocast": Mode(load_dtype=_F32, adapter=_LORA, adapter_dtype=_F32, autocast=True),
         "qlora_bf16": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16),
-        "qlora_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),  # TRL, model object
+        # TRL, given a model
+        "qlora_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
         "qlora_fp32": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32),
         "qlora_fp32_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, autocast=True),
-        "qlora_fp32_rest_autocast": Mode(load_dtype=_F32, quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),  # TRL, model by name
+        # TRL, given a model's name
+        "qlora_fp32_rest_autocast": Mode(load_dtype=_F32, quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
         "qlora_prepared": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True),
         "qlora_prepared_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True, autocast=True),
-        "qlora_prepared_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, prepared=True, autocast=True),  # TRL ≤ 0.25
+        # TRL up to 0.24
+        "qlora_prepared_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, prepared=True, autocast=True),
         "int8_fp32": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32),
         "int8_fp32_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32, autocast=True),
         "int8_bf16_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
@@ -125,7 +128,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gemma": Family(config_class="GemmaConfig", values=_GATED),
         "gemma2": Family(config_class="Gemma2Config", values=_GATED | {"sliding_window": 4096}, attention="eager"),
         "gemma3_text": Family(
-            config_class="Gemma3TextConfig", values=_GATED | {"sliding_window": 4096}, per_layer=MappingProxyType({"layer_types": "full_attention"})
+            config_class="Gemma3TextConfig", values=_GATED | {"sliding_window": 4096}, per_layer={"layer_types": "full_attention"}
         ),
         "phi3": Family(config_class="Phi3Config", values=_GROUPED | _PAD),
         "olmo2": Family(config_class="Olmo2Config", values=_GROUPED),
@@ -133,7 +136,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gpt_neox": Family(config_class="GPTNeoXConfig", values=_DENSE),
         "gpt2": Family(config_class="GPT2Config", values=_GPT, layers_field="n_layer"),
         "gpt_bigcode": Family(config_class="GPTBigCodeConfig", values=_GPT, layers_field="n_layer"),
-        "falcon": Family(config_class="FalconConfig", values=_SIZES | {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "alibi": False}),
+        "falcon": Family(
+            config_class="FalconConfig", values=_SIZES | {"new_decoder_architecture": True, "num_kv_heads": KV_HEADS, "alibi": False}
+        ),
         "falcon_old": Family(
             config_class="FalconConfig",
             values=_SIZES | {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
@@ -142,14 +147,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "stablelm": Family(config_class="StableLmConfig", values=_GROUPED),
         "phi": Family(config_class="PhiConfig", values=_GROUPED),
         "opt": Family(config_class="OPTConfig", values=_SIZES | {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}),
-        "bloom": Family(config_class="BloomConfig", values={"hidden_size": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY}, layers_field="n_layer", attention="eager"),
+        "bloom": Family(
+            config_class="BloomConfig",
+            values={"hidden_size": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY},
+            layers_field="n_layer",
+            attention="eager",
+        ),
         "cohere": Family(config_class="CohereConfig", values=_GROUPED),
         "granite": Family(config_class="GraniteConfig", values=_GROUPED),
         "smollm3": Family(config_class="SmolLM3Config", values=_GROUPED | _PAD),
         "mixtral": Family(config_class="MixtralConfig", values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}),
         "qwen3_moe": Family(
             config_class="Qwen3MoeConfig",
-            values=_MOE | {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": EXPERT_WIDTH, "num_experts": EXPERTS, "norm_topk_prob": True},
+            values=_MOE
+            | {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": EXPERT_WIDTH, "num_experts": EXPERTS, "norm_topk_prob": True},
         ),
     }
 )
@@ -173,7 +184,7 @@ def build(
         attention: `attn_implementation`; the family's default if None.
         experts: `experts_implementation` of mixture-of-experts models.
         gc: gradient checkpointing: None off, False non-reentrant, True reentrant.
-        input_grads: whether the embedding's output requires gradients; by default as the libraries do it: with an adapter under checkpointing.
+        input_grads: whether the embedding's output requires gradients; by default with an adapter under checkpointing, as the libraries do it.
         config: fields of the config to override.
     """
     kind = FAMILIES[family]

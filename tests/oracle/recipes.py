@@ -57,7 +57,9 @@ def recipe(
         )
     quantization = None
     if mode.quant is not None:
-        quantization = Quantization(kind=QuantizationKind(mode.quant), double_quant=mode.double_quant, compute_dtype=_DTYPES[mode.compute_dtype])
+        quantization = Quantization(
+            kind=QuantizationKind(mode.quant), double_quant=mode.double_quant, compute_dtype=_DTYPES[mode.compute_dtype]
+        )
     # quantized models get 16-bit adapters from TRL alone
     from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
     return Recipe(

@@ -51,7 +51,12 @@ class Batch:
 
         Source: transformers 5.23, trainer.py, compute_loss: `num_items_in_batch` goes to models that accept loss keyword arguments.
         """
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels, "num_items_in_batch": self.num_items}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "labels": self.labels,
+            "num_items_in_batch": self.num_items,
+        }
 
 
 def _like_accelerate(model: nn.Module, mode: Mode) -> Any:
@@ -100,7 +105,9 @@ class Kept:
     storages: tuple[Storage, ...]
 
 
-def kept(family: str, mode: str | Mode, B: int, S: int, layers: int, *, padded: bool = False, fused_4bit: str = "never", **options: Any) -> Kept:
+def kept(
+    family: str, mode: str | Mode, B: int, S: int, layers: int, *, padded: bool = False, fused_4bit: str = "never", **options: Any
+) -> Kept:
     """What a model of that many layers keeps for its backward pass, head and loss included [bytes, not rounded].
 
     Args:
@@ -126,7 +133,7 @@ def kept_per_layer(
 ) -> tuple[int, Mapping[tuple[tuple[int, ...], torch.dtype], int]]:
     """What one more layer adds to what is kept: bytes, and the storages by shape and type.
 
-    A storage's shape is that of the first tensor seen on it, so that the bytes are what to compare and the shapes what to explain them with.
+    A storage's shape is that of the first tensor seen on it: compare the bytes, and explain them with the shapes.
     """
     few, many = (kept(family, mode, B, S, layers, **options) for layers in depths)
     step = depths[1] - depths[0]
