@@ -167,7 +167,7 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
     nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
     unpacked = tape.new(weight, argument.dtype)
     y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward)
-    del nested, unpacked, argument
+    del nested, unpacked
     return cast(y, before)
 
 

@@ -108,6 +108,36 @@ def clone(x: Value) -> Value:
     return y
 
 
+def alias(x: Value) -> Value:
+    """The same storage under another node."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.view()]
+
+    node = x.tape.node([x], backward)
+    y = x.view()
+    y.node = node
+    return y
+
+
+def clamp_in_place(x: Value) -> Value:
+    """`x.clamp_(…)`: the backward pass needs what was there before, so a copy of it is saved first."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        tape = gradient.tape
+        inside = [tape.new(gradient.extent, DType.BOOL) for _ in range(3)]
+        result = tape.new(gradient.extent, gradient.dtype)
+        del saved, inside
+        return [result]
+
+    before = x.tape.new(x.extent, x.dtype) if x.requires_grad and x.tape.grad_enabled else None
+    node = x.tape.node([x], backward, [] if before is None else [before])
+    y = x.view()
+    y.node = node
+    return y
+
+
 def activation(x: Value) -> Value:
     """`silu`, `gelu` (exact or tanh), `relu`-like functions that save their input."""
     return _unary(x, saves_input=True)
@@ -134,6 +164,18 @@ def add(x: Value, y: Value) -> Value:
 
     def backward(node: Node, gradient: Value) -> Gradients:
         return [gradient.view(), gradient.view()]
+
+    node = x.tape.node([x, y], backward)
+    z = x.tape.new(_larger(x.extent, y.extent), promoted(x.dtype, y.dtype))
+    z.node = node
+    return z
+
+
+def subtract(x: Value, y: Value) -> Value:
+    """`x - y`: the gradient of `y` is a negated copy."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.view(), gradient.tape.new(gradient.extent, gradient.dtype)]
 
     node = x.tape.node([x, y], backward)
     z = x.tape.new(_larger(x.extent, y.extent), promoted(x.dtype, y.dtype))
@@ -263,11 +305,10 @@ def _output_of(joint: Node, view: Value) -> Node | None:
 
 
 def concatenate(parts: Sequence[Value]) -> Value:
-    """`torch.cat`: under autocast the widest type wins; gradients are views."""
+    """`torch.cat`: the widest type wins, and the kernel converts while it copies; gradients are views."""
     dtype = parts[0].dtype
     for x in parts[1:]:
         dtype = promoted(dtype, x.dtype)
-    parts = [cast(x, dtype) for x in parts]
     extents = [x.extent for x in parts]
 
     def backward(node: Node, gradient: Value) -> Gradients:
@@ -378,14 +419,15 @@ def softmax(x: Value, dtype: DType | None = None) -> Value:
     return y
 
 
-def layer_norm(x: Value, weight: Value, bias: Value | None, width: int) -> Value:
-    """`F.layer_norm`: saves input, weight, mean and reciprocal deviation (float32, one per token); float32 under autocast."""
+def layer_norm(x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
+    """`F.layer_norm`: saves input, weight (if it has one), mean and reciprocal deviation (float32, one per token); float32 under autocast."""
     return _norm(x, weight, bias, width, num_statistics=2)
 
 
-def _norm(x: Value, weight: Value, bias: Value | None, width: int, num_statistics: int) -> Value:
-    x, weight = full_precision(x), full_precision(weight)
-    inputs = [x, weight] + ([] if bias is None else [full_precision(bias)])
+def _norm(x: Value, weight: Value | None, bias: Value | None, width: int, num_statistics: int) -> Value:
+    x = full_precision(x)
+    weights = [] if weight is None else [full_precision(weight)]
+    inputs = [x, *weights] + ([] if bias is None else [full_precision(bias)])
     extents = [v.extent for v in inputs]
     trained = [v.requires_grad for v in inputs]
 
@@ -395,7 +437,7 @@ def _norm(x: Value, weight: Value, bias: Value | None, width: int, num_statistic
         del saved
         return results
 
-    node = x.tape.node(inputs, backward, [x, weight])
+    node = x.tape.node(inputs, backward, [x, *weights])
     y = x.tape.new(x.extent, x.dtype)
     for _ in range(num_statistics):
         x.tape.save_output(node, x.tape.new(x.extent.scaled(1, width), DType.FLOAT32))
@@ -427,11 +469,6 @@ def custom(
     node = tape.node(inputs, backward, saved)
     y = tape.new(result, dtype, item)
     if node is not None:
-        node.stash = tuple(v.view() for v in stash)
-        for v in stash:
-            if v.storage is not None:
-                if v.storage.item is Item.TEMPORARY:
-                    v.storage.relabel(Item.ACTIVATIONS)
-                tape.stashed.append(v.storage)
+        tape.stash(node, stash)
     y.node = node
     return y

@@ -91,7 +91,6 @@ class _Step:
 
     def run(self) -> None:
         tape = self.tape
-        batch = [tape.new(Extent(1, 1, 1), DType.INT64, Item.ACTIVATIONS) for _ in range(3)]
         with tape.recording():
             loss = self._forward()
         tape.enter(Phase.BACKWARD)
@@ -99,7 +98,7 @@ class _Step:
             tape.backward(loss.node, tape.new(Extent(1), DType.FLOAT32))
         tape.note_peak()
         tape.phase = Phase.OPTIMIZER_STEP
-        del loss, batch
+        del loss
 
     def _forward(self) -> Value:
         """The model's forward under autocast; accelerate then turns the returned logits into float32.
@@ -178,6 +177,7 @@ class _Step:
                 hidden = seen[entry].stand_in(self.tape, hidden)
                 continue
             before = Counter(self.tape.live)
+            self.tape.take_stash()
             cached = set(self.tape.autocast_cache)
             hidden = self._run_layer(index, hidden, around)
             # The first layer is no model for the others: the embedding that enters it outlives it.

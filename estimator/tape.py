@@ -230,7 +230,7 @@ class Tape:
         self.grad_enabled = False
         self.frame: CheckpointFrame | None = None
         self.gradients: dict[str, Value] = {}
-        self.stashed: list[Storage] = []
+        self.stashed: dict[int, Held] = {}
         """What autograd functions hung on their contexts since the last `take_stash`."""
         self.leaving_autocast: list[tuple[Item, Extent, int]] = []
         """Cached casts that stand for layers not run one by one."""
@@ -325,9 +325,19 @@ class Tape:
 
     def take_stash(self) -> tuple[tuple[Held, int], ...]:
         """What autograd functions hung on their contexts since the last call."""
-        distinct = {id(storage): storage for storage in self.stashed}
-        self.stashed = []
-        return tuple(Counter((s.item, s.size) for s in distinct.values()).items())
+        taken, self.stashed = self.stashed, {}
+        return tuple(Counter(taken.values()).items())
+
+    def stash(self, node: Node, values: Sequence[Value]) -> None:
+        """Hang values on the context of an autograd function: they stay until the graph goes."""
+        node.stash = tuple(v.view() for v in values)
+        is_recomputing = self.frame is not None and self.frame.recomputed is not None
+        for v in values:
+            assert v.storage is not None
+            if v.storage.item is Item.TEMPORARY:
+                v.storage.relabel(Item.ACTIVATIONS)
+            if not is_recomputing:
+                self.stashed[id(v.storage)] = (v.storage.item, v.storage.size)
 
     # -- modes --------------------------------------------------------------------------------------------------------------------
 
