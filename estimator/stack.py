@@ -171,27 +171,29 @@ class Stack:
 
     @property
     def sft_casts_4bit_models_by_name(self) -> bool:
-        """Whether SFTTrainer, under bf16, casts a 4-bit model by names: adapters and embeddings to bfloat16, norms to float32.
+        """Whether SFTTrainer, under bf16, casts a 4-bit model by names: float32 embeddings and head to bfloat16, norms to float32.
 
-        Source: trl 0.25, models/utils.py, prepare_peft_model and peft_module_casting_to_bf16.
+        Adapters keep the type PEFT gave them.
+
+        Source: trl 0.9.6, 0.13, 0.18, 0.24 and 0.25, trainer/utils.py or models/utils.py, peft_module_casting_to_bf16.
         """
         return self.trl < (0, 26)
 
     @property
-    def sft_casts_adapters_by_name(self) -> bool:
-        """Whether the cast by names reaches LoRA adapters too; where it does not, they stay float32.
-
-        Source: calibration/measurements/published, rows fms-accel-0057 and fms-accel-0137: float32 under trl 0.13.0 and 0.11.4.
-        """
-        return self.trl >= (0, 14)
-
-    @property
     def sft_casts_trainable_to_bfloat16(self) -> bool:
-        """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model, but DoRA magnitudes, to bfloat16.
+        """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model to bfloat16.
 
         Source: trl 0.26, trainer/sft_trainer.py, SFTTrainer.__init__.
         """
         return self.trl >= (0, 26)
+
+    @property
+    def sft_leaves_dora_magnitudes(self) -> bool:
+        """Whether that cast leaves out DoRA magnitudes.
+
+        Source: trl 1.15 (absent from 1.14), trainer/sft_trainer.py, SFTTrainer.__init__.
+        """
+        return self.trl >= (1, 15)
 
     @property
     def loss_keeps_half_logits(self) -> bool:

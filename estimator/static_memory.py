@@ -307,17 +307,17 @@ def _trl_casts(tensors: tuple[StoredTensor, ...], preparation: Preparation) -> t
         return tensors
     stack = preparation.stack
     if stack.sft_casts_trainable_to_bfloat16:
-        return tuple(_cast(t, DType.BFLOAT16) if t.trainable and MAGNITUDE not in t.pattern else t for t in tensors)
+        leaves_magnitudes = stack.sft_leaves_dora_magnitudes
+        is_cast = (t.trainable and not (leaves_magnitudes and MAGNITUDE in t.pattern) for t in tensors)
+        return tuple(_cast(t, DType.BFLOAT16) if casts else t for t, casts in zip(tensors, is_cast, strict=True))
     if stack.sft_casts_4bit_models_by_name and quantization.kind.is_4bit and preparation.autocast_dtype is DType.BFLOAT16:
-        return tuple(_cast_by_name(t, with_adapters=stack.sft_casts_adapters_by_name) for t in tensors)
+        return tuple(_cast_by_name(t) for t in tensors)
     return tensors
 
 
-def _cast_by_name(tensor: StoredTensor, *, with_adapters: bool) -> StoredTensor:
+def _cast_by_name(tensor: StoredTensor) -> StoredTensor:
     if tensor.quantization is not None or tensor.item not in (Item.WEIGHTS, Item.ADAPTER_WEIGHTS) or not tensor.dtype.is_floating_point:
         return tensor
-    if ".lora_" in tensor.pattern:
-        return _cast(tensor, DType.BFLOAT16) if with_adapters else tensor
     module = parent(tensor.pattern)
     if tensor.module_class == "LayerNorm" or "norm" in module:
         return _cast(tensor, DType.FLOAT32)

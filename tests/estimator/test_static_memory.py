@@ -194,7 +194,7 @@ def test_trl_casts_what_it_trains_of_quantized_models(
 
 
 def test_older_trl_leaves_norms_in_float32_and_brings_embeddings_back() -> None:
-    # trl 0.25, models/utils.py, prepare_peft_model
+    # trl 0.25, models/utils.py, prepare_peft_model and peft_module_casting_to_bf16
     recipe = replace(
         RECIPES["nf4 prepared"],
         trainer=Trainer.TRL,
@@ -204,7 +204,7 @@ def test_older_trl_leaves_norms_in_float32_and_brings_embeddings_back() -> None:
     types = {t.pattern: t.dtype for t in stored_tensors(inventory_of(CONFIGS["llama"]), recipe)}
     assert types["model.embed_tokens.weight"] is types["lm_head.weight"] is DType.BFLOAT16
     assert types["model.norm.weight"] is types["model.layers.{}.input_layernorm.weight"] is DType.FLOAT32
-    assert types["model.layers.{}.self_attn.q_proj.lora_A.weight"] is DType.BFLOAT16
+    assert types["model.layers.{}.self_attn.q_proj.lora_A.weight"] is DType.FLOAT32
 
 
 def llama_8b(**changes: Any) -> Recipe:
