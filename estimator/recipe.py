@@ -136,4 +136,6 @@ class Recipe:
     inference: Inference | None = None
     compute_capability: tuple[int, int] = (8, 0)
     """Of the card: kernels are chosen by it."""
+    num_multiprocessors: int = 108
+    """Of the card: the CUDA context grows with them. An A100 when no card is named."""
     stack: Stack

@@ -210,3 +210,11 @@ class Stack:
         Source: transformers, loss/loss_utils.py, ForCausalLMLoss (4.48: `logits[..., :-1, :].contiguous()`).
         """
         return self.transformers < (4, 50)
+
+    @property
+    def caches_expanded_latents(self) -> bool:
+        """Whether latent-attention models cache the keys and values of all heads and not the latent.
+
+        Source: transformers, models/deepseek_v3/modeling_deepseek_v3.py: expanded in 4.x, latent in 5.x.
+        """
+        return self.transformers < (5,)

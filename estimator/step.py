@@ -12,10 +12,10 @@ from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
-from estimator.loss import stock_loss
+from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.recipe import Attention, Loss, Recipe
 from estimator.storage import StoredTensor
 from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Snapshot, Tape, Value
 
@@ -56,37 +56,45 @@ def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, .
     Raises:
         KeyError: if the family is not known; callers ask `FAMILIES` first.
     """
-    training = recipe.training
-    assert training is not None
-    step = _Step(inventory, recipe, training, stored, regime, kernel_workspaces)
+    step = _Step(inventory, recipe, stored, regime, kernel_workspaces)
     step.run()
     return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
 
 
+def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime) -> Program:
+    """Run the prompt through the model, keeping keys and values, and look at the last position's logits.
+
+    Source: transformers, generation/utils.py, _sample: `logits_to_keep=1`, then a float32 copy of the last logits.
+    """
+    step = _Step(inventory, recipe, stored, regime, kernel_workspaces=True)
+    step.prefill()
+    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+
+
 class _Step:
-    def __init__(
-        self, inventory: Inventory, recipe: Recipe, training: Training, stored: tuple[StoredTensor, ...], regime: Regime, kernel_workspaces: bool
-    ) -> None:
+    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, kernel_workspaces: bool) -> None:
         self.inventory = inventory
         self.recipe = recipe
-        self.training = training
+        self.training = training = recipe.training
         self.family: Family = FAMILIES[inventory.model_type]
+        self.cache: list[Value] | None = None if training is not None else []
+        """Keys and values of all layers, in inference."""
         self.tape = Tape(
-            autocast_dtype=training.autocast_dtype,
-            accumulating=training.gradient_accumulation_steps > 1,
+            autocast_dtype=training.autocast_dtype if training is not None else None,
+            accumulating=training is not None and training.gradient_accumulation_steps > 1,
             kernel_workspaces=kernel_workspaces,
         )
         self.layers, self.outside = layer_tensors(inventory, stored)
-        windowed = regime.beyond_window
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
         beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
+        padded = is_padded(recipe)
         self.frame = Frame(
             tape=self.tape,
             modules=Modules(self.tape, "", beside, recipe),
             config=inventory.config,
             attention=recipe.attention,
-            masked=training.padded,
-            sliding_masked=training.padded or windowed,
+            masked=padded,
+            sliding_masked=padded or regime.beyond_window,
         )
 
     def run(self) -> None:
@@ -100,6 +108,19 @@ class _Step:
         tape.phase = Phase.OPTIMIZER_STEP
         del loss
 
+    def prefill(self) -> None:
+        tape = self.tape
+        tape.phase = Phase.PREFILL
+        hidden = self.hidden_states()
+        width = self.frame.width
+        head = self.inventory.output_embedding
+        assert head is not None
+        last = Value(tape, Extent(width, 1, 0), hidden.dtype, hidden.storage)
+        logits = label_logits(Modules(tape, "", self._head_tensors(head), self.recipe).linear(head, last))
+        copy = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
+        tape.note_peak()
+        del copy, logits, last, hidden
+
     def _forward(self) -> Value:
         """The model's forward under autocast; accelerate then turns the returned logits into float32.
 
@@ -108,7 +129,7 @@ class _Step:
         tape = self.tape
         with tape.autocasting():
             loss, logits = self._model()
-        if self.training.autocast_dtype is not None and logits is not None and logits.dtype is not DType.FLOAT32:
+        if tape.autocast_dtype is not None and logits is not None and logits.dtype is not DType.FLOAT32:
             converted = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
             del converted
         return loss
@@ -134,7 +155,8 @@ class _Step:
 
         Source: transformers, modeling_utils.py, enable_input_require_grads.
         """
-        if hidden.node is None and self.recipe.adapter is not None and self.training.gradient_checkpointing:
+        training = self.training
+        if hidden.node is None and self.recipe.adapter is not None and training is not None and training.gradient_checkpointing:
             hidden.node = _InputGradient(self.tape, hidden)  # type: ignore[assignment]
 
     def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
@@ -144,6 +166,7 @@ class _Step:
         assert isinstance(vocabulary, int)
         assert head is not None
         modules = Modules(self.tape, "", self._head_tensors(head), self.recipe)
+        assert self.training is not None
         if self.training.loss is not Loss.STOCK:
             raise NotImplementedError(self.training.loss)
         stack = self.recipe.stack
@@ -154,6 +177,7 @@ class _Step:
             vocabulary,
             shifts_logits=stack.loss_shifts_logits,
             softcap=isinstance(config.get("final_logit_softcapping"), (int, float)),
+            scaled=self.family.scales_logits,
             keeps_half=stack.loss_keeps_half_logits,
         )
         return loss, logits
@@ -188,7 +212,8 @@ class _Step:
     def _kind(self, index: int) -> object:
         tensors = self.layers[index]
         signature = tuple((name, t.shape, t.dtype, t.trainable, t.quantization) for name, t in tensors.items())
-        return signature, self._layer_type(index), self._is_checkpointed(index)
+        variant = self.family.variant(self.inventory.config, index)
+        return signature, variant, self._layer_type(index), self._is_checkpointed(index)
 
     def _layer_type(self, index: int) -> str:
         types = self.inventory.config.get("layer_types")
@@ -197,7 +222,8 @@ class _Step:
         return "sliding_attention" if self.inventory.config.get("sliding_window") else "full_attention"
 
     def _is_checkpointed(self, index: int) -> bool:
-        return self.training.gradient_checkpointing and index % self.training.checkpoint_every_n_layers == 0
+        training = self.training
+        return training is not None and training.gradient_checkpointing and index % training.checkpoint_every_n_layers == 0
 
     def _run_layer(self, index: int, hidden: Value, around: Surroundings) -> Value:
         layer = Layer(
@@ -206,12 +232,13 @@ class _Step:
             index=index,
             attention=self.recipe.attention,
             layer_type=self._layer_type(index),
+            cache=self.cache,
         )
 
         def function(x: Value) -> Value:
             return self.family.layer(layer, x, around)
 
-        if self._is_checkpointed(index):
+        if self.training is not None and self._is_checkpointed(index):
             return self.tape.checkpoint(function, hidden, self.training.use_reentrant)
         return function(hidden)
 
@@ -281,10 +308,19 @@ class _Copy:
         return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
 
 
+def is_padded(recipe: Recipe) -> bool:
+    """Whether batches carry padding."""
+    if recipe.training is not None:
+        return recipe.training.padded
+    return recipe.inference is not None and recipe.inference.padded
+
+
 def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
-    """Which pieces of the program the batch's size selects."""
-    training = recipe.training
-    assert training is not None
+    """Which pieces of the program the batch's size selects.
+
+    Source: transformers, masking_utils.py, _ignore_causal_mask_sdpa: up to the window's length the causal flag alone is enough.
+    """
+    training, inference = recipe.training, recipe.inference
+    length = training.sequence_length if training is not None else inference.prompt_length if inference is not None else 0
     window = inventory.config.get("sliding_window")
-    beyond = isinstance(window, int) and recipe.attention is Attention.SDPA and training.sequence_length > window
-    return Regime(beyond_window=beyond)
+    return Regime(beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window)

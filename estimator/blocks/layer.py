@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from estimator.attention import Heads, eager, flash, memory_efficient
 from estimator.modules import Modules
+from estimator.phases import Item
 from estimator.recipe import Attention
-from estimator.tape import Value
+from estimator.tape import Extent, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,8 @@ class Surroundings:
     mask: Value | None = None
     """Bool for sdpa, in the model's type for eager; None where the kernel's causal flag does."""
     sliding_mask: Value | None = None
+    others: tuple[Value, ...] = ()
+    """Held as long as the rest, but not looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,8 @@ class Layer:
     index: int
     attention: Attention
     layer_type: str = "full_attention"
+    cache: list[Value] | None = None
+    """Where keys and values go in inference."""
 
     def integer(self, name: str) -> int:
         value = self.config[name]
@@ -54,9 +59,24 @@ class Layer:
 
     def attend(self, query: Value, key: Value, value: Value, heads: Heads, around: Surroundings, *, probability: float = 0.0, softcap: bool = False) -> Value:
         """The attention kernel of the recipe, with this layer's mask."""
+        self._remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
         if self.attention is Attention.EAGER:
             return eager(query, key, value, mask, heads, probability=probability, softcap=softcap)
         if mask is None or self.attention is not Attention.SDPA:
             return flash(query, key, value, heads)
         return memory_efficient(query, key, value, mask, heads)
+
+    def _remember(self, key: Value, value: Value) -> None:
+        """In inference, keys and values are copied into the cache.
+
+        Source: transformers, cache_utils.py, DynamicLayer.update; models/deepseek_v3 (5.x) caches the latent instead.
+        """
+        if self.cache is None:
+            return
+        latent = self.config.get("kv_lora_rank")
+        if isinstance(latent, int) and not self.modules.recipe.stack.caches_expanded_latents:
+            rotary = self.integer("qk_rope_head_dim")
+            self.cache.append(key.tape.new(Extent(latent + rotary, 1, 1), key.dtype, Item.KV_CACHE))
+            return
+        self.cache.extend(x.tape.new(x.extent, x.dtype, Item.KV_CACHE) for x in (key, value))

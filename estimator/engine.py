@@ -1,0 +1,249 @@
+"""The analytic engine: static memory, the step on the tape, the optimizer's update, put together phase by phase."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
+from estimator.blocks.families import FAMILIES
+from estimator.device import context_bytes, device_bytes, workspaces_bytes
+from estimator.errors import RequestError
+from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
+from estimator.inventory import Inventory
+from estimator.kv_cache import decode_items, is_cache_modelled
+from estimator.phases import Basis, Item, Phase
+from estimator.recipe import Attention, Loss, Recipe
+from estimator.static_memory import StaticMemory, static_memory
+from estimator.step import Program, Regime, regime_of, run_prefill, run_step
+from estimator.tape import Snapshot
+from estimator.units import allocated
+
+_INDEX_BYTES = 8  # token ids, labels and masks are int64
+# input_ids, labels and attention_mask, as the data collators of transformers and TRL make them.
+_NUM_INPUTS = 3
+
+_STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
+# What follows from shapes and types alone; the rest rests on kernels and on the order of events.
+_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE, Item.ACTIVATIONS)
+_STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Everything of an estimate that does not depend on batch and length."""
+
+    static: StaticMemory
+    stored: Mapping[Item, int]
+    """Between steps, inputs of the step left out [bytes]."""
+    accumulates: bool
+    load: PhaseEstimate
+    workspace_bytes: int
+    context_bytes: int
+
+
+def estimate(inventory: Inventory, recipe: Recipe) -> Estimate:
+    """Memory of one run, phase by phase.
+
+    Raises:
+        RequestError: if the libraries would refuse the combination.
+    """
+    reason = why_not_modelled(inventory, recipe)
+    structure = _without_sizes(recipe)
+    prepared = _prepared(inventory, structure)
+    if reason is not None:
+        return _load_only(prepared, Notice(code="not_modelled", message=reason))
+    if recipe.training is not None:
+        return _training(inventory, recipe, structure, prepared)
+    if recipe.inference is not None:
+        return _inference(inventory, recipe, structure, prepared)
+    return _load_only(prepared)
+
+
+def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
+    """A sentence when only the load can be answered for; None when the step is modelled."""
+    if recipe.training is None and recipe.inference is None:
+        return None
+    if inventory.model_type not in FAMILIES or inventory.output_embedding is None:
+        return f"The step of {inventory.model_class} ({inventory.model_type}) is not modelled: only what is stored after loading is given, and that is exact."
+    family = FAMILIES[inventory.model_type]
+    refused = family.refuses(inventory.config)
+    if refused is not None:
+        return f"The step of this {inventory.model_type} config is not modelled ({refused}): only what is stored after loading is given."
+    if recipe.attention is Attention.FLEX_ATTENTION:
+        return "The step under flex_attention is not modelled: only what is stored after loading is given."
+    if recipe.inference is not None and not is_cache_modelled(inventory):
+        return f"The key/value cache of {inventory.model_type} is not modelled: only what is stored after loading is given."
+    return None
+
+
+# -- shared parts -----------------------------------------------------------------------------------------------------------------------
+
+
+def _without_sizes(recipe: Recipe) -> Recipe:
+    """The recipe with batch and lengths struck out: what compiled programs are kept under."""
+    training, inference = recipe.training, recipe.inference
+    if training is not None:
+        training = replace(
+            training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps)
+        )
+    if inference is not None:
+        inference = replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1)
+    return replace(recipe, training=training, inference=inference)
+
+
+@lru_cache(maxsize=256)
+def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
+    static = static_memory(inventory, recipe)
+    training = recipe.training
+    stored = {
+        Item.WEIGHTS: static.weights_bytes,
+        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
+        Item.BUFFERS: static.buffers_bytes,
+        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
+    }
+    if training is not None:
+        stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
+    return Prepared(
+        static=static,
+        stored=stored,
+        accumulates=training is not None and training.gradient_accumulation_steps > 1,
+        load=_phase(Phase.LOAD, {**{item: stored[item] for item in _STATIC}, Item.TEMPORARY: _load_temporary_bytes(static, recipe)}),
+        workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
+        context_bytes=context_bytes(recipe.num_multiprocessors),
+    )
+
+
+def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
+    """The largest weight in full while it is quantized: on the device, one tensor at a time.
+
+    LLM.int8 passes the tensor through float16: as loaded, as float16, as int8.
+
+    Source: transformers, core_model_loading.py (on-the-fly quantization is synchronous); integrations/bitsandbytes.py,
+    Bnb8bitQuantize.convert; bitsandbytes, nn/modules.py, Int8Params._quantize.
+    """
+    packed = [t for t in static.tensors if t.quantization is not None]
+    if not packed:
+        return 0
+    largest = max(t.num_elements for t in packed)
+    width = recipe.dtype.itemsize
+    if any(t.quantization is not None and not t.quantization.is_4bit for t in packed):
+        width += 2
+    return allocated(largest * width)
+
+
+_BASIS = {item: Basis.EXACT if item in _EXACT else Basis.MODELLED for item in Item}
+
+
+def _phase(phase: Phase, held: Mapping[Item, int]) -> PhaseEstimate:
+    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in _BASIS.items() if held.get(item))
+    return PhaseEstimate(phase=phase, items=items)
+
+
+def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
+    load = prepared.load
+    reserved = reserved_loaded_bytes(load.allocated_bytes)
+    return Estimate(
+        parameters=prepared.static.parameters,
+        phases=(load,),
+        steady_state_bytes=None,
+        reserved_bytes=reserved,
+        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        notices=notices,
+    )
+
+
+# -- training ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
+    training = recipe.training
+    assert training is not None
+    batch, length = training.micro_batch_size, training.sequence_length
+    program = _step_program(inventory, structure, regime_of(recipe, inventory))
+    static = prepared.static
+    inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
+    between = dict(prepared.stored)
+    between[Item.WORKSPACE] = prepared.workspace_bytes
+    between[Item.ACTIVATIONS] = inputs
+    phases = [prepared.load]
+    for phase in _STEP_PHASES:
+        held = dict(between)
+        if prepared.accumulates:
+            held[Item.GRADIENTS] = static.gradients_bytes
+        worst = largest(program.peaks[phase], batch, length)
+        for item, num_bytes in worst.items(batch, length).items():
+            held[item] = held.get(item, 0) + num_bytes
+        phases.append(_phase(phase, held))
+    update = dict(between)
+    update[Item.GRADIENTS] = static.gradients_bytes
+    update[Item.TEMPORARY] = static.optimizer_temporary_bytes
+    phases.append(_phase(Phase.OPTIMIZER_STEP, update))
+    steady = sum(between.values())
+    peak = max(p.allocated_bytes for p in phases)
+    head = Head.FULL_LOGITS if training.loss is Loss.STOCK else Head.FUSED
+    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=head)
+    return Estimate(
+        parameters=static.parameters,
+        phases=tuple(phases),
+        steady_state_bytes=steady,
+        reserved_bytes=reserved,
+        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
+        paged_bytes=static.paged_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """How an item comes about: words and numbers, and where the rule is written."""
+
+    formula: str
+    source: str
+
+
+def explain(inventory: Inventory, recipe: Recipe) -> Mapping[tuple[Phase, Item], Explanation]:
+    """Formula and source of every item of every phase."""
+    return {}
+
+
+def largest(snapshots: tuple[Snapshot, ...], batch: int, length: int) -> Snapshot:
+    """The instant that is largest at this batch and length."""
+    return max(snapshots, key=lambda s: s.at(batch, length))
+
+
+@lru_cache(maxsize=256)
+def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
+    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
+
+
+# -- inference --------------------------------------------------------------------------------------------------------------------------
+
+
+def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
+    inference = recipe.inference
+    assert inference is not None
+    batch, length = inference.batch_size, inference.prompt_length
+    program = _prefill_program(inventory, structure, regime_of(recipe, inventory))
+    between = dict(prepared.stored)
+    between[Item.WORKSPACE] = prepared.workspace_bytes
+    held = dict(between)
+    for item, num_bytes in largest(program.peaks[Phase.PREFILL], batch, length).items(batch, length).items():
+        held[item] = held.get(item, 0) + num_bytes
+    decode = dict(between)
+    for item, num_bytes in decode_items(inventory, recipe, inference).items():
+        decode[item] = decode.get(item, 0) + num_bytes
+    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode))
+    peak = max(p.allocated_bytes for p in phases)
+    steady = sum(between.values())
+    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED)
+    return Estimate(
+        parameters=prepared.static.parameters,
+        phases=phases,
+        steady_state_bytes=steady,
+        reserved_bytes=reserved,
+        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+    )
+
+
+@lru_cache(maxsize=256)
+def _prefill_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
+    return run_prefill(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
