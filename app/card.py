@@ -22,6 +22,7 @@ class Card:
     capacity_bytes: int
     """What CUDA reports as total [bytes]."""
     compute_capability: tuple[int, int] | None = None
+    num_multiprocessors: int | None = None
     headroom_bytes: int = HEADROOM_BYTES
 
     @property
@@ -57,4 +58,10 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
         return Card(id=None, name=f"a card of {hardware.capacity_gib:g} GiB", capacity_bytes=round(hardware.capacity_gib * GIB))
     assert hardware.gpu is not None
     gpu = find_gpu(hardware.gpu)
-    return Card(id=gpu.id, name=gpu.name, capacity_bytes=gpu.capacity_bytes, compute_capability=gpu.compute_capability)
+    return Card(
+        id=gpu.id,
+        name=gpu.name,
+        capacity_bytes=gpu.capacity_bytes,
+        compute_capability=gpu.compute_capability,
+        num_multiprocessors=gpu.num_sms,
+    )

@@ -49,9 +49,9 @@ class Answered:
     def unquantized(self) -> tuple[StoredTensor, ...]:
         return tuple(tensor for tensor in self.base if tensor.quantization is None)
 
-    def peak_bytes(self, item: Item) -> int:
-        """The most that one item takes in any phase [bytes]."""
-        return max((line.num_bytes for phase in self.estimate.phases for line in phase.items if line.item is item), default=0)
+    def peak_bytes(self, *items: Item) -> int:
+        """The most that these items take together in any phase [bytes]."""
+        return max(sum(line.num_bytes for line in phase.items if line.item in items) for phase in self.estimate.phases)
 
 
 def notices(answered: Answered) -> tuple[Notice, ...]:
@@ -179,7 +179,7 @@ def _paging(a: Answered) -> Iterable[str]:
     trained = [t for t in a.stored if t.trainable]
     small = sum(t.num_copies for t in trained if t.num_elements < MIN_PAGED_ELEMENTS)
     total = sum(t.num_copies for t in trained)
-    kept = a.peak_bytes(Item.ACTIVATIONS) + a.peak_bytes(Item.CHECKPOINTS) + a.peak_bytes(Item.LOGITS) + a.peak_bytes(Item.TEMPORARY)
+    kept = a.peak_bytes(Item.ACTIVATIONS, Item.CHECKPOINTS, Item.LOGITS, Item.TEMPORARY)
     yield (
         f"paging moves optimizer states only, here {gib(a.estimate.paged_bytes)}, and only of tensors with at least "
         f"{MIN_PAGED_ELEMENTS:,} elements ({small:,} of {total:,} trained tensors are smaller); activations and logits, here up to "

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from estimator.engine import estimate as run_engine
-
 from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
 from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
 from app.service import Case, interval_of, prepare, render
 from app.training import positions
 from estimator.dtypes import DType
+from estimator.engine import estimate as run_engine
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
 from estimator.planner import divisors, largest_of, largest_up_to

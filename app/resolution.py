@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from app.card import Card
 from app.reading import read_quantization
 from app.regex import check_pattern, check_patterns
 from app.request import HardwareFields, PeftFields, QuantizationFields, Request
@@ -13,21 +14,22 @@ from estimator.inventory import Inventory
 from estimator.recipe import Adapter, Attention, CacheKind, Inference, Quantization, QuantizationKind, Recipe, Trainer
 from estimator.stack import Stack
 
-# What is assumed about a card that is not named: Ampere, the oldest with native bfloat16.
+# What is assumed about a card that is not named: an A100, the oldest with native bfloat16.
 DEFAULT_COMPUTE_CAPABILITY = (8, 0)
+DEFAULT_NUM_MULTIPROCESSORS = 108
 
 _COMPUTE_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 _LOAD_DTYPES = (*_COMPUTE_DTYPES, DType.FLOAT64)
 _STORAGE_DTYPES = (DType.UINT8, DType.INT8, *_LOAD_DTYPES)
 
 
-def resolve_recipe(request: Request, inventory: Inventory, compute_capability: tuple[int, int] | None) -> Recipe:
+def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) -> Recipe:
     """The recipe that the request means for this model.
 
     Args:
         request: as the user gave it.
         inventory: of the model it names.
-        compute_capability: of the card; None when it is not known.
+        card: that it runs on; None when it is not known.
 
     Raises:
         RequestError: if the request contradicts itself, the model or the libraries.
@@ -55,7 +57,8 @@ def resolve_recipe(request: Request, inventory: Inventory, compute_capability: t
         trainer=trainer,
         training=resolve_training(request, inventory, stack, prepared=prepare) if request.training is not None else None,
         inference=_inference(request) if request.inference is not None else None,
-        compute_capability=compute_capability or DEFAULT_COMPUTE_CAPABILITY,
+        compute_capability=(card.compute_capability if card is not None else None) or DEFAULT_COMPUTE_CAPABILITY,
+        num_multiprocessors=(card.num_multiprocessors if card is not None else None) or DEFAULT_NUM_MULTIPROCESSORS,
         stack=stack,
     )
 

@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from estimator.engine import estimate as run_engine
-from estimator.engine import explain
-
 from app.answer import Json, device_bytes, is_modelled, render_estimate
 from app.card import Card, card_of
 from app.notices import Answered, notices
@@ -15,6 +12,8 @@ from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
 from estimator.correction import interval
 from estimator.dtypes import DType
+from estimator.engine import estimate as run_engine
+from estimator.engine import explain
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate, Interval
 from estimator.inventory import Inventory
@@ -54,7 +53,7 @@ def prepare(question: Question[Request]) -> Case:
         raise RequestError("engine: 'trace' is not available yet; accepted: 'auto', 'analytic'", field="engine")
     card = card_of(request.hardware)
     model = find_model(request)
-    recipe = resolve_recipe(request, model.inventory, card.compute_capability if card is not None else None)
+    recipe = resolve_recipe(request, model.inventory, card)
     return Case(question=question, model=model, recipe=recipe, card=card)
 
 

@@ -12,7 +12,8 @@ from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
-_BAR_WIDTH = 8
+# Characters of the phase table without its bars.
+_TABLE_WIDTH = 75
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -22,7 +23,7 @@ def print_estimate(console: Console, answer: Json) -> None:
     console.print(f"[bold {_COLOURS[verdict]}]{escape(verdict_sentence(answer))}[/]", highlight=False)
     console.print(_context(answer), style="dim", highlight=False)
     console.print()
-    console.print(_phase_table(answer))
+    console.print(_phase_table(answer, bar_width=max(4, min(24, console.width - _TABLE_WIDTH))))
     _print_warnings(console, answer)
 
 
@@ -92,14 +93,14 @@ def print_inspection(console: Console, inspection: Json) -> None:
     console.print(table)
 
 
-def bar(share: float, width: int = _BAR_WIDTH) -> str:
+def bar(share: float, width: int) -> str:
     """A bar of `width` characters filled to `share`, in eighths of a character."""
     eighths = round(max(0.0, min(1.0, share)) * width * 8)
     full, rest = divmod(eighths, 8)
-    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(width)
+    return "█" * full + (_EIGHTHS[rest] if rest else "")
 
 
-def _phase_table(answer: Json) -> RenderableType:
+def _phase_table(answer: Json, *, bar_width: int) -> RenderableType:
     phases = answer["phases"]
     peak = max(phase["allocated_bytes"] for phase in phases)
     items = list(dict.fromkeys(item["name"] for phase in phases for item in phase["items"]))
@@ -118,7 +119,7 @@ def _phase_table(answer: Json) -> RenderableType:
         cells = [gib(size) if size else "–" for size in sizes]
         # a tilde marks what is not exact to the byte
         label = name if basis_of[name] == "exact" else f"{name} ~"
-        table.add_row(label, *cells, Text(bar(largest / peak if peak else 0.0), style="cyan"))
+        table.add_row(label, *cells, Text(bar(largest / peak if peak else 0.0, bar_width), style="cyan"))
     return table
 
 
