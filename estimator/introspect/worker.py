@@ -26,9 +26,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that a library's print cannot end up between two answers
     _forbid_network()
-    for name in WARM_UP:
-        task(name)
     _quieten()
+    for name, payload in WARM_UP.items():
+        task(name)(payload)
     _limit("RLIMIT_CORE", 0)
     _limit("RLIMIT_AS", MEMORY_LIMIT_BYTES)
     _limit("RLIMIT_FSIZE", 0)
@@ -79,7 +79,8 @@ def _limit_cpu(seconds: float | None) -> None:
 
         usage = resource.getrusage(resource.RUSAGE_SELF)
         if seconds is not None:
-            soft = int(usage.ru_utime + usage.ru_stime + seconds) + 1
+            # Whole seconds only; one more than needed, so that the parent's limit on wall time speaks first.
+            soft = int(usage.ru_utime + usage.ru_stime + seconds) + 2
             resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

@@ -160,8 +160,7 @@ _MAY_BE_INFINITE = "time_step_limit"
 def _fields(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, object]]:
     for part_path, part in _parts(config, path):
         for name, value in part.items():
-            if not isinstance(value, Mapping):
-                yield f"{part_path}.{name}".removeprefix("."), name, value
+            yield f"{part_path}.{name}".removeprefix("."), name, value
 
 
 def _check_field(path: str, name: str, value: object) -> Iterator[ConfigError]:

@@ -133,9 +133,9 @@ def _request(url: str, authorization: dict[str, str], deadline: float) -> _Answe
     """Status, headers and at most `bounds.MAX_BYTES` of the body; redirects only within the host."""
     # Imported here because the catalogue needs no HTTP.
     from huggingface_hub import get_session
-    from huggingface_hub.utils._headers import build_hf_headers
 
-    headers = {**build_hf_headers(token=False, library_name="vramplan"), **authorization}
+    # Not `build_hf_headers`: it asks the Hub a question of its own first, and reads the token that a login left on disk.
+    headers = {"user-agent": "vramplan", **authorization}
     session = get_session()
     http = import_module(type(session).__module__.partition(".")[0])  # httpx2, or httpx for huggingface_hub 1
     try:

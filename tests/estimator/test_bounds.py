@@ -1,0 +1,136 @@
+"""Hostile configs end in an error that names the field, before any process works on them."""
+
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from estimator.errors import ConfigError
+from estimator.sources import bounds, configfile
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for _ in range(depth):
+        config = {"a": config}
+    return {**LLAMA, "a": config}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": "32"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers"),
+        ({"hidden_size": float("nan")}, "hidden_size"),
+        ({"hidden_size": float("inf")}, "hidden_size"),
+        ({"hidden_size": 2**18}, "hidden_size"),
+        ({"hidden_size": [64, 2**40]}, "hidden_size"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"num_attention_heads": "__import__('os')"}, "num_attention_heads"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"vocab_size": {"a": 1}}, "vocab_size"),
+        ({"num_local_experts": 10**6}, "num_local_experts"),
+        ({"n_routed_experts": -5}, "n_routed_experts"),
+        ({"intermediate_size": 2**21}, "intermediate_size"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"anything": 2**60}, "anything"),
+        ({"text_config": {"num_hidden_layers": 10**7}}, "text_config.num_hidden_layers"),
+        ({"vision_config": {"depth": 5000}}, "vision_config.depth"),
+        ({"layer_types": ["full_attention"] * 70_000}, "layer_types"),
+        ({"hidden_size": 2**17, "num_hidden_layers": 1024, "intermediate_size": 2**20}, "num_parameters"),
+        ({"num_experts": 2**15, "num_hidden_layers": 1000}, "num_hidden_layers × experts"),
+        ({"hidden_size": 8192, "num_experts": 8192, "moe_intermediate_size": 16384, "num_hidden_layers": 100}, "num_parameters"),
+        ({"model_type": None}, "model_type"),
+        ({"model_type": "../../etc/passwd"}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
+    ],
+)
+def test_a_hostile_value_is_refused_by_name_and_at_once(change: dict[str, Any], field: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ConfigError) as caught:
+        bounds.check({**LLAMA, **change})
+    assert time.perf_counter() - start < 0.5
+    assert caught.value.errors[0].field == f"model.config.{field}"
+    assert "accepted: " in caught.value.message
+    assert len(caught.value.message) < 500
+
+
+def test_several_wrong_fields_are_all_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        bounds.check({**LLAMA, "hidden_size": -1, "vocab_size": "x"})
+    assert {error.field for error in caught.value.errors} == {"model.config.hidden_size", "model.config.vocab_size"}
+
+
+@pytest.mark.parametrize("config", [None, 3, "llama", [LLAMA], True])
+def test_what_is_no_object_is_refused(config: object) -> None:
+    with pytest.raises(ConfigError, match="JSON object"):
+        bounds.check(config)
+
+
+def test_depth_is_bounded_and_thirty_levels_are_fine() -> None:
+    bounds.check(nested(30))
+    with pytest.raises(ConfigError, match="32 levels"):
+        bounds.check(nested(40))
+    with pytest.raises(ConfigError, match="32 levels"):
+        bounds.check(nested(100_000))
+
+
+def test_flags_and_factors_that_sound_like_sizes_are_let_through() -> None:
+    bounds.check(
+        {**LLAMA, "use_sliding_window": False, "scale_depth": 1.4, "cross_attn_all_layers": True, "rope_scaling": {"mscale_all_dim": 0.707}}
+    )
+
+
+def test_an_infinite_time_step_limit_as_in_published_mamba_configs_is_left_out() -> None:
+    text = json.dumps({**LLAMA, "time_step_limit": [0.0, float("inf")]})
+    assert "Infinity" in text
+    assert "time_step_limit" not in configfile.parse(text.encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff\xfe\x00",
+        b'{"model_type": "llama", "hidden_size": NaN}',
+        b'{"model_type": "llama", "hidden_size": -Infinity}',
+        b'{"model_type": "llama", "hidden_size": 1e400}',
+        b'{"model_type": "llama", "hidden_size": ' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"<html>not a config</html>",
+        b'{"model_type": "llama", "x": "' + b"y" * 2**20 + b'"}',
+    ],
+)
+def test_a_hostile_file_is_refused_within_two_seconds(content: bytes) -> None:
+    start = time.perf_counter()
+    with pytest.raises(ConfigError):
+        configfile.parse(content)
+    assert time.perf_counter() - start < 2
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+NAMES = st.sampled_from([*LLAMA, "num_experts", "intermediate_size", "text_config", "head_dim", "layer_types"]) | st.text(max_size=10)
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20)
+
+
+@given(st.dictionaries(NAMES, JSON, max_size=6))
+@settings(max_examples=300, deadline=2000)
+def test_any_object_is_either_accepted_or_refused_with_an_error_of_ours(config: dict[str, Any]) -> None:
+    with suppress(ConfigError):
+        json.dumps(bounds.check({"model_type": "llama", **config}), allow_nan=False)
