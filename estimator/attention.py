@@ -3,7 +3,7 @@
 Legend: B micro-batch, S sequence length, T = B·S tokens, a heads, k key/value heads, d head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from estimator.dtypes import DType
 from estimator.operators import (
@@ -34,6 +34,14 @@ class Heads:
     def groups(self) -> int:
         return self.num_heads // self.num_key_value_heads
 
+    @property
+    def fit_grouped_kernels(self) -> bool:
+        """Whether transformers hands sdpa grouped heads of these sizes.
+
+        Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa.
+        """
+        return self.head_dim == self.value_head_dim <= 256
+
 
 def _rounded_head_dim(head_dim: int) -> int:
     """Head size of the flash kernels' float32 accumulators.
@@ -42,6 +50,12 @@ def _rounded_head_dim(head_dim: int) -> int:
     """
     step = 32 if head_dim <= 128 else 64
     return -(-head_dim // step) * step
+
+
+def expanded(query: Value, key: Value, value: Value, heads: Heads) -> tuple[Value, Value, Value, Heads]:
+    """Key and value heads repeated for all query heads before the kernel."""
+    alone = replace(heads, num_key_value_heads=heads.num_heads)
+    return query, repeated(key, heads.groups), repeated(value, heads.groups), alone
 
 
 def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
@@ -77,23 +91,65 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
     return output
 
 
-def _repeated(x: Value, groups: int) -> Value:
+def scaled_dot_product(
+    query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, compute_capability: tuple[int, int]
+) -> Value:
+    """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without flash.
+
+    Flash takes 16-bit types from compute capability 8.0 on, no mask, and head sizes up to 256; the memory-efficient kernel takes no grouped heads.
+
+    Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
+    """
+    if mask is not None:
+        return memory_efficient(query, key, value, mask, heads)
+    tape = query.tape
+    dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
+    if not tape.cuda_kernels or (dtype.is_half and compute_capability >= (8, 0) and heads.head_dim <= 256):
+        return flash(query, key, value, heads)
+    if heads.groups == 1:
+        return memory_efficient(query, key, value, None, heads)
+    return written_out(query, key, value, heads)
+
+
+def written_out(query: Value, key: Value, value: Value, heads: Heads) -> Value:
+    """sdpa's fallback: everything in float32, scores of S x S per head, keys and values repeated for all heads.
+
+    Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
+    """
+    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
+    dtype = query.dtype
+    tape = query.tape
+    autocasts, tape.autocast_enabled = tape.autocast_enabled, False
+    accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
+    scaled = scale(accumulated)
+    causal = tape.new(Extent(1, 0, 2), DType.BOOL)
+    bias = tape.new(Extent(1, 0, 2), DType.FLOAT32)
+    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    weights = softmax(batched_product(scaled, scale(key), Extent(heads.num_heads, 1, 2)))
+    output = cast(batched_product(weights, value, query.extent.scaled(heads.value_head_dim, heads.head_dim)), dtype)
+    returned = cast(weights, dtype)
+    tape.autocast_enabled = autocasts
+    del causal, bias, returned
+    return output
+
+
+def repeated(x: Value, groups: int) -> Value:
     """Key or value heads copied for every query head of their group."""
     return x if groups == 1 else contiguous_copy(x, x.extent.scaled(groups))
 
 
-def memory_efficient(query: Value, key: Value, value: Value, mask: Value, heads: Heads) -> Value:
+def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None, heads: Heads) -> Value:
     """sdpa with a mask: key and value are expanded to all heads, and each layer turns the boolean mask into one of its own in the query's type.
 
     Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa; torch, ATen/native/transformers/attention.cpp,
     convert_boolean_attn_mask.
     """
-    key, value = _repeated(key, heads.groups), _repeated(value, heads.groups)
+    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     tape = query.tape
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
-    bias = tape.new(mask.extent, query.dtype)
+    saved = [query, key, value] if mask is None else [query, key, value, tape.new(mask.extent, query.dtype)]
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
@@ -102,7 +158,8 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value, heads:
         del saved, taken
         return results
 
-    node = tape.node([query, key, value], backward, [query, key, value, bias])
+    node = tape.node([query, key, value], backward, saved)
+    del saved
     output = tape.new(per_head.scaled(heads.value_head_dim), query.dtype)
     tape.save_output(node, output)
     tape.save_output(node, tape.new(per_head, DType.FLOAT32))
@@ -110,12 +167,14 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value, heads:
     return output
 
 
-def eager(query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, *, probability: float = 0.0, softcap: bool = False) -> Value:
+def eager(
+    query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, *, probability: float = 0.0, softcap: bool = False
+) -> Value:
     """Attention written out: scores of S x S per head, their float32 softmax and its copy in the query's type.
 
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
-    key, value = _repeated(key, heads.groups), _repeated(value, heads.groups)
+    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     scores = Extent(heads.num_heads, 1, 2)
     # Heads lie between tokens and head size in memory: batched products need a copy.
     if heads.groups == 1:
@@ -126,11 +185,11 @@ def eager(query: Value, key: Value, value: Value, mask: Value | None, heads: Hea
         weights = _softcapped(weights)
     if mask is not None:
         weights = add(weights, mask)
-    weights = cast(softmax(weights, DType.FLOAT32), query.dtype)
+    weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
     output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
-    return clone(output)
+    return clone(output), weights
 
 
 def _softcapped(weights: Value) -> Value:

@@ -52,25 +52,32 @@ def cross_entropy(logits: Value, vocabulary: int) -> Value:
     return loss
 
 
-def stock_loss(modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, keeps_half: bool) -> Sequence[Value]:
+def stock_loss(
+    modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, scaled: bool, keeps_half: bool
+) -> Sequence[Value]:
     """transformers' ForCausalLMLoss: returns the loss and the logits the model hands back.
 
     Args:
         shifts_logits: whether the logits (and not the labels) are shifted, by a contiguous copy.
+        scaled: whether the head's output is multiplied by a number.
         keeps_half: whether the 16-bit logits outlive their float32 copy (the caller holds them).
 
     Source: transformers, loss/loss_utils.py, ForCausalLMLoss.
     """
     logits = label_logits(modules.linear(head, hidden))
+    if scaled:
+        logits = label_logits(scale(logits))
     if softcap:
         for step in (scale, saving_output, scale):
             logits = label_logits(step(logits))
     full = label_logits(cast(logits, DType.FLOAT32))
     if not keeps_half:
         logits = full
+    upcast = full  # a local of the loss function: it lives until the loss is returned
     if shifts_logits:
         full = label_logits(_copied(full))
     loss = cross_entropy(full, vocabulary)
+    del upcast
     return loss, logits
 
 

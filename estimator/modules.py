@@ -78,7 +78,7 @@ class Modules:
             return linear(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), fan_in, fan_out)
         if stored.quantization is QuantizationKind.INT8:
             return linear_8bit(x, fan_in, fan_out)
-        return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype)
+        return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype, keeps_input=self.recipe.stack.linear_4bit_keeps_input)
 
     def _branch(self, name: str, x: Value) -> Value:
         """The adapter's path: dropout, A, B, scaling."""
@@ -139,11 +139,13 @@ def add_number(x: Value) -> Value:
 # -- quantized linear layers ------------------------------------------------------------------------------------------------------------
 
 
-def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, weight_dtype: DType) -> Value:
+def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, weight_dtype: DType, *, keeps_input: bool) -> Value:
     """`bitsandbytes.nn.Linear4bit`: nothing but the packed weight is kept; the weight is unpacked forward (many rows) and backward (always).
 
     Args:
         weight_dtype: type of the weight when it was quantized: what the backward pass unpacks to before it casts.
+        keeps_input: whether the input (in the compute type) hangs on the context of the autograd function.
+        keeps_input: whether the context of the autograd function holds the input, of which nobody has any use.
 
     Source: bitsandbytes, nn/modules.py, Linear4bit.forward; autograd/_functions.py, MatMul4Bit; backends/cuda/ops.py, _dequant_linear_fallback.
     """
@@ -166,7 +168,7 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
 
     nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
     unpacked = tape.new(weight, argument.dtype)
-    y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward)
+    y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward, stash=[argument] if keeps_input else [])
     del nested, unpacked
     return cast(y, before)
 

@@ -180,6 +180,22 @@ class Stack:
         return self.trl < (0, 26)
 
     @property
+    def linear_4bit_keeps_input(self) -> bool:
+        """Whether a 4-bit linear layer keeps its input, in the compute type, until the graph is freed.
+
+        Source: bitsandbytes pull request 1270 (0.43.2), autograd/_functions.py, MatMul4Bit.forward.
+        """
+        return self.bitsandbytes < (0, 43, 2)
+
+    @property
+    def mistral_expands_flash_heads(self) -> bool:
+        """Whether Mistral's flash attention repeats keys and values for all query heads before the kernel.
+
+        Source: transformers 4.47, models/mistral/modeling_mistral.py, MistralFlashAttention2.forward; rows fms-accel-0137 and -0262.
+        """
+        return self.transformers < (4, 48)
+
+    @property
     def sft_casts_trainable_to_bfloat16(self) -> bool:
         """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model to bfloat16.
 
@@ -209,7 +225,7 @@ class Stack:
 
         Source: transformers, loss/loss_utils.py, ForCausalLMLoss (4.48: `logits[..., :-1, :].contiguous()`).
         """
-        return self.transformers < (4, 50)
+        return self.transformers < (4, 49)
 
     @property
     def caches_expanded_latents(self) -> bool:
@@ -218,3 +234,26 @@ class Stack:
         Source: transformers, models/deepseek_v3/modeling_deepseek_v3.py: expanded in 4.x, latent in 5.x.
         """
         return self.transformers < (5,)
+
+    @property
+    def linear_4bit_keeps_input(self) -> bool:
+        """Whether 4-bit products keep their input for a gradient of the weight that never comes.
+
+        Source: bitsandbytes 0.43.2, autograd/_functions.py, MatMul4Bit.forward (pull request 1270).
+        """
+        return self.bitsandbytes < (0, 43, 2)
+
+    def flash_repeats_key_values(self, model_type: str) -> bool:
+        """Whether a family copied keys and values for all query heads before flash attention, which does not need it.
+
+        Source: transformers 4.47, models/{mistral,mixtral,qwen2,phi3,starcoder2}/modeling_*.py, *FlashAttention2.forward; shared code since 4.48.
+        """
+        return self.transformers < (4, 48) and model_type in ("mistral", "mixtral", "qwen2", "qwen2_moe", "phi3", "starcoder2")
+
+    @property
+    def sdpa_groups_queries(self) -> bool:
+        """Whether sdpa gets fewer key/value heads than query heads (`enable_gqa`) when there is no mask, instead of copies for all heads.
+
+        Source: transformers 4.54, integrations/sdpa_attention.py, use_gqa_in_sdpa; needs torch 2.5.
+        """
+        return self.transformers >= (4, 54) and self.torch >= (2, 5)

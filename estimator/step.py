@@ -50,13 +50,13 @@ def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tup
     return layers, outside
 
 
-def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, kernel_workspaces: bool = True) -> Program:
+def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, cuda_kernels: bool = True) -> Program:
     """Run forward, loss and backward of one micro-batch.
 
     Raises:
         KeyError: if the family is not known; callers ask `FAMILIES` first.
     """
-    step = _Step(inventory, recipe, stored, regime, kernel_workspaces)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels)
     step.run()
     return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
 
@@ -66,13 +66,13 @@ def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor
 
     Source: transformers, generation/utils.py, _sample: `logits_to_keep=1`, then a float32 copy of the last logits.
     """
-    step = _Step(inventory, recipe, stored, regime, kernel_workspaces=True)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels=True)
     step.prefill()
     return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
 
 
 class _Step:
-    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, kernel_workspaces: bool) -> None:
+    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool) -> None:
         self.inventory = inventory
         self.recipe = recipe
         self.training = training = recipe.training
@@ -82,7 +82,7 @@ class _Step:
         self.tape = Tape(
             autocast_dtype=training.autocast_dtype if training is not None else None,
             accumulating=training is not None and training.gradient_accumulation_steps > 1,
-            kernel_workspaces=kernel_workspaces,
+            cuda_kernels=cuda_kernels,
         )
         self.layers, self.outside = layer_tensors(inventory, stored)
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
@@ -146,7 +146,7 @@ class _Step:
         self._require_input_gradients(embedded)
         positions = self.tape.new(Extent(1, 0, 1), DType.INT64)
         around = family.surround(frame, embedded)
-        hidden = family.finish(frame, self._run_layers(embedded, around))
+        hidden = family.finish(frame, self._run_layers(family.enter(frame, embedded, around), around))
         del embedded, around, positions
         return hidden
 
@@ -230,6 +230,7 @@ class _Step:
             modules=Modules(self.tape, f"{self.inventory.layers_prefix}.{index}.", self.layers[index], self.recipe),
             config=self.inventory.config,
             index=index,
+            model_type=self.inventory.model_type,
             attention=self.recipe.attention,
             layer_type=self._layer_type(index),
             cache=self.cache,

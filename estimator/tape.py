@@ -219,12 +219,12 @@ class Recomputable:
 class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
-    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, kernel_workspaces: bool = True) -> None:
+    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True) -> None:
         self.autocast_dtype = autocast_dtype
         self.accumulating = accumulating
         """Gradients of an earlier micro-batch exist already and are counted elsewhere."""
-        self.kernel_workspaces = kernel_workspaces
-        """Whether memory that CUDA kernels take inside one call is counted (a dispatcher does not see it)."""
+        self.cuda_kernels = cuda_kernels
+        """Whether CUDA's kernels run: chosen by the card, with memory of their own inside a call. Without it the program is the CPU's, for comparison."""
         self.autocast_enabled = False
         self.autocast_cache: dict[str, Value] = {}
         self.grad_enabled = False
@@ -291,7 +291,7 @@ class Tape:
 
     def workspace(self, extent: Extent, dtype: DType) -> Value | None:
         """Memory a CUDA kernel takes for the length of one call."""
-        return self.new(extent, dtype) if self.kernel_workspaces else None
+        return self.new(extent, dtype) if self.cuda_kernels else None
 
     def node(self, inputs: Sequence[Value], backward: Backward, saved: Sequence[Value] = ()) -> Node | None:
         """A node, if anything that leads here is trained. Called before the result is made, as autograd saves inputs before it runs an operator."""

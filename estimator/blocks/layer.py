@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from estimator.attention import Heads, eager, flash, memory_efficient
+from estimator.attention import Heads, eager, expanded, flash, scaled_dot_product
 from estimator.modules import Modules
 from estimator.phases import Item
 from estimator.recipe import Attention
@@ -19,6 +19,8 @@ class Surroundings:
     mask: Value | None = None
     """Bool for sdpa, in the model's type for eager; None where the kernel's causal flag does."""
     sliding_mask: Value | None = None
+    positions: Value | None = None
+    """Embedded positions that are added to the embedded tokens."""
     others: tuple[Value, ...] = ()
     """Held as long as the rest, but not looked at."""
 
@@ -30,6 +32,7 @@ class Layer:
     modules: Modules
     config: Mapping[str, object]
     index: int
+    model_type: str
     attention: Attention
     layer_type: str = "full_attention"
     cache: list[Value] | None = None
@@ -59,13 +62,33 @@ class Layer:
 
     def attend(self, query: Value, key: Value, value: Value, heads: Heads, around: Surroundings, *, probability: float = 0.0, softcap: bool = False) -> Value:
         """The attention kernel of the recipe, with this layer's mask."""
+        return self.attend_and_weights(query, key, value, heads, around, probability=probability, softcap=softcap)[0]
+
+    def attend_and_weights(
+        self,
+        query: Value,
+        key: Value,
+        value: Value,
+        heads: Heads,
+        around: Surroundings,
+        *,
+        probability: float = 0.0,
+        softcap: bool = False,
+        softmax_in_float32: bool = True,
+    ) -> tuple[Value, Value | None]:
+        """The same for callers that mind how long the weights of eager attention stay: blocks hold them in a local to their end."""
         self._remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
         if self.attention is Attention.EAGER:
-            return eager(query, key, value, mask, heads, probability=probability, softcap=softcap)
-        if mask is None or self.attention is not Attention.SDPA:
-            return flash(query, key, value, heads)
-        return memory_efficient(query, key, value, mask, heads)
+            return eager(query, key, value, mask, heads, probability=probability, softcap=softcap, in_float32=softmax_in_float32)
+        stack = self.modules.recipe.stack
+        if self.attention is not Attention.SDPA:
+            if stack.flash_repeats_key_values(self.model_type):
+                query, key, value, heads = expanded(query, key, value, heads)
+            return flash(query, key, value, heads), None
+        if mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels:
+            query, key, value, heads = expanded(query, key, value, heads)
+        return scaled_dot_product(query, key, value, mask, heads, self.modules.recipe.compute_capability), None
 
     def _remember(self, key: Value, value: Value) -> None:
         """In inference, keys and values are copied into the cache.
