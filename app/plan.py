@@ -92,7 +92,11 @@ def _found(search: _Search) -> Training | None:
 
 def _search_batch(search: _Search, fits: Callable[[int], bool]) -> int | None:
     total = search.request.global_batch_size
-    return largest_of(divisors(total), fits) if total is not None else largest_up_to(MAX_BATCH, fits)
+    if total is None:
+        return largest_up_to(MAX_BATCH, fits)
+    # The whole batch at once is asked apart: without accumulation no gradients wait during the forward pass, so it may take less.
+    *smaller, whole = divisors(total)
+    return whole if fits(whole) else largest_of(smaller, fits)
 
 
 def _of_batch(search: _Search, micro_batch_size: int) -> Training:

@@ -27,6 +27,23 @@ def test_a_planned_micro_batch_fits_and_the_next_divisor_does_not() -> None:
     assert answer(request(training=training, hardware={"gpu": "a100-40"}))["fit"]["verdict"] != "fits"
 
 
+@pytest.mark.parametrize("capacity_gib", [30, 45, 60, 62, 64, 66, 68, 70, 72, 76, 80])
+def test_the_planned_micro_batch_is_the_largest_divisor_that_fits(capacity_gib: float) -> None:
+    full = {
+        "model": "meta-llama/Llama-3.1-8B",
+        "dtype": "bfloat16",
+        "training": {"max_length": 1024, "optim": "adamw_8bit", "bf16": True, "gradient_checkpointing": True},
+        "hardware": {"capacity_gib": capacity_gib},
+    }
+    fitting = []
+    for size in (1, 2, 4, 8, 16):
+        training = {**full["training"], "per_device_train_batch_size": size, "gradient_accumulation_steps": 16 // size}  # type: ignore[dict-item]
+        if answer({**full, "training": training})["fit"]["verdict"] == "fits":
+            fitting.append(size)
+    found = plan({**full, "global_batch_size": 16})["plan"]
+    assert (found["per_device_train_batch_size"] if found else None) == max(fitting, default=None)
+
+
 def test_without_a_global_batch_the_micro_batch_is_as_large_as_fits() -> None:
     found = plan(request(hardware={"gpu": "a100-80"}))["plan"]
     size = found["per_device_train_batch_size"]
