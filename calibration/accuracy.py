@@ -10,11 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from estimator.engine import estimate
-
-from calibration.published import BATCH_BYTES_PER_TOKEN, CONSTANTS, NotModelled, Row, Run, rows, translate
+from calibration.published import CONSTANTS, NotModelled, Row, Run, rows, translate
 from calibration.published_model import inventory_of
 from estimator import correction
+from estimator.engine import estimate
 from estimator.errors import VramplanError
 
 # Figures that have intervals.
@@ -59,8 +58,7 @@ def compare(run: Run) -> Comparison:
     figures: dict[str, Pair] = {}
     row = run.row
     if row.resting_bytes is not None and estimated.steady_state_bytes is not None:
-        batch_bytes = BATCH_BYTES_PER_TOKEN * run.tokens
-        figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes + batch_bytes)
+        figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes)
     if row.allocated_bytes is not None and estimated.steady_state_bytes is not None:
         figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=estimated.peak.allocated_bytes)
     if row.device_bytes is not None and estimated.device_bytes is not None:
