@@ -12,12 +12,13 @@ from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
+from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
 from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, Loss, Recipe
+from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.storage import StoredTensor
-from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Snapshot, Tape, Value
+from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,10 @@ class Regime:
 
     beyond_window: bool
     """Whether sequences are longer than the sliding window."""
+    tile_rows: int | None = None
+    """Tokens in a tile of TRL's loss once there are more of them."""
+    chunk_rows: int = 0
+    """Tokens in a chunk of Liger's loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +81,7 @@ class _Step:
         self.inventory = inventory
         self.recipe = recipe
         self.training = training = recipe.training
+        self.regime = regime
         self.family: Family = FAMILIES[inventory.model_type]
         self.cache: list[Value] | None = None if training is not None else []
         """Keys and values of all layers, in inference."""
@@ -168,7 +174,7 @@ class _Step:
         modules = Modules(self.tape, "", self._head_tensors(head), self.recipe)
         assert self.training is not None
         if self.training.loss is not Loss.STOCK:
-            raise NotImplementedError(self.training.loss)
+            return self._fused_loss(hidden, modules.parameter(f"{head}.weight"), vocabulary), None
         stack = self.recipe.stack
         loss, logits = stock_loss(
             modules,
@@ -181,6 +187,19 @@ class _Step:
             keeps_half=stack.loss_keeps_half_logits,
         )
         return loss, logits
+
+    def _fused_loss(self, hidden: Value, weight: Parameter, vocabulary: int) -> Value:
+        assert self.training is not None
+        width = self.frame.width
+        match self.training.loss:
+            case Loss.TRL_TILED:
+                return tiled_loss(hidden, weight, width, self.regime.tile_rows)
+            case Loss.TRL_CHUNKED:
+                return chunked_loss(hidden, weight, width, vocabulary)
+            case Loss.LIGER:
+                return liger_loss(hidden, weight, width, self.regime.chunk_rows)
+            case Loss.STOCK:
+                raise AssertionError("the stock loss holds all logits")
 
     def _head_tensors(self, head: str) -> dict[str, StoredTensor]:
         """A tied head works on the embedding's weight."""
@@ -324,4 +343,23 @@ def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
     training, inference = recipe.training, recipe.inference
     length = training.sequence_length if training is not None else inference.prompt_length if inference is not None else 0
     window = inventory.config.get("sliding_window")
-    return Regime(beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window)
+    return Regime(
+        beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,
+        tile_rows=_tile_rows(training),
+        chunk_rows=_chunk_rows(training, inventory),
+    )
+
+
+def _tile_rows(training: Training | None) -> int | None:
+    if training is None or training.loss is not Loss.TRL_TILED:
+        return None
+    return TILE_ROWS if training.micro_batch_size * training.sequence_length >= TILE_ROWS else None
+
+
+def _chunk_rows(training: Training | None, inventory: Inventory) -> int:
+    if training is None or training.loss is not Loss.LIGER:
+        return 0
+    vocabulary, width = inventory.config["vocab_size"], inventory.config["hidden_size"]
+    assert isinstance(vocabulary, int)
+    assert isinstance(width, int)
+    return liger_chunk_rows(training.micro_batch_size * training.sequence_length, vocabulary, width)
