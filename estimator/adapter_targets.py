@@ -35,6 +35,9 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...] | str] = {
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
 
+# Types whose config class calls itself otherwise. Source: transformers, models/auto/configuration_auto.py.
+_SAME_CLASS = {"gpt-sw3": "gpt2"}
+
 # Families whose experts were single modules before transformers 5, by the names these had.
 # Source: transformers 5.23, conversion_mapping.py, _MODEL_TO_CONVERSION_PATTERN; peft adds mixtral itself.
 MIXTRAL_LIKE = frozenset({"minimax", "minimax_m2", "mixtral"})
@@ -136,7 +139,7 @@ def expert_names(model_type: str) -> Mapping[str, str]:
 
 
 def _default_targets(adapter: Adapter, names: ModuleNames) -> frozenset[str] | str | None:
-    default = DEFAULT_TARGETS.get(names.model_type)
+    default = DEFAULT_TARGETS.get(_SAME_CLASS.get(names.model_type, names.model_type))
     if default is None:
         if adapter.target_parameters:
             return None

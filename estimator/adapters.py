@@ -123,6 +123,7 @@ def adapter_tensors(
             added += _parameter_adapters(adapter, weight, matcher)
     if not added:
         raise no_match(adapter, base.names)
+    _refuse_adapted(adapter, {name for pattern, indices in adapted for _, name in copies(pattern, indices)})
     added += _saved_copies(adapter, base)
     added += _trained_tokens(adapter, base)
     return tuple(added), tuple(adapted)
@@ -234,18 +235,24 @@ def _saved_copies(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
 def _trained_tokens(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
     """`trainable_token_indices`: the rows of those tokens, once to train and once as they were.
 
-    A tied head uses the embedding's.
+    Of tied modules that are both named, the one without storage of its own uses the other's.
 
     Raises:
         RequestError: if a name matches no module with a weight of two dimensions.
 
     Source: peft, tuners/trainable_tokens/layer.py, TrainableTokensLayer.update_layer.
     """
+    named = {
+        module: [w for w in base.tensors if leaf(w.pattern) == "weight" and parent(w.pattern).endswith(module)]
+        for module, _ in adapter.trainable_token_indices
+    }
+    has_own = any(weight.pattern in base.own for weights in named.values() for weight in weights)
     for module, num_tokens in adapter.trainable_token_indices:
-        matches = [w for w in base.tensors if w.pattern in base.own and leaf(w.pattern) == "weight" and parent(w.pattern).endswith(module)]
-        if not matches:
+        if not named[module]:
             raise RequestError(f"peft.trainable_token_indices: no module is named {module!r}", field="peft.trainable_token_indices")
-        for weight in matches:
+        for weight in named[module]:
+            if has_own and weight.pattern not in base.own:
+                continue
             dtype = adapter_dtype(weight.dtype, autocast=adapter.autocast_adapter_dtype)
             shape = (num_tokens, weight.shape[1])
             name = parent(weight.pattern)
@@ -298,6 +305,18 @@ def _check(adapter: Adapter, base: Base, matcher: Matcher, targets: Targets) -> 
     embeddings = {name for w in base.tensors if w.module_kind is ModuleKind.EMBEDDING for _, name in copies(parent(w.pattern), w.indices)}
     if adapter.lora_bias and embeddings.intersection(matched):
         raise RequestError("peft.lora_bias: PEFT refuses it for embeddings", field="peft.lora_bias")
+
+
+def _refuse_adapted(adapter: Adapter, adapted: set[str]) -> None:
+    """A module that has an adapter cannot be saved or have tokens trained too; both names match any ending.
+
+    Source: peft, utils/other.py, AuxiliaryTrainingWrapper.check_module.
+    """
+    tokens = tuple(name for name, _ in adapter.trainable_token_indices)
+    for field, endings in (("modules_to_save", adapter.modules_to_save), ("trainable_token_indices", tokens)):
+        clash = next((name for name in sorted(adapted) if name.endswith(endings)), None) if endings else None
+        if clash is not None:
+            raise RequestError(f"peft.{field}: {clash} is matched too but has an adapter; PEFT refuses both", field=f"peft.{field}")
 
 
 def module_names(inventory: Inventory, tensors: Iterable[StoredTensor]) -> ModuleNames:

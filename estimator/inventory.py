@@ -46,6 +46,8 @@ class TensorRow:
     """Full name of the tensor whose storage this one shares: counted there, not here."""
     dtype_is_fixed: bool = False
     """Whether the module asks for `dtype` by name, so that another load dtype does not change it (rotary frequencies, some routers)."""
+    is_frozen: bool = False
+    """Whether the module itself turns the gradient off: not trained even without an adapter (sinusoidal positions)."""
 
     @property
     def num_copies(self) -> int:

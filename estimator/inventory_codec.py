@@ -10,7 +10,18 @@ FORMAT = 1
 """Raised whenever the meaning of the encoded values changes; part of every content hash."""
 
 # A row is a list; trailing entries equal to these are left out.
-_ROW_DEFAULTS: tuple[object, ...] = (None, "", [], "", ModuleKind.OTHER.value, TensorRole.PARAMETER.value, DType.FLOAT32.value, None, False)
+_ROW_DEFAULTS: tuple[object, ...] = (
+    None,
+    "",
+    [],
+    "",
+    ModuleKind.OTHER.value,
+    TensorRole.PARAMETER.value,
+    DType.FLOAT32.value,
+    None,
+    False,
+    False,
+)
 
 
 def encode_indices(indices: Sequence[Sequence[int]]) -> str:
@@ -45,7 +56,7 @@ def _numbers(run: str) -> range:
 
 
 def encode_row(row: TensorRow) -> list[object]:
-    """A row as a list: pattern, indices, shape, class, kind, role, dtype, tied_to, dtype_is_fixed; trailing defaults left out."""
+    """A row as a list: pattern, indices, shape, class, kind, role, dtype, tied_to, dtype_is_fixed, is_frozen; no trailing defaults."""
     values: list[object] = [
         row.pattern,
         encode_indices(row.indices),
@@ -56,6 +67,7 @@ def encode_row(row: TensorRow) -> list[object]:
         row.dtype.value,
         row.tied_to,
         row.dtype_is_fixed,
+        row.is_frozen,
     ]
     while values[-1] == _ROW_DEFAULTS[len(values) - 1]:
         values.pop()
@@ -70,7 +82,7 @@ def decode_row(values: Sequence[object]) -> TensorRow:
     """
     if not 1 <= len(values) <= len(_ROW_DEFAULTS):
         raise ValueError(f"a row has {len(values)} entries")
-    pattern, indices, shape, owner, kind, role, dtype, tied_to, fixed = [*values, *_ROW_DEFAULTS[len(values) :]]
+    pattern, indices, shape, owner, kind, role, dtype, tied_to, fixed, frozen = [*values, *_ROW_DEFAULTS[len(values) :]]
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
         raise ValueError(f"{pattern}: {shape!r} is not a shape")
     if tied_to is not None and not isinstance(tied_to, str):
@@ -85,6 +97,7 @@ def decode_row(values: Sequence[object]) -> TensorRow:
         module_class=_text(owner),
         tied_to=tied_to,
         dtype_is_fixed=bool(fixed),
+        is_frozen=bool(frozen),
     )
 
 

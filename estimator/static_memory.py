@@ -155,25 +155,28 @@ def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTenso
     if preparation.stack.experts_are_modules:
         inventory = unfuse_experts(inventory)
     tensors = tuple(_loaded(inventory, preparation))
+    frozen = tuple(replace(t, trainable=False) if t.trainable else t for t in tensors)
     adapter = preparation.adapter
     if preparation.prepare_for_kbit_training:
-        tensors = tuple(map(_upcast, tensors))
+        frozen = tuple(map(_upcast, frozen))
     if adapter is None:
         if not preparation.is_training or preparation.prepare_for_kbit_training:
-            return tensors
+            return frozen
         if preparation.quantization is not None:
             raise RequestError(
                 "peft: a quantized model cannot be trained without an adapter; give a LoraConfig, or drop quantization", field="peft"
             )
-        return tuple(replace(t, trainable=t.item is Item.WEIGHTS) for t in tensors)
-    tensors = _with_adapter(inventory, tensors, adapter, preparation)
+        return tensors
+    tensors = _with_adapter(inventory, frozen, adapter, preparation)
     if not preparation.is_training:
         return tuple(replace(t, trainable=False) for t in tensors)
     return _trl_casts(tensors, preparation) if preparation.trainer is Trainer.TRL else tensors
 
 
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:
-    """What `from_pretrained` leaves on the device: weights, their quantization state, buffers.
+    """What `from_pretrained` leaves on the device: weights, their quantization state, buffers; trainable as modules made them.
+
+    A linear module whose weight is tied is replaced, but gets the shared weight back, which is not packed.
 
     Source: transformers, core_model_loading.py, convert_and_load_state_dict_in_model; integrations/bitsandbytes.py.
     """
@@ -181,9 +184,10 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
     stack = preparation.stack
     keeps_float32 = kept_in_float32(inventory, preparation.dtype, is_quantized=quantization is not None, stack=stack)
     keys = skipped_modules(inventory, quantization) if quantization is not None else ()
+    shared = {row.tied_to for row in inventory.rows if row.tied_to is not None}
 
     def label(name: str) -> tuple[bool, bool]:
-        packed = replaceable and not is_skipped(parent(name), keys, stack)
+        packed = replaceable and name not in shared and not is_skipped(parent(name), keys, stack)
         return packed, not packed and keeps_float32(name)
 
     for row in inventory.rows:
@@ -213,6 +217,7 @@ def _plain(row: TensorRow, indices: Indices, dtype: DType) -> StoredTensor:
         raw_bytes=row.num_elements * dtype.itemsize,
         module_kind=row.module_kind,
         module_class=row.module_class,
+        trainable=row.role is TensorRole.PARAMETER and not row.is_frozen,
     )
 
 
@@ -280,7 +285,7 @@ def _tied(rows: tuple[TensorRow, ...], tensors: tuple[StoredTensor, ...]) -> Ite
     for row in tied:
         source = sources.get(row.tied_to or "")
         if source is not None:
-            yield replace(_plain(row, row.indices, source.dtype), quantization=source.quantization)
+            yield replace(_plain(row, row.indices, source.dtype), quantization=source.quantization, trainable=False)
 
 
 def _train_biases(tensors: tuple[StoredTensor, ...], bias: str, adapted: tuple[tuple[str, Indices], ...]) -> Iterator[StoredTensor]:

@@ -21,6 +21,7 @@ class Tensor:
     module_class: str
     tied_to: str | None
     dtype_is_fixed: bool
+    is_frozen: bool = False
 
 
 def group(tensors: Iterable[Tensor]) -> tuple[TensorRow, ...]:
@@ -38,6 +39,7 @@ def group(tensors: Iterable[Tensor]) -> tuple[TensorRow, ...]:
             module_class=tensor.module_class,
             tied_to=tensor.tied_to,
             dtype_is_fixed=tensor.dtype_is_fixed,
+            is_frozen=tensor.is_frozen,
         )
         members.setdefault((pattern, key), []).append(numbers)
     return tuple(
@@ -51,6 +53,7 @@ def group(tensors: Iterable[Tensor]) -> tuple[TensorRow, ...]:
             module_class=key.module_class,
             tied_to=key.tied_to,
             dtype_is_fixed=key.dtype_is_fixed,
+            is_frozen=key.is_frozen,
         )
         for (pattern, key), numbers in members.items()
         for indices in products(numbers)

@@ -145,6 +145,9 @@ def plain_name(name: str) -> str:
     for part in (".base_layer", ".original_module", ".token_adapter"):
         name = name.replace(part, "")
     name = re.sub(r"\.default(?=\.|$)", "", name)
+    if ".modules_to_save" in name:
+        # PEFT copies the module that was named, with all it holds.
+        name = f"{name.replace('.modules_to_save', '')} (copy)"
     return re.sub(r"(\.experts\.\w+|\.gate\.weight)(?=\.lora_[AB]\.)", lambda m: "." + m[0].split(".")[1], name)
 
 
