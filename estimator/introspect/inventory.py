@@ -104,6 +104,7 @@ def _tensor(name: str, module: Any, tensor: Any, other: Any, role: TensorRole, s
         module_class=type(module).__name__,
         tied_to=None if first == name else first,
         dtype_is_fixed=tensor.is_floating_point() and tensor.dtype == other.dtype,
+        is_frozen=role is TensorRole.PARAMETER and not tensor.requires_grad,
     )
 
 
