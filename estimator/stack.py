@@ -235,14 +235,6 @@ class Stack:
         """
         return self.transformers < (5,)
 
-    @property
-    def linear_4bit_keeps_input(self) -> bool:
-        """Whether 4-bit products keep their input for a gradient of the weight that never comes.
-
-        Source: bitsandbytes 0.43.2, autograd/_functions.py, MatMul4Bit.forward (pull request 1270).
-        """
-        return self.bitsandbytes < (0, 43, 2)
-
     def flash_repeats_key_values(self, model_type: str) -> bool:
         """Whether a family copied keys and values for all query heads before flash attention, which does not need it.
 
