@@ -13,6 +13,7 @@ from estimator.dtypes import DType, parse_dtype
 from estimator.errors import UnknownNameError
 from estimator.introspect import facts
 from estimator.introspect.build import build
+from estimator.introspect.errors import BuildError
 from estimator.introspect.rows import Tensor, group
 from estimator.inventory import Inventory, ModuleKind, TensorRole
 from estimator.inventory_codec import encode
@@ -29,7 +30,7 @@ def inspect(data: Mapping[str, Any], content_hash: str) -> Inventory:
     Built twice on the meta device, under float32 and under bfloat16: a tensor that is the same under both has its type fixed by its module.
 
     Raises:
-        BuildError: if transformers cannot build the model.
+        BuildError: if transformers cannot build the model, or its `dtype` is none of torch's.
     """
     auto_class, model = build(data)
     _, half = build(data, torch.bfloat16)
@@ -182,6 +183,6 @@ def _checkpoint_dtype(data: Mapping[str, Any]) -> DType | None:
         if isinstance(name, str) and name != "auto":
             try:
                 return parse_dtype(name)
-            except UnknownNameError:
-                return None
+            except UnknownNameError as error:
+                raise BuildError("config", error.message) from None
     return None

@@ -44,7 +44,7 @@ def _bound(names: str, low: int, high: int, *, exact: bool = True) -> Bound:
 
 # The first that matches a field's whole name decides. Names are those of transformers' config classes, text, vision and audio parts alike.
 _BOUNDS = (
-    _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 1024),
+    _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 512),
     _bound(
         r"num_key_value_heads|num_kv_heads|num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 1, 2**13
     ),
@@ -52,7 +52,7 @@ _BOUNDS = (
     _bound(r"head_dim|kv_lora_rank|q_lora_rank|moe_intermediate_size|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17),
     _bound(r"num_experts|num_local_experts|n_routed_experts|n_shared_experts|moe_num_experts|num_experts_per_tok", 0, 2**15),
     _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31),
-    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 1024, exact=False),
+    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 512, exact=False),
     _bound(r".*_vocab_size|vocab_size_.*", 0, 2**24, exact=False),
     _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
     _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13, exact=False),

@@ -47,6 +47,11 @@ def test_a_value_that_the_config_class_refuses_is_an_error_of_the_config(inspect
         inventory(inspector, {**LLAMA, "hidden_size": "64"})
 
 
+def test_a_dtype_that_torch_does_not_have_is_an_error_of_the_config(inspector: Inspector) -> None:
+    with pytest.raises(ConfigError, match="'os' is not known; accepted: bfloat16"):
+        inventory(inspector, {**LLAMA, "torch_dtype": "os"})
+
+
 def test_a_model_that_cannot_be_built_is_an_inspection_error(inspector: Inspector) -> None:
     with pytest.raises(InspectionError, match="cannot be built"):
         inventory(inspector, {**LLAMA, "hidden_act": "no_such_activation"})
