@@ -13,7 +13,7 @@ from app.resolution import resolve_recipe
 from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.engine import estimate as run_engine
-from estimator.engine import explain
+from estimator.explain import explain
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate, Interval
 from estimator.inventory import Inventory

@@ -192,16 +192,20 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """How an item comes about: words and numbers, and where the rule is written."""
+def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snapshot]:
+    """What is alive at the largest instant of each phase that runs on the tape, every tensor with the name of its module and operator.
 
-    formula: str
-    source: str
-
-
-def explain(inventory: Inventory, recipe: Recipe) -> Mapping[tuple[Phase, Item], Explanation]:
-    """Formula and source of every item of every phase."""
+    Only for recipes whose step is modelled (`why_not_modelled`).
+    """
+    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    tensors = static_memory(inventory, structure).tensors
+    training, inference = recipe.training, recipe.inference
+    if training is not None:
+        peaks = run_step(inventory, structure, tensors, regime, names=True).peaks
+        return {phase: largest(peaks[phase], training.micro_batch_size, training.sequence_length) for phase in _STEP_PHASES}
+    if inference is not None:
+        peaks = run_prefill(inventory, structure, tensors, regime, names=True).peaks
+        return {Phase.PREFILL: largest(peaks[Phase.PREFILL], inference.batch_size, inference.prompt_length)}
     return {}
 
 

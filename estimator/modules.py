@@ -56,6 +56,12 @@ class Modules:
 
     def linear(self, name: str, x: Value) -> Value:
         """A linear layer with its adapter, if it has one."""
+        outer, self.tape.scope = self.tape.scope, name
+        result = self._linear(name, x)
+        self.tape.scope = outer
+        return result
+
+    def _linear(self, name: str, x: Value) -> Value:
         if f"{name}.lora_A.weight" not in self.tensors:
             return self._base(name, x)
         if f"{name}.lora_magnitude_vector.weight" in self.tensors:
@@ -121,10 +127,12 @@ class Modules:
 
         Source: transformers, models/llama/modeling_llama.py, LlamaRMSNorm.
         """
+        outer, self.tape.scope = self.tape.scope, name
         before = x.dtype
         hidden = cast(x, DType.FLOAT32)
         variance = mean(square(hidden), width)
         hidden = multiply(hidden, rsqrt(add_number(variance)))
+        self.tape.scope = outer
         return multiply(self.parameter(f"{name}.weight"), cast(hidden, before))
 
     def layer_norm(self, name: str, x: Value, width: int) -> Value:
@@ -145,7 +153,6 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
     Args:
         weight_dtype: type of the weight when it was quantized: what the backward pass unpacks to before it casts.
         keeps_input: whether the input (in the compute type) hangs on the context of the autograd function.
-        keeps_input: whether the context of the autograd function holds the input, of which nobody has any use.
 
     Source: bitsandbytes, nn/modules.py, Linear4bit.forward; autograd/_functions.py, MatMul4Bit; backends/cuda/ops.py, _dequant_linear_fallback.
     """

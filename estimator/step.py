@@ -55,29 +55,29 @@ def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tup
     return layers, outside
 
 
-def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, cuda_kernels: bool = True) -> Program:
+def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, cuda_kernels: bool = True, names: bool = False) -> Program:
     """Run forward, loss and backward of one micro-batch.
 
     Raises:
         KeyError: if the family is not known; callers ask `FAMILIES` first.
     """
-    step = _Step(inventory, recipe, stored, regime, cuda_kernels)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
     step.run()
     return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
 
 
-def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime) -> Program:
+def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, names: bool = False) -> Program:
     """Run the prompt through the model, keeping keys and values, and look at the last position's logits.
 
     Source: transformers, generation/utils.py, _sample: `logits_to_keep=1`, then a float32 copy of the last logits.
     """
-    step = _Step(inventory, recipe, stored, regime, cuda_kernels=True)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels=True, names=names)
     step.prefill()
     return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
 
 
 class _Step:
-    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool) -> None:
+    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool, names: bool) -> None:
         self.inventory = inventory
         self.recipe = recipe
         self.training = training = recipe.training
@@ -89,6 +89,7 @@ class _Step:
             autocast_dtype=training.autocast_dtype if training is not None else None,
             accumulating=training is not None and training.gradient_accumulation_steps > 1,
             cuda_kernels=cuda_kernels,
+            names=names,
         )
         self.layers, self.outside = layer_tensors(inventory, stored)
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]

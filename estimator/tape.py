@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from sys import getrefcount
+from sys import _getframe, getrefcount
+from types import FrameType
 from typing import NamedTuple
 
 from estimator.dtypes import DType
@@ -27,6 +28,8 @@ class Extent(NamedTuple):
     count: int
     batch: int = 0
     sequence: int = 0
+    label: str = ""
+    """What the tensor is, on a tape that names its tensors."""
 
     def at(self, batch: int, sequence: int) -> int:
         return self.count * int(batch**self.batch) * int(sequence**self.sequence)
@@ -219,12 +222,16 @@ class Recomputable:
 class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
-    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True) -> None:
+    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True, names: bool = False) -> None:
         self.autocast_dtype = autocast_dtype
         self.accumulating = accumulating
         """Gradients of an earlier micro-batch exist already and are counted elsewhere."""
         self.cuda_kernels = cuda_kernels
         """Whether CUDA's kernels run: chosen by the card, with memory of their own inside a call. Without it the program is the CPU's, for comparison."""
+        self.names = names
+        """Whether tensors carry the name of their module and operator, for explanations."""
+        self.scope = ""
+        """The module that is running."""
         self.autocast_enabled = False
         self.autocast_cache: dict[str, Value] = {}
         self.grad_enabled = False
@@ -287,7 +294,10 @@ class Tape:
 
     def new(self, extent: Extent, dtype: DType, item: Item = Item.TEMPORARY) -> Value:
         """A fresh tensor."""
-        return Value(self, extent, dtype, Storage(self, extent.scaled(dtype.itemsize), item))
+        size = extent.scaled(dtype.itemsize)
+        if self.names:
+            size = size._replace(label=f"{self.scope} {_operator()}".strip())
+        return Value(self, extent, dtype, Storage(self, size, item))
 
     def workspace(self, extent: Extent, dtype: DType) -> Value | None:
         """Memory a CUDA kernel takes for the length of one call."""
@@ -457,6 +467,14 @@ class Tape:
         if gradient.extent != extent:
             gradient = self.new(extent, gradient.dtype)
         return gradient if gradient.dtype is dtype else self.new(extent, dtype)
+
+
+def _operator() -> str:
+    """Name of the operator that asks for a tensor: the nearest caller of `Tape.new` that is not one of its helpers."""
+    frame: FrameType | None = _getframe(2)
+    while frame is not None and frame.f_code.co_name.startswith(("_", "<")):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame is not None else ""
 
 
 class _Arrival:

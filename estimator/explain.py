@@ -1,0 +1,199 @@
+"""Every item of an answer in words and numbers, with the place where its rule is written."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from estimator.engine import why_not_modelled, worst_instants
+from estimator.inventory import Inventory
+from estimator.kv_cache import cached_tokens, elements_per_token
+from estimator.optimizers import Residence
+from estimator.phases import Item, Phase
+from estimator.recipe import Recipe
+from estimator.static_memory import StaticMemory, static_memory
+from estimator.storage import StoredTensor
+from estimator.tape import Extent, Snapshot
+from estimator.units import gib
+
+_LARGEST_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """How an item comes about."""
+
+    formula: str
+    source: str
+
+
+Explanations = Mapping[tuple[Phase, Item], Explanation]
+
+_SOURCES = {
+    Item.WEIGHTS: "parameters as transformers builds them; storage: bitsandbytes functional.quantize_4bit, nn.modules; peft prepare_model_for_kbit_training",
+    Item.QUANTIZATION_STATE: "bitsandbytes, functional.py, quantize_4bit and QuantState",
+    Item.BUFFERS: "buffers that the model registers",
+    Item.ADAPTER_WEIGHTS: "peft, tuners/lora/layer.py, update_layer; Hu et al. 2021, section 4.1",
+    Item.OPTIMIZER_STATES: "torch.optim and bitsandbytes.optim, state made in the first step; transformers, trainer_optimizer.py",
+    Item.GRADIENTS: "torch, autograd: a gradient has the type and shape of its parameter",
+    Item.ACTIVATIONS: "torch, tools/autograd/derivatives.yaml: what each operator saves; the layer as in transformers' modeling code",
+    Item.CHECKPOINTS: "torch, utils/checkpoint.py: the input of every checkpointed layer",
+    Item.LOGITS: "transformers, loss/loss_utils.py; torch, log_softmax and nll_loss; TRL and Liger for their fused losses",
+    Item.TEMPORARY: "tensors alive inside the operator that makes the phase's largest instant",
+    Item.KV_CACHE: "transformers, cache_utils.py",
+    Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread",
+}
+
+
+@lru_cache(maxsize=64)
+def explain(inventory: Inventory, recipe: Recipe) -> Explanations:
+    """Formula and source of every item of every phase."""
+    static = static_memory(inventory, recipe)
+    modelled = why_not_modelled(inventory, recipe) is None
+    instants = worst_instants(inventory, recipe) if modelled else {}
+    texts: dict[tuple[Phase, Item], str] = {}
+    for phase in _phases(recipe, modelled):
+        for item, formula in _stored(static).items():
+            texts[phase, item] = formula
+        texts |= {(phase, item): text for item, text in _step(static, recipe, phase).items()}
+        if phase in instants:
+            _add(texts, phase, instants[phase], recipe)
+    if recipe.inference is not None and modelled:
+        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
+    return {key: Explanation(formula=text, source=_SOURCES.get(key[1], "")) for key, text in texts.items() if text}
+
+
+def _phases(recipe: Recipe, modelled: bool) -> tuple[Phase, ...]:
+    if not modelled:
+        return (Phase.LOAD,)
+    if recipe.training is not None:
+        return (Phase.LOAD, Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.OPTIMIZER_STEP)
+    return (Phase.LOAD, Phase.PREFILL, Phase.DECODE) if recipe.inference is not None else (Phase.LOAD,)
+
+
+# -- what is stored ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stored(static: StaticMemory) -> dict[Item, str]:
+    return {
+        item: _by_width([t for t in static.tensors if t.item is item])
+        for item in (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
+    }
+
+
+def _by_width(tensors: Iterable[StoredTensor]) -> str:
+    """Tensors of a kind together: how many, how many scalars, at how many bytes."""
+    groups: dict[str, tuple[int, int, int]] = {}
+    for t in tensors:
+        name = f"{t.quantization.value} packed" if t.quantization is not None else t.dtype.value
+        number, scalars, raw = groups.get(name, (0, 0, 0))
+        groups[name] = number + t.num_copies, scalars + t.num_copies * t.num_elements, raw + t.num_copies * t.raw_bytes
+    parts = [f"{number:,} {name} tensors: {scalars:,} scalars in {raw:,} B" for name, (number, scalars, raw) in groups.items()]
+    return " + ".join(parts) + "; each tensor rounded up to 512 B" if parts else ""
+
+
+def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]:
+    """What a step adds that no tape is needed for."""
+    if phase is Phase.LOAD:
+        return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
+    texts = {Item.WORKSPACE: f"{2 if recipe.training is not None else 1} cuBLAS workspaces (forward and backward run in threads of their own)"}
+    training = recipe.training
+    if training is None:
+        return texts | ({Item.TEMPORARY: "one layer's old and new cache side by side", Item.LOGITS: "last position: as computed + float32 copy"} if phase is Phase.DECODE else {})
+    states = [s for s in static.optimizer if s.residence is Residence.DEVICE]
+    raw = sum(s.num_tensors * s.raw_bytes for s in states)
+    number = sum(s.num_tensors for s in states)
+    texts[Item.OPTIMIZER_STATES] = f"{training.optimizer}: {number:,} state tensors, {raw:,} B" + (
+        f"; {gib(static.paged_bytes)} more in paged memory" if static.paged_bytes else ""
+    )
+    trained = [t for t in static.tensors if t.trainable]
+    texts[Item.GRADIENTS] = _by_width(trained).replace(" tensors", " gradients")
+    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask)"
+    texts[Item.ACTIVATIONS] = inputs
+    if phase is Phase.OPTIMIZER_STEP:
+        texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step()"
+    return texts
+
+
+# -- what the tape saw ------------------------------------------------------------------------------------------------------------------
+
+
+def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, recipe: Recipe) -> None:
+    training, inference = recipe.training, recipe.inference
+    batch, length = (
+        (training.micro_batch_size, training.sequence_length)
+        if training is not None
+        else (inference.batch_size, inference.prompt_length)
+        if inference is not None
+        else (1, 1)
+    )
+    by_item: dict[Item, Counter[Extent]] = {}
+    for (item, extent), number in instant.held:
+        by_item.setdefault(item, Counter())[extent] += number
+    for item, extents in by_item.items():
+        name = "input of a checkpointed layer" if item is Item.CHECKPOINTS else "keys or values of a layer" if item is Item.KV_CACHE else ""
+        text = _largest(extents, lambda e: e.at(batch, length), name)
+        before = texts.get((phase, item)) if item is Item.ACTIVATIONS else None
+        texts[phase, item] = f"B={batch}, S={length}: {text}" + (f"; {before}" if before else "")
+
+
+def _largest(extents: Counter[Extent], size: Callable[[Extent], int], name: str = "") -> str:
+    """The largest contributions by name, the rest in one sum."""
+    groups: dict[tuple[str, str], tuple[int, int]] = {}
+    for extent, number in extents.items():
+        key = name or extent.label, _term(extent)
+        count, total = groups.get(key, (0, 0))
+        groups[key] = count + number, total + number * size(extent)
+    ranked = sorted(groups.items(), key=lambda entry: -entry[1][1])
+    shown = [f"{count} × {term} B ({_words(label)})" for (label, term), (count, _) in ranked[:_LARGEST_SHOWN]]
+    rest = ranked[_LARGEST_SHOWN:]
+    if rest:
+        shown.append(f"{sum(count for _, (count, _) in rest)} smaller tensors, {gib(sum(total for _, (_, total) in rest))}")
+    return " + ".join(shown)
+
+
+def _term(extent: Extent) -> str:
+    factors = [f"{extent.count:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
+    return "·".join(factors)
+
+
+_WORDS = {
+    "cast": "in another type",
+    "linear": "output",
+    "linear_4bit": "4-bit product or unpacked weight",
+    "linear_8bit": "8-bit product",
+    "clone": "copy",
+    "add": "sum",
+    "multiply": "product",
+    "activation": "activation function",
+    "backward": "gradient",
+    "custom": "product",
+    "log_softmax_backward": "gradient of the logits",
+    "nll_backward": "gradient of the log-softmax",
+    "cross_entropy": "log-softmax",
+    "concatenate": "rotated halves",
+    "square": "square",
+    "saving_output": "result of a function",
+    "embedding": "embeddings",
+    "negate": "negated half",
+    "scale": "scaled",
+    "rotary": "cos or sin",
+    "flash": "attention output",
+    "softmax": "softmax",
+    "dropout": "dropped input or mask",
+}
+
+
+def _words(label: str) -> str:
+    scope, _, operator = label.rpartition(" ")
+    if operator not in _WORDS and scope.count(" "):
+        return label
+    return f"{scope} {_WORDS.get(operator, operator.strip('_').replace('_', ' '))}".strip()
+
+
+def _cache(inventory: Inventory, recipe: Recipe) -> str:
+    assert recipe.inference is not None
+    tokens = Counter(cached_tokens(inventory, recipe, recipe.inference))
+    first, second = elements_per_token(inventory, recipe)
+    layers = ", ".join(f"{number} layers × {length:,} tokens" for length, number in tokens.items())
+    return f"{recipe.inference.batch_size} sequences × ({layers}) × ({first:,} + {second:,}) scalars × {recipe.dtype.itemsize} B"
