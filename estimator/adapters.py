@@ -235,7 +235,7 @@ def _saved_copies(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
 def _trained_tokens(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
     """`trainable_token_indices`: the rows of those tokens, once to train and once as they were.
 
-    Of tied modules that are both named, the one without storage of its own uses the other's.
+    Of tied modules named one by one, the one without storage of its own uses the other's.
 
     Raises:
         RequestError: if a name matches no module with a weight of two dimensions.
@@ -246,12 +246,12 @@ def _trained_tokens(adapter: Adapter, base: Base) -> Iterator[StoredTensor]:
         module: [w for w in base.tensors if leaf(w.pattern) == "weight" and parent(w.pattern).endswith(module)]
         for module, _ in adapter.trainable_token_indices
     }
-    has_own = any(weight.pattern in base.own for weights in named.values() for weight in weights)
+    owners = {module for module, weights in named.items() if any(weight.pattern in base.own for weight in weights)}
     for module, num_tokens in adapter.trainable_token_indices:
         if not named[module]:
             raise RequestError(f"peft.trainable_token_indices: no module is named {module!r}", field="peft.trainable_token_indices")
         for weight in named[module]:
-            if has_own and weight.pattern not in base.own:
+            if owners - {module} and weight.pattern not in base.own:
                 continue
             dtype = adapter_dtype(weight.dtype, autocast=adapter.autocast_adapter_dtype)
             shape = (num_tokens, weight.shape[1])

@@ -145,6 +145,9 @@ def plain_name(name: str) -> str:
     for part in (".base_layer", ".original_module", ".token_adapter"):
         name = name.replace(part, "")
     name = re.sub(r"\.default(?=\.|$)", "", name)
+    if name.endswith(".trainable_tokens_delta"):
+        # Listed under whichever of tied modules comes first.
+        return "trainable_tokens_delta"
     if ".modules_to_save" in name:
         # PEFT copies the module that was named, with all it holds.
         name = f"{name.replace('.modules_to_save', '')} (copy)"
