@@ -24,7 +24,7 @@ _NUM_INPUTS = 3
 
 _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 # What follows from shapes and types alone; the rest rests on kernels and on the order of events.
-_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE, Item.ACTIVATIONS)
+_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -65,6 +65,8 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
         return None
     if inventory.model_type not in FAMILIES or inventory.output_embedding is None:
         return f"The step of {inventory.model_class} ({inventory.model_type}) is not modelled: only what is stored after loading is given, and that is exact."
+    if recipe.stack.experts_are_modules and _has_experts(inventory):
+        return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one, is not modelled: only what is stored is given."
     family = FAMILIES[inventory.model_type]
     refused = family.refuses(inventory.config)
     if refused is not None:
@@ -74,6 +76,10 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
     if recipe.inference is not None and not is_cache_modelled(inventory):
         return f"The key/value cache of {inventory.model_type} is not modelled: only what is stored after loading is given."
     return None
+
+
+def _has_experts(inventory: Inventory) -> bool:
+    return any(inventory.config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------
