@@ -13,9 +13,9 @@ from app.resolution import resolve_recipe
 from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.engine import estimate as run_engine
-from estimator.explain import explain
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate, Interval
+from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
