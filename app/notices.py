@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from app.answer import is_modelled
 from app.card import MARGIN_WITHOUT_INTERVAL, Card
 from app.request import Request
 from app.training import positions
@@ -155,7 +156,7 @@ def _string_model(a: Answered) -> Iterable[str]:
 
 def _nvidia_smi(a: Answered) -> Iterable[str]:
     device, allocated = a.estimate.device_bytes, a.estimate.peak.allocated_bytes
-    if device is not None and device > allocated:
+    if is_modelled(a.estimate) and device is not None and device > allocated:
         yield (
             f"nvidia-smi will show about {gib(device)}, {gib(device - allocated)} more than torch.cuda.max_memory_allocated(): "
             "segments that the allocator keeps, the CUDA context and libraries."
@@ -218,7 +219,7 @@ def _beyond_positions(a: Answered) -> Iterable[str]:
 
 
 def _no_interval(a: Answered) -> Iterable[str]:
-    if not a.has_interval and a.estimate.device_bytes is not None:
+    if not a.has_interval and is_modelled(a.estimate):
         yield (
             "no interval can be given yet: fewer than 9 published measurements of this class were left aside as a test; "
             f"'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the estimate."

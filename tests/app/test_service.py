@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from app import examples
+from app.catalogue import list_models
 from app.service import answer
 from estimator.phases import Item, Phase
 
@@ -222,3 +223,27 @@ def test_a_field_that_is_not_modelled_brings_a_warning() -> None:
     training = {**examples.QLORA["training"], "torch_compile": True}
     result = answer({**examples.QLORA, "training": training})
     assert any(w["code"] == "field_not_modelled" and "training.torch_compile" in w["message"] for w in result["warnings"])
+
+
+def test_a_step_that_is_not_modelled_has_an_exact_load_and_no_peak() -> None:
+    result = answer({"model": "google-bert/bert-base-cased", "training": {"max_length": 64}, "hardware": {"gpu": "t4"}})
+    AnswerJson.model_validate(result)
+    assert result["peak"] is None
+    assert result["fit"] is None
+    assert [phase["phase"] for phase in result["phases"]] == ["load"]
+    assert "not_modelled" in codes(result)
+    assert not {"interval_unavailable", "nvidia_smi_shows_more"} & codes(result)
+
+
+def test_a_load_that_is_already_too_much_does_not_fit_even_when_the_step_is_unknown() -> None:
+    result = answer(
+        {"model": "google-bert/bert-large-uncased-whole-word-masking", "training": {"max_length": 64}, "hardware": {"capacity_gib": 0.5}}
+    )
+    assert result["fit"]["verdict"] == "does_not_fit"
+
+
+def test_every_bundled_model_is_answered_for() -> None:
+    for model in list_models():
+        result = answer({"model": model["id"], "dtype": "bfloat16", "training": {"max_length": 64, "per_device_train_batch_size": 1}})
+        assert (result["peak"] is None) == ("not_modelled" in codes(result)), model["id"]
+        assert result["model"]["num_parameters"] == model["num_parameters"]
