@@ -176,7 +176,7 @@ def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTenso
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:
     """What `from_pretrained` leaves on the device: weights, their quantization state, buffers; trainable as modules made them.
 
-    A linear module whose weight is tied is replaced, but gets the shared weight back, which is not packed.
+    A linear module that shares its weight with an embedding is replaced, but gets the embedding's weight back, which is not packed.
 
     Source: transformers, core_model_loading.py, convert_and_load_state_dict_in_model; integrations/bitsandbytes.py.
     """
@@ -184,7 +184,9 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
     stack = preparation.stack
     keeps_float32 = kept_in_float32(inventory, preparation.dtype, is_quantized=quantization is not None, stack=stack)
     keys = skipped_modules(inventory, quantization) if quantization is not None else ()
-    shared = {row.tied_to for row in inventory.rows if row.tied_to is not None}
+    shared = {
+        row.tied_to for row in inventory.rows if row.tied_to is not None and not is_replaceable(row.module_kind, row.module_class, stack)
+    }
 
     def label(name: str) -> tuple[bool, bool]:
         packed = replaceable and name not in shared and not is_skipped(parent(name), keys, stack)
