@@ -168,16 +168,33 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
 
 
 def eager(
-    query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, *, probability: float = 0.0, softcap: bool = False
-) -> Value:
-    """Attention written out: scores of S x S per head, their float32 softmax and its copy in the query's type.
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    heads: Heads,
+    *,
+    probability: float = 0.0,
+    softcap: bool = False,
+    in_float32: bool = True,
+    heads_first: bool = False,
+) -> tuple[Value, Value]:
+    """Attention written out: scores of S x S per head, their softmax and its copy in the query's type.
+
+    Args:
+        heads_first: whether query and key lie in memory head after head.
+
+    Returns:
+        The output, and the weights, which it hands back too.
 
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     scores = Extent(heads.num_heads, 1, 2)
-    # Heads lie between tokens and head size in memory: batched products need a copy.
-    if heads.groups == 1:
+    # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.
+    if heads_first:
+        weights = scale(batched_product(query, key, scores))
+    elif heads.groups == 1:
         weights = scale(batched_product(clone(query), clone(key), scores))
     else:
         weights = scale(batched_product(clone(query), key, scores))

@@ -204,23 +204,28 @@ def multiply(x: Value, y: Value) -> Value:
     return z
 
 
-def square(x: Value) -> Value:
-    """`x.pow(2)`; the backward formula makes `x.pow(1)` and its double before the result."""
+def power(x: Value) -> Value:
+    """`x.pow(n)`; the backward formula makes `x.pow(n - 1)` and its n-fold before the result."""
     x = full_precision(x)
 
     def backward(node: Node, gradient: Value) -> Gradients:
         (saved,) = node.unpacked()
         tape = gradient.tape
-        power = tape.new(saved.extent, saved.dtype)
-        doubled = tape.new(saved.extent, saved.dtype)
+        lower = tape.new(saved.extent, saved.dtype)
+        multiple = tape.new(saved.extent, saved.dtype)
         result = tape.new(saved.extent, promoted(gradient.dtype, saved.dtype))
-        del power, doubled
+        del lower, multiple
         return [result]
 
     node = x.tape.node([x], backward, [x])
     y = x.tape.new(x.extent, x.dtype)
     y.node = node
     return y
+
+
+def square(x: Value) -> Value:
+    """`x.pow(2)`"""
+    return power(x)
 
 
 def mean(x: Value, width: int) -> Value:
@@ -420,14 +425,14 @@ def softmax(x: Value, dtype: DType | None = None) -> Value:
 
 
 def layer_norm(x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
-    """`F.layer_norm`: saves input, weight (if it has one), mean and reciprocal deviation (float32, one per token); float32 under autocast."""
+    """`F.layer_norm`: saves input, weight and bias (if it has them), mean and reciprocal deviation (float32, one per token); float32 under autocast."""
     return _norm(x, weight, bias, width, num_statistics=2)
 
 
 def _norm(x: Value, weight: Value | None, bias: Value | None, width: int, num_statistics: int) -> Value:
     x = full_precision(x)
-    weights = [] if weight is None else [full_precision(weight)]
-    inputs = [x, *weights] + ([] if bias is None else [full_precision(bias)])
+    weights = [full_precision(v) for v in (weight, bias) if v is not None]
+    inputs = [x, *weights]
     extents = [v.extent for v in inputs]
     trained = [v.requires_grad for v in inputs]
 

@@ -226,7 +226,7 @@ class _Step:
             hidden = self._run_layer(index, hidden, around)
             # The first layer is no model for the others: the embedding that enters it outlives it.
             if index > 0 and entry not in seen:
-                seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], checkpointed=self._is_checkpointed(index))
+                seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index])
         return hidden
 
     def _kind(self, index: int) -> object:
@@ -291,14 +291,14 @@ class _Copy:
     gradients: tuple[Extent, ...]
 
     @classmethod
-    def of(cls, tape: Tape, before: Counter[Held], cached: set[str], tensors: Mapping[str, StoredTensor], *, checkpointed: bool) -> "_Copy":
+    def of(cls, tape: Tape, before: Counter[Held], cached: set[str], tensors: Mapping[str, StoredTensor]) -> "_Copy":
         kept = Counter(tape.live)
         kept.subtract(before)
         casts: Counter[Held] = Counter()
-        if checkpointed:
-            for name in tape.autocast_cache.keys() - cached:
-                storage = tape.autocast_cache[name].storage
-                assert storage is not None
+        for name in tape.autocast_cache.keys() - cached:
+            storage = tape.autocast_cache[name].storage
+            assert storage is not None
+            if storage.item is Item.TEMPORARY:  # nobody saved it: biases, and everything in a checkpointed layer
                 casts[storage.item, storage.size] += 1
         kept.subtract(casts)
         gradients = [Extent(t.num_elements * t.dtype.itemsize) for t in tensors.values() if t.trainable]

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from estimator.blocks import llama
+from estimator.blocks import cohere, gemma, gpt2, llama, neox, olmo, phi, stablelm, starcoder2
 from estimator.blocks.layer import Layer, Surroundings
+from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
 from estimator.modules import Modules
-from estimator.operators import embedding, scale
+from estimator.operators import add, dropout, embedding, scale
 from estimator.recipe import Attention
 from estimator.tape import Extent, Tape, Value
 
@@ -40,7 +41,15 @@ class Family:
     layer: Callable[[Layer, Value, Surroundings], Value]
     embed: Callable[[Frame], Value]
     surround: Callable[[Frame, Value], Surroundings]
+    enter: Callable[[Frame, Value, Surroundings], Value] = lambda frame, embedded, around: embedded
+    """From the embedding's output, which stays alive, to the first layer's input, which does not."""
     finish: Callable[[Frame, Value], Value]
+    scales_logits: bool = False
+    """Whether the head's output is multiplied by a number."""
+    variant: Callable[[Mapping[str, object], int], object] = lambda config, index: None
+    """What the config alone says about a layer and its tensors do not: layers that differ in it are no copies of each other."""
+    refuses: Callable[[Mapping[str, object]], str | None] = lambda config: None
+    """Why a config of the family is not modelled, if it is not."""
 
 
 def embed_tokens(frame: Frame) -> Value:
@@ -67,12 +76,45 @@ def rotary(frame: Frame, hidden: Value) -> Surroundings:
 
     Source: transformers, models/llama/modeling_llama.py, LlamaRotaryEmbedding.forward; masking_utils.py.
     """
-    share = frame.config.get("partial_rotary_factor")
-    width = int(head_dim(frame.config) * (float(share) if isinstance(share, (int, float)) else 1.0))
+    return _rotary(frame, hidden.dtype, hidden.dtype)
+
+
+def rotary_float32(frame: Frame, hidden: Value) -> Surroundings:
+    """Source: transformers, models/olmo2/modeling_olmo2.py, Olmo2RotaryEmbedding.forward."""
+    return _rotary(frame, DType.FLOAT32, hidden.dtype)
+
+
+def _rotary(frame: Frame, dtype: DType, mask_dtype: DType) -> Surroundings:
+    width = rotary_width(frame.config, head_dim(frame.config))
     with frame.tape.recording(False):
-        cos = frame.tape.new(Extent(width, 0, 1), hidden.dtype)
-        sin = frame.tape.new(Extent(width, 0, 1), hidden.dtype)
-    return Surroundings(cos=cos, sin=sin, mask=mask(frame, hidden.dtype, frame.masked), sliding_mask=mask(frame, hidden.dtype, frame.sliding_masked))
+        cos, sin = (frame.tape.new(Extent(width, 0, 1), dtype) for _ in range(2))
+        # Where layer types have frequencies of their own, so do their cos and sin: as large.
+        more = tuple(frame.tape.new(Extent(width, 0, 1), dtype) for _ in range(2 * (_num_frequency_sets(frame.config) - 1)))
+    full, sliding = _mask_kinds(frame.config)
+    return Surroundings(
+        cos=cos,
+        sin=sin,
+        mask=mask(frame, mask_dtype, frame.masked) if full else None,
+        sliding_mask=mask(frame, mask_dtype, frame.sliding_masked) if sliding else None,
+        others=more,
+    )
+
+
+def _num_frequency_sets(config: Mapping[str, object]) -> int:
+    """Source: transformers, models/gemma3/modeling_gemma3.py, Gemma3TextModel.forward."""
+    types, parameters = config.get("layer_types"), config.get("rope_parameters")
+    if not isinstance(types, (list, tuple)) or not isinstance(parameters, Mapping):
+        return 1
+    return max(1, len(set(types) & set(parameters)))
+
+
+def _mask_kinds(config: Mapping[str, object]) -> tuple[bool, bool]:
+    """Whether a mask for all and one for the last few positions is asked for."""
+    types = config.get("layer_types")
+    if isinstance(types, (list, tuple)):
+        return True, "sliding_attention" in types
+    sliding = bool(config.get("sliding_window"))
+    return not sliding, sliding
 
 
 def mask(frame: Frame, dtype: DType, needed: bool) -> Value | None:
@@ -86,11 +128,111 @@ def finish_rms(frame: Frame, hidden: Value) -> Value:
     return frame.modules.rms_norm("norm", hidden, frame.width)
 
 
+def finish_layer_norm(name: str) -> Callable[[Frame, Value], Value]:
+    def finish(frame: Frame, hidden: Value) -> Value:
+        return frame.modules.layer_norm(name, hidden, frame.width)
+
+    return finish
+
+
+def _embed_with_dropout(frame: Frame) -> Value:
+    probability = frame.config.get("embd_pdrop")
+    return dropout(embed_tokens(frame), float(probability) if isinstance(probability, (int, float)) else 0.0)
+
+
+def _finish_gemma(frame: Frame, hidden: Value) -> Value:
+    return gemma.norm(frame.modules, "norm", hidden, frame.width)
+
+
+def _finish_olmo(frame: Frame, hidden: Value) -> Value:
+    return olmo.plain_norm(hidden, frame.width)
+
+
+def _finish_olmo2(frame: Frame, hidden: Value) -> Value:
+    return olmo.rms_norm(frame.modules, "norm", hidden, frame.width)
+
+
+def _finish_cohere(frame: Frame, hidden: Value) -> Value:
+    return cohere.norm(frame.modules, "norm", hidden, frame.width)
+
+
+def number(config: Mapping[str, object], name: str) -> float:
+    """A number of the config, 0 where it has none."""
+    value = config.get(name)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def embedded_as(name: str) -> Callable[[Frame], Value]:
+    def embed(frame: Frame) -> Value:
+        return embedding(frame.modules.parameter(f"{name}.weight"), Extent(frame.width, 1, 1))
+
+    return embed
+
+
+def masks_alone(frame: Frame, hidden: Value) -> Surroundings:
+    return Surroundings(mask=mask(frame, hidden.dtype, frame.masked))
+
+
+def _surround_gpt2(frame: Frame, hidden: Value) -> Surroundings:
+    """Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Model.forward: the embedded positions stay a local to its end."""
+    positions = embedding(frame.modules.parameter("wpe.weight"), Extent(frame.width, 0, 1))
+    return Surroundings(positions=positions, mask=mask(frame, hidden.dtype, frame.masked))
+
+
+def _enter_gpt2(frame: Frame, embedded: Value, around: Surroundings) -> Value:
+    assert around.positions is not None
+    return dropout(add(embedded, around.positions), number(frame.config, "embd_pdrop"))
+
+
+def dropped(name: str) -> Callable[[Frame, Value, Surroundings], Value]:
+    """Dropout on the embeddings, with the probability that the config calls `name`."""
+
+    def enter(frame: Frame, embedded: Value, around: Surroundings) -> Value:
+        return dropout(embedded, number(frame.config, name))
+
+    return enter
+
+
 _LLAMA = Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms)
+_GEMMA = Family(layer=gemma.sandwich_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma)
+_OLMO2 = Family(layer=olmo.post_norm_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo2)
+_GPT2 = Family(
+    layer=gpt2.decoder_layer, embed=embedded_as("wte"), surround=_surround_gpt2, enter=_enter_gpt2, finish=finish_layer_norm("ln_f")
+)
+_COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary, finish=_finish_cohere, scales_logits=True)
 
 FAMILIES: Mapping[str, Family] = {
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "gemma": Family(layer=gemma.decoder_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": Family(
+        layer=neox.decoder_layer,
+        embed=embedded_as("embed_in"),
+        surround=rotary,
+        enter=dropped("hidden_dropout"),
+        finish=finish_layer_norm("final_layer_norm"),
+    ),
+    "granite": Family(layer=llama.scaled_layer, embed=embed_scaled, surround=rotary, finish=finish_rms, scales_logits=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo": Family(layer=olmo.decoder_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo),
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
+    "phi": Family(layer=phi.decoder_layer, embed=_embed_with_dropout, surround=rotary, finish=finish_layer_norm("final_layernorm")),
+    "phi3": Family(layer=phi.fused_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "smollm3": Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, variant=llama.rotates),
+    "stablelm": Family(layer=stablelm.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_layer_norm("norm")),
+    "starcoder2": Family(
+        layer=starcoder2.decoder_layer,
+        embed=embed_tokens,
+        surround=rotary,
+        enter=dropped("embedding_dropout"),
+        finish=finish_layer_norm("norm"),
+    ),
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from estimator.attention import Heads, eager, expanded, flash, scaled_dot_product
 from estimator.modules import Modules
+from estimator.operators import clone
 from estimator.phases import Item
 from estimator.recipe import Attention
 from estimator.tape import Extent, Value
@@ -60,10 +61,6 @@ class Layer:
             value_head_dim=head_dim,
         )
 
-    def attend(self, query: Value, key: Value, value: Value, heads: Heads, around: Surroundings, *, probability: float = 0.0, softcap: bool = False) -> Value:
-        """The attention kernel of the recipe, with this layer's mask."""
-        return self.attend_and_weights(query, key, value, heads, around, probability=probability, softcap=softcap)[0]
-
     def attend_and_weights(
         self,
         query: Value,
@@ -75,12 +72,20 @@ class Layer:
         probability: float = 0.0,
         softcap: bool = False,
         softmax_in_float32: bool = True,
+        heads_first: bool = False,
     ) -> tuple[Value, Value | None]:
-        """The same for callers that mind how long the weights of eager attention stay: blocks hold them in a local to their end."""
+        """The attention kernel of the recipe, with this layer's mask; and the weights of eager attention, which blocks hold in a local to their end.
+
+        Args:
+            heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token. Flash
+                gives its output the layout of the query, and `transpose(1, 2).contiguous()` copies it then.
+        """
         self._remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
         if self.attention is Attention.EAGER:
-            return eager(query, key, value, mask, heads, probability=probability, softcap=softcap, in_float32=softmax_in_float32)
+            return eager(
+                query, key, value, mask, heads, probability=probability, softcap=softcap, in_float32=softmax_in_float32, heads_first=heads_first
+            )
         stack = self.modules.recipe.stack
         if self.attention is not Attention.SDPA:
             if stack.flash_repeats_key_values(self.model_type):
@@ -88,7 +93,8 @@ class Layer:
             return flash(query, key, value, heads), None
         if mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels:
             query, key, value, heads = expanded(query, key, value, heads)
-        return scaled_dot_product(query, key, value, mask, heads, self.modules.recipe.compute_capability), None
+        output = scaled_dot_product(query, key, value, mask, heads, self.modules.recipe.compute_capability)
+        return (clone(output) if heads_first and mask is None else output), None
 
     def _remember(self, key: Value, value: Value) -> None:
         """In inference, keys and values are copied into the cache.

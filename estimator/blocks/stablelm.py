@@ -1,0 +1,50 @@
+"""StableLM: layer norms around Llama's parts, rotary positions on a part of each head.
+
+Source: transformers, models/stablelm/modeling_stablelm.py.
+"""
+
+from estimator.blocks.layer import Layer, Surroundings
+from estimator.blocks.parts import gated_mlp, partly_rotated, rotary_width
+from estimator.modules import Modules
+from estimator.operators import add, concatenate, dropout, split
+from estimator.tape import Value
+
+
+def norm_per_head(modules: Modules, name: str, x: Value, num_heads: int, head_dim: int) -> Value:
+    """A norm of its own for every head. Source: StableLmLayerNormPerHead.forward."""
+    heads = split(x, [1] * num_heads, num_heads)
+    return concatenate([modules.layer_norm(f"{name}.norms.{i}", head, head_dim) for i, head in enumerate(heads)])
+
+
+def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:
+    """Source: StableLmAttention.forward."""
+    m = layer.modules
+    heads = layer.heads()
+    query = m.linear("self_attn.q_proj", hidden)
+    key = m.linear("self_attn.k_proj", hidden)
+    value = m.linear("self_attn.v_proj", hidden)
+    if m.has("self_attn.q_layernorm.norms.0.weight"):
+        query = norm_per_head(m, "self_attn.q_layernorm", query, heads.num_heads, heads.head_dim)
+        key = norm_per_head(m, "self_attn.k_layernorm", key, heads.num_key_value_heads, heads.head_dim)
+    query, key, held = partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
+    output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True)
+    output = m.linear("self_attn.o_proj", output)
+    del held
+    return output, weights
+
+
+def decoder_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
+    """Source: StableLmDecoderLayer.forward."""
+    m = layer.modules
+    width, probability = layer.integer("hidden_size"), layer.number("hidden_dropout", 0.0)
+    residual = hidden
+    hidden = m.layer_norm("input_layernorm", hidden, width)
+    attended, _ = attention(layer, hidden, around)
+    if layer.config.get("use_parallel_residual"):
+        forwarded = gated_mlp(layer, hidden)
+        forwarded = dropout(forwarded, probability)
+        return add(add(residual, attended), forwarded)
+    residual = add(residual, attended)
+    forwarded = gated_mlp(layer, m.layer_norm("post_attention_layernorm", residual, width))
+    forwarded = dropout(forwarded, probability)
+    return add(residual, forwarded)
