@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from estimator.blocks import cohere, gemma, gpt2, llama, neox, olmo, phi, stablelm, starcoder2
+from estimator.blocks import cohere, gemma, gpt2, llama, moe, neox, olmo, phi, stablelm, starcoder2
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
@@ -199,6 +199,7 @@ _OLMO2 = Family(layer=olmo.post_norm_layer, embed=embed_tokens, surround=rotary_
 _GPT2 = Family(
     layer=gpt2.decoder_layer, embed=embedded_as("wte"), surround=_surround_gpt2, enter=_enter_gpt2, finish=finish_layer_norm("ln_f")
 )
+_QWEN_MOE = Family(layer=moe.qwen_layer, embed=embed_tokens, surround=rotary, finish=finish_rms)
 _COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary, finish=_finish_cohere, scales_logits=True)
 
 FAMILIES: Mapping[str, Family] = {
@@ -219,13 +220,16 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(layer=llama.scaled_layer, embed=embed_scaled, surround=rotary, finish=finish_rms, scales_logits=True),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": Family(layer=moe.mixtral_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "olmo": Family(layer=olmo.decoder_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
     "phi": Family(layer=phi.decoder_layer, embed=_embed_with_dropout, surround=rotary, finish=finish_layer_norm("final_layernorm")),
     "phi3": Family(layer=phi.fused_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "qwen2": _LLAMA,
+    "qwen2_moe": _QWEN_MOE,
     "qwen3": _LLAMA,
+    "qwen3_moe": _QWEN_MOE,
     "smollm3": Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, variant=llama.rotates),
     "stablelm": Family(layer=stablelm.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_layer_norm("norm")),
     "starcoder2": Family(
