@@ -171,6 +171,15 @@ def add(x: Value, y: Value) -> Value:
     return z
 
 
+def add_in_place(x: Value, y: Value) -> Value:
+    """`x += y`: the sum takes the place of `x`."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.view(), gradient.view()]
+
+    return Value(x.tape, x.extent, x.dtype, x.storage, x.tape.node([x, y], backward))
+
+
 def subtract(x: Value, y: Value) -> Value:
     """`x - y`: the gradient of `y` is a negated copy."""
 
@@ -337,6 +346,22 @@ def contiguous_copy(x: Value, extent: Extent | None = None) -> Value:
 
     node = x.tape.node([x], backward)
     y = x.tape.new(extent, x.dtype)
+    y.node = node
+    return y
+
+
+def gathered(x: Value, rows: Extent, index: Value) -> Value:
+    """`x[index]` along the first dimension: saves the index; the gradient is added into zeros of the input's size."""
+    before = x.extent
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = gradient.tape.new(before, gradient.dtype)
+        del saved
+        return [result]
+
+    node = x.tape.node([x], backward, [index])
+    y = x.tape.new(rows, x.dtype)
     y.node = node
     return y
 

@@ -1,9 +1,9 @@
 """Which families of models are known block by block, and what lies around their layers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from estimator.blocks import cohere, gemma, gpt2, llama, moe, neox, olmo, phi, stablelm, starcoder2
+from estimator.blocks import cohere, falcon, gemma, gpt2, llama, moe, neox, olmo, phi, stablelm, starcoder2
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
@@ -98,6 +98,11 @@ def _rotary(frame: Frame, dtype: DType, mask_dtype: DType) -> Surroundings:
         sliding_mask=mask(frame, mask_dtype, frame.sliding_masked) if sliding else None,
         others=more,
     )
+
+
+def _rotary_masked(frame: Frame, hidden: Value) -> Surroundings:
+    """A mask in every case. Source: transformers, models/falcon/modeling_falcon.py, FalconModel.forward."""
+    return replace(rotary(frame, hidden), mask=mask(frame, hidden.dtype, needed=True))
 
 
 def _num_frequency_sets(config: Mapping[str, object]) -> int:
@@ -205,6 +210,13 @@ _COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary
 FAMILIES: Mapping[str, Family] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
+    "falcon": Family(
+        layer=falcon.decoder_layer,
+        embed=embedded_as("word_embeddings"),
+        surround=_rotary_masked,
+        finish=finish_layer_norm("ln_f"),
+        refuses=falcon.refuses,
+    ),
     "gemma": Family(layer=gemma.decoder_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,

@@ -80,7 +80,7 @@ class Layer:
             heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token. Flash
                 gives its output the layout of the query, and `transpose(1, 2).contiguous()` copies it then.
         """
-        self._remember(key, value)
+        self.remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
         if self.attention is Attention.EAGER:
             return eager(
@@ -96,7 +96,7 @@ class Layer:
         output = scaled_dot_product(query, key, value, mask, heads, self.modules.recipe.compute_capability)
         return (clone(output) if heads_first and mask is None else output), None
 
-    def _remember(self, key: Value, value: Value) -> None:
+    def remember(self, key: Value, value: Value) -> None:
         """In inference, keys and values are copied into the cache.
 
         Source: transformers, cache_utils.py, DynamicLayer.update; models/deepseek_v3 (5.x) caches the latent instead.

@@ -15,7 +15,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp
 from estimator.dtypes import DType
 from estimator.modules import Modules
-from estimator.operators import activation, add, batched_product, cast, linear, multiply, saving_output, scale, softmax, split
+from estimator.operators import activation, add, batched_product, cast, gathered, linear, multiply, saving_output, scale, softmax, split
 from estimator.tape import Extent, Gradients, Node, Value
 
 
@@ -31,22 +31,6 @@ def num_experts(config: Mapping[str, object]) -> int:
         if isinstance(value, int):
             return value
     raise KeyError("number of experts")
-
-
-def gathered(x: Value, rows: Extent, index: Value) -> Value:
-    """`x[index]` along the first dimension: saves the index; the gradient is added into zeros of the input's size."""
-    before = x.extent
-
-    def backward(node: Node, gradient: Value) -> Gradients:
-        saved = node.unpacked()
-        result = gradient.tape.new(before, gradient.dtype)
-        del saved
-        return [result]
-
-    node = x.tape.node([x], backward, [index])
-    y = x.tape.new(rows, x.dtype)
-    y.node = node
-    return y
 
 
 def adapted(m: Modules, name: str) -> Value:
