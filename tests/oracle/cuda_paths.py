@@ -1,8 +1,8 @@
 """Makes a CPU run take the code paths that a CUDA run takes, as far as they decide what is kept and what is alive.
 
 What is not emulated: workspaces inside kernels (attention's fp32 dq accumulator and expanded dk/dv, cuBLAS, sorting in the embedding's
-backward pass); padding of masks and log-sum-exp to multiples inside the memory-efficient attention kernel; the two 8-byte random states that
-fused attention and dropout keep; the choice of the attention kernel (fp32 queries with grouped heads cannot use a fused one on CUDA).
+backward pass); padding of masks and log-sum-exp to multiples inside the memory-efficient attention kernel; the two 8-byte random states
+that fused attention and dropout keep; the choice of the attention kernel (fp32 queries with grouped heads cannot use a fused one on CUDA).
 """
 
 import functools
@@ -289,6 +289,17 @@ FUSED_4BIT: dict[str, Callable[[int, int, int], bool]] = {
 
 
 @contextmanager
+def _one_thread() -> Iterator[None]:
+    # tiny tensors: several threads would spend their time waiting for each other
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
     """Everything in this file at once, undone on exit."""
     asked_without_device = torch.is_autocast_enabled
@@ -307,6 +318,7 @@ def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
         return sdpa(**named, **bound.arguments.get("named", {}))
 
     with ExitStack() as stack:
+        stack.enter_context(_one_thread())
         stack.enter_context(cuda_autocast_lists())
         for target, name, replacement in (
             (torch, "is_autocast_enabled", is_autocast_enabled),

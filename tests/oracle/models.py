@@ -81,8 +81,6 @@ MODES: Mapping[str, Mode] = MappingProxyType(
         "qlora_fp32_rest_autocast": Mode(load_dtype=_F32, quant="nf4", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
         "qlora_prepared": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True),
         "qlora_prepared_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_F32, prepared=True, autocast=True),
-        # TRL up to 0.24
-        "qlora_prepared_bf16_autocast": Mode(quant="nf4", adapter=_LORA, adapter_dtype=_BF16, prepared=True, autocast=True),
         "int8_fp32": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32),
         "int8_fp32_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_F32, autocast=True),
         "int8_bf16_autocast": Mode(quant="int8", adapter=_LORA, adapter_dtype=_BF16, autocast=True),
@@ -184,7 +182,7 @@ def build(
         attention: `attn_implementation`; the family's default if None.
         experts: `experts_implementation` of mixture-of-experts models.
         gc: gradient checkpointing: None off, False non-reentrant, True reentrant.
-        input_grads: whether the embedding's output requires gradients; by default with an adapter under checkpointing, as the libraries do it.
+        input_grads: whether the embedding's output requires gradients; by default with an adapter under checkpointing.
         config: fields of the config to override.
     """
     kind = FAMILIES[family]

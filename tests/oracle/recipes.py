@@ -69,7 +69,7 @@ def recipe(
         adapter=adapter,
         prepare_for_kbit_training=mode.prepared,
         trainer=Trainer.TRL if from_trl else Trainer.TRANSFORMERS,
-        stack=Stack(trl=(0, 24)) if from_trl and mode.prepared else Stack(),
+        stack=Stack(),
         training=Training(
             micro_batch_size=B,
             sequence_length=S,
