@@ -18,7 +18,7 @@ from estimator.operators import (
     scale,
     softmax,
 )
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Extent, Gradients, Node, Tape, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,26 +111,45 @@ def scaled_dot_product(
     return written_out(query, key, value, heads)
 
 
-def written_out(query: Value, key: Value, value: Value, heads: Heads) -> Value:
+def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, broadcasts: bool = False) -> Value:
     """sdpa's fallback: everything in float32, scores of S x S per head, keys and values repeated for all heads.
+
+    Args:
+        mask: boolean; None where the causal flag is set.
+        broadcasts: whether one key/value head is left to broadcasting, instead of being repeated on request (`enable_gqa`).
 
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
     """
+    tape = query.tape
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     dtype = query.dtype
-    tape = query.tape
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
     accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
     scaled = scale(accumulated)
-    causal = tape.new(Extent(1, 0, 2), DType.BOOL)
-    bias = tape.new(Extent(1, 0, 2), DType.FLOAT32)
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    weights = softmax(batched_product(scaled, scale(key), Extent(heads.num_heads, 1, 2)))
-    output = cast(batched_product(weights, value, query.extent.scaled(heads.value_head_dim, heads.head_dim)), dtype)
+    bias = _causal_bias(tape) if mask is None else tape.new(mask.extent, DType.FLOAT32)
+    if not broadcasts:
+        key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts)
+    weights = softmax(weights)
+    result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
+    output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
     returned = cast(weights, dtype)
     tape.autocast_enabled = autocasts
-    del causal, bias, returned
+    del accumulated, scaled, bias, returned
     return output
+
+
+def _causal_bias(tape: Tape) -> Value:
+    """The triangle of the causal flag, as booleans and then as numbers."""
+    triangle = tape.new(Extent(1, 0, 2), DType.BOOL)
+    bias = tape.new(Extent(1, 0, 2), DType.FLOAT32)
+    del triangle
+    return bias
+
+
+def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool) -> Value:
+    """Queries lie token after token: the batched product needs a copy of them."""
+    return batched_product(clone(query), repeated(key, heads.groups) if broadcasts else key, Extent(heads.num_heads, 1, 2))
 
 
 def repeated(x: Value, groups: int) -> Value:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from estimator.dtypes import DType
 from estimator.phases import Item
-from estimator.tape import AccumulateGrad, Backward, Extent, Gradients, Node, Parameter, Value
+from estimator.tape import Backward, Extent, Gradients, Leaf, Node, Parameter, Value
 
 _WIDTH_ORDER = (DType.BOOL, DType.INT64, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64)
 
@@ -49,7 +49,7 @@ def cast(x: Value, dtype: DType) -> Value:
 def lower_precision(x: Value) -> Value:
     """What autocast does to the arguments of matrix products.
 
-    The cast of a trained float32 weight is kept until autocast ends; that of a frozen one is made at each use.
+    The cast of a float32 leaf that is trained is kept until autocast ends; that of a frozen one is made at each use.
 
     Source: torch, ATen/autocast_mode.cpp, cached_cast.
     """
@@ -57,12 +57,12 @@ def lower_precision(x: Value) -> Value:
     dtype = tape.autocast_dtype
     if not tape.autocast_enabled or dtype is None or x.dtype is dtype:
         return x
-    if not isinstance(x, Parameter) or not isinstance(x.node, AccumulateGrad) or x.dtype is not DType.FLOAT32:
+    if x.dtype is not DType.FLOAT32 or not isinstance(x.node, Leaf):
         return cast(x, dtype)
-    if x.name not in tape.autocast_cache:
+    if x.node.name not in tape.autocast_cache:
         with tape.recording():
-            tape.autocast_cache[x.name] = cast(x, dtype)
-    return tape.autocast_cache[x.name]
+            tape.autocast_cache[x.node.name] = cast(x, dtype)
+    return tape.autocast_cache[x.node.name]
 
 
 def full_precision(x: Value) -> Value:
@@ -428,12 +428,16 @@ def batched_product(x: Value, y: Value, result: Extent) -> Value:
 
 
 def softmax(x: Value, dtype: DType | None = None) -> Value:
-    """`F.softmax(x, dtype=…)`: saves its result; the conversion happens inside the kernel.
+    """`F.softmax(x, dtype=…)`: saves its result. Only float16 is turned into float32 inside the kernel, other types by a copy.
 
     Under autocast a softmax without `dtype` gives float32.
+
+    Source: torch, ATen/native/SoftMax.cpp, softmax.
     """
     if x.tape.autocast_enabled and dtype is None:
         dtype = DType.FLOAT32
+    if dtype is not None and (x.dtype is not DType.FLOAT16 or dtype is not DType.FLOAT32):
+        x = cast(x, dtype)
     before = x.dtype
 
     def backward(node: Node, gradient: Value) -> Gradients:
@@ -467,7 +471,7 @@ def _norm(x: Value, weight: Value | None, bias: Value | None, width: int, num_st
         del saved
         return results
 
-    node = x.tape.node(inputs, backward, [x, *weights])
+    node = x.tape.node(inputs, backward, inputs)
     y = x.tape.new(x.extent, x.dtype)
     for _ in range(num_statistics):
         x.tape.save_output(node, x.tape.new(x.extent.scaled(1, width), DType.FLOAT32))

@@ -153,8 +153,9 @@ class _Step:
         self._require_input_gradients(embedded)
         positions = self.tape.new(Extent(1, 0, 1), DType.INT64)
         around = family.surround(frame, embedded)
-        hidden = family.finish(frame, self._run_layers(family.enter(frame, embedded, around), around))
-        del embedded, around, positions
+        beside: list[Value] = []
+        hidden = family.finish(frame, self._run_layers(family.enter(frame, embedded, beside), around))
+        del embedded, around, positions, beside
         return hidden
 
     def _require_input_gradients(self, hidden: Value) -> None:
@@ -267,13 +268,15 @@ class _Step:
 class _InputGradient(AccumulateGrad):
     """The embedding's output as a leaf: its gradient stays until the graph goes."""
 
-    __slots__ = ()
+    __slots__ = ("variable",)
 
     def __init__(self, tape: Tape, hidden: Value) -> None:
         self.tape = tape
         self.name = "(input embeddings)"
         self.dtype = hidden.dtype
         self.count = hidden.extent.count
+        # torch's AccumulateGrad owns its variable.
+        self.variable = hidden.view()
 
     def receive(self, gradient: Value) -> None:
         self.tape.gradients.setdefault(self.name, gradient)

@@ -148,10 +148,17 @@ class Node:
         return [s.unpack() if isinstance(s, Recomputable) else s for s in self.saved]
 
 
-class AccumulateGrad:
+class Leaf:
+    """Where a gradient arrives and goes no further."""
+
+    __slots__ = ("name",)
+    name: str
+
+
+class AccumulateGrad(Leaf):
     """Where the gradient of a parameter arrives."""
 
-    __slots__ = ("count", "dtype", "name", "tape")
+    __slots__ = ("count", "dtype", "tape")
 
     def __init__(self, parameter: Parameter) -> None:
         self.tape = parameter.tape
@@ -477,12 +484,13 @@ def _operator() -> str:
     return frame.f_code.co_name if frame is not None else ""
 
 
-class _Arrival:
+class _Arrival(Leaf):
     """The detached input of a reentrant checkpoint: its gradient is handed back to the outer pass."""
 
     __slots__ = ("gradient",)
 
     def __init__(self) -> None:
+        self.name = "(input of a checkpoint)"
         self.gradient: Value | None = None
 
     def add(self, tape: Tape, gradient: Value | None) -> None:

@@ -41,8 +41,8 @@ class Family:
     layer: Callable[[Layer, Value, Surroundings], Value]
     embed: Callable[[Frame], Value]
     surround: Callable[[Frame, Value], Surroundings]
-    enter: Callable[[Frame, Value, Surroundings], Value] = lambda frame, embedded, around: embedded
-    """From the embedding's output, which stays alive, to the first layer's input, which does not."""
+    enter: Callable[[Frame, Value, list[Value]], Value] = lambda frame, embedded, beside: embedded
+    """From the embedding's output to the first layer's input; what else stays alive to the end of the model's forward goes to the list."""
     finish: Callable[[Frame, Value], Value]
     scales_logits: bool = False
     """Whether the head's output is multiplied by a number."""
@@ -178,21 +178,17 @@ def masks_alone(frame: Frame, hidden: Value) -> Surroundings:
     return Surroundings(mask=mask(frame, hidden.dtype, frame.masked))
 
 
-def _surround_gpt2(frame: Frame, hidden: Value) -> Surroundings:
-    """Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Model.forward: the embedded positions stay a local to its end."""
+def _enter_gpt2(frame: Frame, embedded: Value, beside: list[Value]) -> Value:
+    """Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Model.forward."""
     positions = embedding(frame.modules.parameter("wpe.weight"), Extent(frame.width, 0, 1))
-    return Surroundings(positions=positions, mask=mask(frame, hidden.dtype, frame.masked))
+    beside.append(positions)
+    return dropout(add(embedded, positions), number(frame.config, "embd_pdrop"))
 
 
-def _enter_gpt2(frame: Frame, embedded: Value, around: Surroundings) -> Value:
-    assert around.positions is not None
-    return dropout(add(embedded, around.positions), number(frame.config, "embd_pdrop"))
-
-
-def dropped(name: str) -> Callable[[Frame, Value, Surroundings], Value]:
+def dropped(name: str) -> Callable[[Frame, Value, list[Value]], Value]:
     """Dropout on the embeddings, with the probability that the config calls `name`."""
 
-    def enter(frame: Frame, embedded: Value, around: Surroundings) -> Value:
+    def enter(frame: Frame, embedded: Value, beside: list[Value]) -> Value:
         return dropout(embedded, number(frame.config, name))
 
     return enter
@@ -202,7 +198,7 @@ _LLAMA = Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, 
 _GEMMA = Family(layer=gemma.sandwich_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma)
 _OLMO2 = Family(layer=olmo.post_norm_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo2)
 _GPT2 = Family(
-    layer=gpt2.decoder_layer, embed=embedded_as("wte"), surround=_surround_gpt2, enter=_enter_gpt2, finish=finish_layer_norm("ln_f")
+    layer=gpt2.decoder_layer, embed=embedded_as("wte"), surround=masks_alone, enter=_enter_gpt2, finish=finish_layer_norm("ln_f")
 )
 _QWEN_MOE = Family(layer=moe.qwen_layer, embed=embed_tokens, surround=rotary, finish=finish_rms)
 _COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary, finish=_finish_cohere, scales_logits=True)

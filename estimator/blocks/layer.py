@@ -20,8 +20,6 @@ class Surroundings:
     mask: Value | None = None
     """Bool for sdpa, in the model's type for eager; None where the kernel's causal flag does."""
     sliding_mask: Value | None = None
-    positions: Value | None = None
-    """Embedded positions that are added to the embedded tokens."""
     others: tuple[Value, ...] = ()
     """Held as long as the rest, but not looked at."""
 

@@ -33,19 +33,23 @@ def num_experts(config: Mapping[str, object]) -> int:
     raise KeyError("number of experts")
 
 
-def adapted(m: Modules, name: str) -> Value:
+def adapted(m: Modules, name: str) -> tuple[Value, list[Value]]:
     """A parameter that is used as such (not through a linear layer), with its adapter folded in: a second tensor of its size.
+
+    Returns:
+        The weight to use, and the factors, which stay as long as it does.
 
     Source: peft, tuners/lora/layer.py, ParamWrapper: _LoraFactorsProxy for stacks of experts, _LoraParameterProxy for the rest.
     """
     weight = m.parameter(name)
     if not m.has(f"{name}.lora_A.weight"):
-        return weight
+        return weight, []
     a, b = m.parameter(f"{name}.lora_A.weight"), m.parameter(f"{name}.lora_B.weight")
     if len(m.tensors[name].shape) == 3:
-        return _folded(weight, cast(b, weight.dtype), cast(a, weight.dtype))
-    delta = scale(batched_product(b, a, weight.extent))
-    return add(weight, cast(delta, weight.dtype))
+        left, right = cast(b, weight.dtype), cast(a, weight.dtype)
+        return _folded(weight, left, right), [left, right]
+    delta = cast(scale(batched_product(b, a, weight.extent)), weight.dtype)
+    return add(weight, delta), [delta]
 
 
 def _folded(weight: Value, left: Value, right: Value) -> Value:
@@ -94,14 +98,14 @@ def grouped_product(x: Value, weight: Value, offsets: Value, fan_in: int, fan_ou
 
 
 def summed_over_choices(x: Value, choices: int) -> Value:
-    """Sum over the experts of a token: the gradient is an expanded view."""
+    """Sum over the experts of a token, in float32 under autocast: the gradient is an expanded view."""
 
     def backward(node: Node, gradient: Value) -> Gradients:
         return [gradient.view(extent)]
 
     extent = x.extent
     node = x.tape.node([x], backward)
-    y = x.tape.new(extent.scaled(1, choices), x.dtype)
+    y = x.tape.new(extent.scaled(1, choices), DType.FLOAT32 if x.tape.autocast_enabled else x.dtype)
     y.node = node
     return y
 
@@ -115,9 +119,8 @@ def route(layer: Layer, hidden: Value, *, casts_logits: bool, normalizes: bool, 
         casts_back: whether the weights return to the type of the logits.
     """
     m = layer.modules
-    tape = m.tape
     width, experts, chosen = layer.integer("hidden_size"), num_experts(layer.config), experts_per_token(layer.config)
-    weight = adapted(m, "mlp.gate.weight")
+    weight, factors = adapted(m, "mlp.gate.weight")
     logits = linear(hidden, weight, None, width, experts)
     probabilities = softmax(cast(logits, DType.FLOAT32)) if casts_logits else softmax(logits, DType.FLOAT32)
     weights, indices = _top(probabilities, experts, chosen)
@@ -125,7 +128,7 @@ def route(layer: Layer, hidden: Value, *, casts_logits: bool, normalizes: bool, 
         weights = _normalized(weights, chosen)
     if casts_back:
         weights = cast(weights, logits.dtype)
-    del tape, weight
+    del weight, factors
     return weights, indices, [logits]
 
 
@@ -184,17 +187,17 @@ def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_
     counted = tape.new(pairs, DType.INT32)
     offsets = tape.new(Extent(num_experts(layer.config)), DType.INT32)
     # Folded weights are cached until the module returns.
-    gate_up = adapted(m, "mlp.experts.gate_up_proj")
+    gate_up, up_factors = adapted(m, "mlp.experts.gate_up_proj")
     projected = grouped_product(selected, gate_up, offsets, width, 2 * expert_width)
     projected = gate(projected)
-    down = adapted(m, "mlp.experts.down_proj")
+    down, down_factors = adapted(m, "mlp.experts.down_proj")
     projected = grouped_product(projected, down, offsets, expert_width, width)
     weighted = multiply(projected, sorted_weights)
     inverse = tape.new(pairs, DType.INT64)
     weighted = gathered(weighted, weighted.extent, inverse)
     final = summed_over_choices(weighted, chosen)
     result = cast(final, hidden.dtype)
-    del sorted_ids, counted, selected, final, gate_up, down
+    del sorted_ids, counted, selected, final, gate_up, down, up_factors, down_factors
     return result
 
 

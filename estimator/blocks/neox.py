@@ -22,9 +22,10 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
 
 def mlp(layer: Layer, hidden: Value) -> Value:
     m = layer.modules
-    hidden = m.linear("mlp.dense_h_to_4h", hidden)
-    hidden = activated(layer, hidden)
-    return m.linear("mlp.dense_4h_to_h", hidden)
+    # The argument lives as long as the call.
+    inner = m.linear("mlp.dense_h_to_4h", hidden)
+    inner = activated(layer, inner)
+    return m.linear("mlp.dense_4h_to_h", inner)
 
 
 def decoder_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
