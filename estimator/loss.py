@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from estimator.dtypes import DType
 from estimator.modules import Modules
-from estimator.operators import cast, saving_output, scale
+from estimator.operators import cast, full_precision, saving_output, scale
 from estimator.phases import Item
 from estimator.tape import Extent, Gradients, Node, Value
 
@@ -20,46 +20,48 @@ def label_logits(value: Value) -> Value:
 
 
 def cross_entropy(logits: Value, vocabulary: int) -> Value:
-    """`F.cross_entropy` on float32 logits: the log-softmax is kept; the backward pass makes two more tensors of its size.
+    """`F.cross_entropy`: the log-softmax is kept; the backward pass makes two more tensors of its size. Float32 under autocast.
 
     Source: torch, derivatives.yaml, _log_softmax and nll_loss_forward.
     """
     tape = logits.tape
+    logits = label_logits(full_precision(logits))
     rows = logits.extent.scaled(1, vocabulary)
-    extent = logits.extent
+    extent, dtype = logits.extent, logits.dtype
 
     def log_softmax_backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
-        result = label_logits(tape.new(extent, DType.FLOAT32))
+        result = label_logits(tape.new(extent, dtype))
         del saved
         return [result]
 
     def nll_backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
-        result = label_logits(tape.new(extent, DType.FLOAT32))
+        result = label_logits(tape.new(extent, dtype))
         del saved
         return [result]
 
     node = tape.node([logits], log_softmax_backward)
-    log_probabilities = label_logits(tape.new(extent, DType.FLOAT32))
+    log_probabilities = label_logits(tape.new(extent, dtype))
     tape.save_output(node, log_probabilities)
     log_probabilities.node = node
     labels, padded = tape.new(rows, DType.INT64), tape.new(rows, DType.INT64)
     node = tape.node([log_probabilities], nll_backward, [log_probabilities, labels])
-    loss = tape.new(Extent(1), DType.FLOAT32)
+    loss = tape.new(Extent(1), dtype)
     loss.node = node
     del padded
     return loss
 
 
 def stock_loss(
-    modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, scaled: bool, keeps_half: bool
+    modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, scaled: bool, keeps_half: bool, upcasts: bool
 ) -> Sequence[Value]:
     """transformers' ForCausalLMLoss: returns the loss and the logits the model hands back.
 
     Args:
         shifts_logits: whether the logits (and not the labels) are shifted, by a contiguous copy.
         scaled: whether the head's output is multiplied by a number.
+        upcasts: whether the logits are turned into float32 first.
         keeps_half: whether the 16-bit logits outlive their float32 copy (the caller holds them).
 
     Source: transformers, loss/loss_utils.py, ForCausalLMLoss.
@@ -70,7 +72,7 @@ def stock_loss(
     if softcap:
         for step in (scale, saving_output, scale):
             logits = label_logits(step(logits))
-    full = label_logits(cast(logits, DType.FLOAT32))
+    full = label_logits(cast(logits, DType.FLOAT32)) if upcasts else logits
     if not keeps_half:
         logits = full
     upcast = full  # a local of the loss function: it lives until the loss is returned

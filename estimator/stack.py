@@ -249,3 +249,20 @@ class Stack:
         Source: transformers 4.54, integrations/sdpa_attention.py, use_gqa_in_sdpa; needs torch 2.5.
         """
         return self.transformers >= (4, 54) and self.torch >= (2, 5)
+
+    def loss_leaves_half_logits(self, model_type: str) -> bool:
+        """Whether the family computed its loss on the logits as they come, without a float32 copy.
+
+        Source: transformers, models/*/modeling_*.py, forward of the head: `CrossEntropyLoss()` until 4.48.2 (GPT-NeoX until 4.48.3), then
+        loss/loss_utils.py, ForCausalLMLoss, as for all others.
+        """
+        if model_type == "gpt_neox":
+            return self.transformers < (4, 49)
+        return self.transformers < (4, 48, 3) and model_type in ("gpt2", "gpt_bigcode", "falcon", "opt", "bloom", "stablelm", "mpt")
+
+    def hands_out_key_values_in_training(self, model_type: str) -> bool:
+        """Whether the model returns every layer's keys and values with its logits, also in training and under checkpointing.
+
+        Source: transformers until 4.53, models/gpt_bigcode/modeling_gpt_bigcode.py, GPTBigCodeModel.forward (`presents`).
+        """
+        return self.transformers < (4, 54) and model_type == "gpt_bigcode"

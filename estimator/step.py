@@ -85,6 +85,10 @@ class _Step:
         self.family: Family = FAMILIES[inventory.model_type]
         self.cache: list[Value] | None = None if training is not None else []
         """Keys and values of all layers, in inference."""
+        hands_out = training is not None and recipe.stack.hands_out_key_values_in_training(inventory.model_type)
+        self.handed_out: list[Value] | None = [] if hands_out else None
+        """What the layers return beside the hidden states, held until the loss is there."""
+        self.handed_out_by_copies: list[tuple[Held, int]] = []
         self.tape = Tape(
             autocast_dtype=training.autocast_dtype if training is not None else None,
             accumulating=training is not None and training.gradient_accumulation_steps > 1,
@@ -139,7 +143,18 @@ class _Step:
         if tape.autocast_dtype is not None and logits is not None and logits.dtype is not DType.FLOAT32:
             converted = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
             del converted
+        self._drop_outputs()
         return loss
+
+    def _drop_outputs(self) -> None:
+        """The model's outputs go before the backward pass.
+
+        Source: transformers, trainer.py, compute_loss.
+        """
+        if self.handed_out is not None:
+            self.handed_out.clear()
+        for (item, size), number in self.handed_out_by_copies:
+            self.tape.shrink(item, size, number)
 
     def _model(self) -> tuple[Value, Value | None]:
         hidden = self.hidden_states()
@@ -187,6 +202,7 @@ class _Step:
             softcap=isinstance(config.get("final_logit_softcapping"), (int, float)),
             scaled=self.family.scales_logits,
             keeps_half=stack.loss_keeps_half_logits,
+            upcasts=not stack.loss_leaves_half_logits(self.inventory.model_type),
         )
         return loss, logits
 
@@ -220,14 +236,16 @@ class _Step:
             entry = (kind, hidden.dtype, hidden.requires_grad)
             if entry in seen and index != last[kind]:
                 hidden = seen[entry].stand_in(self.tape, hidden)
+                self.handed_out_by_copies += seen[entry].until_outputs_go
                 continue
             before = Counter(self.tape.live)
             self.tape.take_stash()
             cached = set(self.tape.autocast_cache)
+            num_handed_out = len(self.handed_out or ())
             hidden = self._run_layer(index, hidden, around)
             # The first layer is no model for the others: the embedding that enters it outlives it.
             if index > 0 and entry not in seen:
-                seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index])
+                seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
         return hidden
 
     def _kind(self, index: int) -> object:
@@ -255,6 +273,7 @@ class _Step:
             attention=self.recipe.attention,
             layer_type=self._layer_type(index),
             cache=self.cache,
+            handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
         )
 
         def function(x: Value) -> Value:
@@ -291,10 +310,18 @@ class _Copy:
     until_graph_goes: tuple[tuple[Held, int], ...]
     """The part of it that the backward pass does not free."""
     until_autocast_ends: tuple[tuple[Held, int], ...]
+    until_outputs_go: tuple[tuple[Held, int], ...]
     gradients: tuple[Extent, ...]
 
     @classmethod
-    def of(cls, tape: Tape, before: Counter[Held], cached: set[str], tensors: Mapping[str, StoredTensor]) -> "_Copy":
+    def of(
+        cls,
+        tape: Tape,
+        before: Counter[Held],
+        cached: set[str],
+        tensors: Mapping[str, StoredTensor],
+        handed_out: list[Value],
+    ) -> "_Copy":
         kept = Counter(tape.live)
         kept.subtract(before)
         casts: Counter[Held] = Counter()
@@ -304,11 +331,15 @@ class _Copy:
             if storage.item is Item.TEMPORARY:  # nobody saved it: biases, and everything in a checkpointed layer
                 casts[storage.item, storage.size] += 1
         kept.subtract(casts)
+        storages = [v.storage for v in handed_out if v.storage is not None]
+        outputs = Counter((s.item, s.size) for s in storages if s.item is Item.TEMPORARY)
+        kept.subtract(outputs)
         gradients = [Extent(t.num_elements * t.dtype.itemsize) for t in tensors.values() if t.trainable]
         return cls(
             kept=tuple((held, n) for held, n in kept.items() if n),
             until_graph_goes=tape.take_stash(),
             until_autocast_ends=tuple(casts.items()),
+            until_outputs_go=tuple(outputs.items()),
             gradients=() if tape.accumulating else tuple(gradients),
         )
 
@@ -319,6 +350,8 @@ class _Copy:
         for (item, size), number in self.until_autocast_ends:
             tape.grow(item, size, number)
             tape.leaving_autocast.append((item, size, number))
+        for (item, size), number in self.until_outputs_go:
+            tape.grow(item, size, number)
 
         def backward(node: Node, gradient: Value) -> Gradients:
             stay = dict(self.until_graph_goes)

@@ -14,6 +14,8 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     m, heads = layer.modules, layer.heads()
     sizes = (heads.num_heads, heads.num_key_value_heads, heads.num_key_value_heads)
     query, key, value = split(m.linear("attn.c_attn", hidden), sizes, sum(sizes))
+    if layer.handed_out is not None:
+        layer.handed_out.append(key.view())
     # GPT-2's softmax is not asked for float32: without autocast it stays in the type of the scores.
     in_float32 = m.tape.autocast_enabled or layer.config.get("multi_query") is not None
     output, weights = layer.attend_and_weights(

@@ -36,6 +36,8 @@ class Layer:
     layer_type: str = "full_attention"
     cache: list[Value] | None = None
     """Where keys and values go in inference."""
+    handed_out: list[Value] | None = None
+    """Where a layer puts what it returns beside the hidden states."""
 
     def integer(self, name: str) -> int:
         value = self.config[name]
