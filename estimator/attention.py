@@ -94,9 +94,11 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
 def scaled_dot_product(
     query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, compute_capability: tuple[int, int]
 ) -> Value:
-    """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without flash.
+    """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without
+    flash.
 
-    Flash takes 16-bit types from compute capability 8.0 on, no mask, and head sizes up to 256; the memory-efficient kernel takes no grouped heads.
+    Flash takes 16-bit types from compute capability 8.0 on, no mask, and head sizes up to 256; the memory-efficient kernel takes no
+    grouped heads.
 
     Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
     """
@@ -158,7 +160,8 @@ def repeated(x: Value, groups: int) -> Value:
 
 
 def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None, heads: Heads) -> Value:
-    """sdpa with a mask: key and value are expanded to all heads, and each layer turns the boolean mask into one of its own in the query's type.
+    """sdpa with a mask: key and value are expanded to all heads, and each layer turns the boolean mask into one of its own in the query's
+    type.
 
     Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa; torch, ATen/native/transformers/attention.cpp,
     convert_boolean_attn_mask.

@@ -7,7 +7,6 @@ from functools import lru_cache
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.errors import RequestError
 from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import decode_items, is_cache_modelled
@@ -63,18 +62,23 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
     """A sentence when only the load can be answered for; None when the step is modelled."""
     if recipe.training is None and recipe.inference is None:
         return None
-    if inventory.model_type not in FAMILIES or inventory.output_embedding is None:
-        return f"The step of {inventory.model_class} ({inventory.model_type}) is not modelled: only what is stored after loading is given, and that is exact."
+    reason = _unknown_step(inventory, recipe)
+    return None if reason is None else f"{reason}: only what is stored after loading is given, and that is exact."
+
+
+def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
+    family = FAMILIES.get(inventory.model_type)
+    if family is None or inventory.output_embedding is None:
+        return f"The step of {inventory.model_class} ({inventory.model_type}) is not modelled"
     if recipe.stack.experts_are_modules and _has_experts(inventory):
-        return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one, is not modelled: only what is stored is given."
-    family = FAMILIES[inventory.model_type]
+        return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one, is not modelled"
     refused = family.refuses(inventory.config)
     if refused is not None:
-        return f"The step of this {inventory.model_type} config is not modelled ({refused}): only what is stored after loading is given."
+        return f"The step of this {inventory.model_type} config is not modelled ({refused})"
     if recipe.attention is Attention.FLEX_ATTENTION:
-        return "The step under flex_attention is not modelled: only what is stored after loading is given."
+        return "The step under flex_attention is not modelled"
     if recipe.inference is not None and not is_cache_modelled(inventory):
-        return f"The key/value cache of {inventory.model_type} is not modelled: only what is stored after loading is given."
+        return f"The key/value cache of {inventory.model_type} is not modelled"
     return None
 
 

@@ -30,7 +30,8 @@ class Explanation:
 Explanations = Mapping[tuple[Phase, Item], Explanation]
 
 _SOURCES = {
-    Item.WEIGHTS: "parameters as transformers builds them; storage: bitsandbytes functional.quantize_4bit, nn.modules; peft prepare_model_for_kbit_training",
+    Item.WEIGHTS: "parameters as transformers builds them; bitsandbytes functional.quantize_4bit and nn.modules; "
+    "peft prepare_model_for_kbit_training",
     Item.QUANTIZATION_STATE: "bitsandbytes, functional.py, quantize_4bit and QuantState",
     Item.BUFFERS: "buffers that the model registers",
     Item.ADAPTER_WEIGHTS: "peft, tuners/lora/layer.py, update_layer; Hu et al. 2021, section 4.1",
@@ -96,10 +97,16 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     """What a step adds that no tape is needed for."""
     if phase is Phase.LOAD:
         return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
-    texts = {Item.WORKSPACE: f"{2 if recipe.training is not None else 1} cuBLAS workspaces (forward and backward run in threads of their own)"}
+    texts = {
+        Item.WORKSPACE: f"{2 if recipe.training is not None else 1} cuBLAS workspaces (forward and backward run in threads of their own)"
+    }
     training = recipe.training
     if training is None:
-        return texts | ({Item.TEMPORARY: "one layer's old and new cache side by side", Item.LOGITS: "last position: as computed + float32 copy"} if phase is Phase.DECODE else {})
+        return texts | (
+            {Item.TEMPORARY: "one layer's old and new cache side by side", Item.LOGITS: "last position: as computed + float32 copy"}
+            if phase is Phase.DECODE
+            else {}
+        )
     states = [s for s in static.optimizer if s.residence is Residence.DEVICE]
     raw = sum(s.num_tensors * s.raw_bytes for s in states)
     number = sum(s.num_tensors for s in states)
@@ -153,7 +160,7 @@ def _largest(extents: Counter[Extent], size: Callable[[Extent], int], name: str 
 
 
 def _term(extent: Extent) -> str:
-    factors = [f"{extent.count:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
+    factors = [f"{extent.coefficient:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
     return "·".join(factors)
 
 

@@ -53,7 +53,7 @@ def tiled_loss(hidden: Value, weight: Parameter, width: int, tile_rows: int | No
     rows, vector = hidden.extent.scaled(1, width), DType.FLOAT32
     tile = rows.scaled(_TILE_COLUMNS) if tile_rows is None else Extent(tile_rows * _TILE_COLUMNS)
     chunk = hidden.extent if tile_rows is None else Extent(tile_rows * width)
-    vocabulary = weight.extent.count // width
+    vocabulary = weight.extent.coefficient // width
     slice_extent = Extent(min(vocabulary, _TILE_COLUMNS) * width)
     extent, dtype, weight_extent, weight_dtype = hidden.extent, hidden.dtype, weight.extent, weight.dtype
     trained = weight.requires_grad
@@ -118,7 +118,7 @@ def liger_loss(hidden: Value, weight: Parameter, width: int, chunk_rows: int) ->
     Source: liger-kernel 0.8, ops/fused_linear_cross_entropy.py, fused_linear_cross_entropy_forward.
     """
     tape = hidden.tape
-    vocabulary = weight.extent.count // width
+    vocabulary = weight.extent.coefficient // width
     hidden, matrix = lower_precision(hidden), lower_precision(weight)
     trained = matrix.requires_grad
 

@@ -54,7 +54,16 @@ def cross_entropy(logits: Value, vocabulary: int) -> Value:
 
 
 def stock_loss(
-    modules: Modules, head: str, hidden: Value, vocabulary: int, *, shifts_logits: bool, softcap: bool, scaled: bool, keeps_half: bool, upcasts: bool
+    modules: Modules,
+    head: str,
+    hidden: Value,
+    vocabulary: int,
+    *,
+    shifts_logits: bool,
+    softcap: bool,
+    scaled: bool,
+    keeps_half: bool,
+    upcasts: bool,
 ) -> Sequence[Value]:
     """transformers' ForCausalLMLoss: returns the loss and the logits the model hands back.
 

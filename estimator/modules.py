@@ -92,7 +92,7 @@ class Modules:
         assert adapter is not None
         fan_in, fan_out = self.sizes(name)
         a, b = self.parameter(f"{name}.lora_A.weight"), self.parameter(f"{name}.lora_B.weight")
-        rank = a.extent.count // fan_in
+        rank = a.extent.coefficient // fan_in
         bias = self.optional(f"{name}.lora_B.bias")
         return scale(linear(linear(dropout(x, adapter.dropout), a, None, fan_in, rank), b, bias, rank, fan_out))
 
@@ -148,13 +148,15 @@ def add_number(x: Value) -> Value:
 
 
 def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, weight_dtype: DType, *, keeps_input: bool) -> Value:
-    """`bitsandbytes.nn.Linear4bit`: nothing but the packed weight is kept; the weight is unpacked forward (many rows) and backward (always).
+    """`bitsandbytes.nn.Linear4bit`: nothing but the packed weight is kept; the weight is unpacked forward (many rows) and backward
+    (always).
 
     Args:
         weight_dtype: type of the weight when it was quantized: what the backward pass unpacks to before it casts.
         keeps_input: whether the input (in the compute type) hangs on the context of the autograd function.
 
-    Source: bitsandbytes, nn/modules.py, Linear4bit.forward; autograd/_functions.py, MatMul4Bit; backends/cuda/ops.py, _dequant_linear_fallback.
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward; autograd/_functions.py, MatMul4Bit; backends/cuda/ops.py,
+    _dequant_linear_fallback.
     """
     before = x.dtype
     tape = x.tape

@@ -1,7 +1,7 @@
 """PyTorch's operators as far as memory goes: what each returns, saves for the backward pass, and allocates there.
 
-Unless a docstring says otherwise the rules are those of torch, tools/autograd/derivatives.yaml (which inputs a formula names is what is saved) and
-autograd/FunctionsManual.cpp; casts under autocast follow ATen/autocast_mode.h.
+Unless a docstring says otherwise the rules are those of torch, tools/autograd/derivatives.yaml (the inputs that a formula names are
+saved) and autograd/FunctionsManual.cpp; casts under autocast follow ATen/autocast_mode.h.
 
 Legend: B micro-batch, S sequence length, T = B·S tokens, d head size.
 """
@@ -25,7 +25,7 @@ def promoted(first: DType, second: DType) -> DType:
 
 
 def _larger(first: Extent, second: Extent) -> Extent:
-    return max(first, second, key=lambda e: (e.batch, e.sequence, e.count))
+    return max(first, second, key=lambda e: (e.batch, e.sequence, e.coefficient))
 
 
 # -- casts ------------------------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def concatenate(parts: Sequence[Value]) -> Value:
     tape = parts[0].tape
     node = tape.node(parts, backward)
     first = extents[0]
-    y = tape.new(Extent(sum(e.count for e in extents), first.batch, first.sequence), dtype)
+    y = tape.new(Extent(sum(e.coefficient for e in extents), first.batch, first.sequence), dtype)
     y.node = node
     return y
 
@@ -454,7 +454,8 @@ def softmax(x: Value, dtype: DType | None = None) -> Value:
 
 
 def layer_norm(x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
-    """`F.layer_norm`: saves input, weight and bias (if it has them), mean and reciprocal deviation (float32, one per token); float32 under autocast."""
+    """`F.layer_norm`: saves input, weight and bias (if it has them), mean and reciprocal deviation (float32, one per token); float32
+    under autocast."""
     return _norm(x, weight, bias, width, num_statistics=2)
 
 
@@ -496,7 +497,14 @@ def embedding(weight: Parameter, extent: Extent) -> Value:
 
 
 def custom(
-    inputs: Sequence[Value], result: Extent, dtype: DType, backward: Backward, *, saved: Sequence[Value] = (), stash: Sequence[Value] = (), item: Item = Item.TEMPORARY
+    inputs: Sequence[Value],
+    result: Extent,
+    dtype: DType,
+    backward: Backward,
+    *,
+    saved: Sequence[Value] = (),
+    stash: Sequence[Value] = (),
+    item: Item = Item.TEMPORARY,
 ) -> Value:
     """A Python autograd function: `saved` through save_for_backward, `stash` as attributes of its context."""
     tape = inputs[0].tape

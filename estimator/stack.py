@@ -215,7 +215,8 @@ class Stack:
     def loss_keeps_half_logits(self) -> bool:
         """Whether the 16-bit logits stay alive beside their float32 copy while the loss is computed.
 
-        Source: transformers 4.46, loss/loss_utils.py, ForCausalLMLoss takes them from the model; before, the model replaced them by the copy.
+        Source: transformers 4.46, loss/loss_utils.py, ForCausalLMLoss takes them from the model; before, the model replaced them by the
+        copy.
         """
         return self.transformers >= (4, 46)
 
@@ -238,7 +239,8 @@ class Stack:
     def flash_repeats_key_values(self, model_type: str) -> bool:
         """Whether a family copied keys and values for all query heads before flash attention, which does not need it.
 
-        Source: transformers 4.47, models/{mistral,mixtral,qwen2,phi3,starcoder2}/modeling_*.py, *FlashAttention2.forward; shared code since 4.48.
+        Source: transformers 4.47, models/{mistral,mixtral,qwen2,phi3,starcoder2}/modeling_*.py, *FlashAttention2.forward; shared code
+        since 4.48.
         """
         return self.transformers < (4, 48) and model_type in ("mistral", "mixtral", "qwen2", "qwen2_moe", "phi3", "starcoder2")
 

@@ -1,6 +1,7 @@
 """One training step on the tape: embedding, layers, loss and the way back.
 
-Layers that are alike are run once at each end of their row; those between are taken as copies of the first, since what they keep is the same and
+Layers that are alike are run once at each end of their row; those between are taken as copies of the first, since what they keep is the
+same and
 what is alive changes by a constant from one to the next.
 """
 
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
-from estimator.inventory import Inventory
 from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
+from estimator.inventory import Inventory
 from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.phases import Item, Phase
@@ -55,7 +56,15 @@ def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tup
     return layers, outside
 
 
-def run_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, cuda_kernels: bool = True, names: bool = False) -> Program:
+def run_step(
+    inventory: Inventory,
+    recipe: Recipe,
+    stored: tuple[StoredTensor, ...],
+    regime: Regime,
+    *,
+    cuda_kernels: bool = True,
+    names: bool = False,
+) -> Program:
     """Run forward, loss and backward of one micro-batch.
 
     Raises:
@@ -77,7 +86,9 @@ def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor
 
 
 class _Step:
-    def __init__(self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool, names: bool) -> None:
+    def __init__(
+        self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool, names: bool
+    ) -> None:
         self.inventory = inventory
         self.recipe = recipe
         self.training = training = recipe.training
@@ -113,7 +124,7 @@ class _Step:
         with tape.recording():
             loss = self._forward()
         tape.enter(Phase.BACKWARD)
-        if loss.node is not None:
+        if isinstance(loss.node, Node):
             tape.backward(loss.node, tape.new(Extent(1), DType.FLOAT32))
         tape.note_peak()
         tape.phase = Phase.OPTIMIZER_STEP
@@ -180,7 +191,7 @@ class _Step:
         """
         training = self.training
         if hidden.node is None and self.recipe.adapter is not None and training is not None and training.gradient_checkpointing:
-            hidden.node = _InputGradient(self.tape, hidden)  # type: ignore[assignment]
+            hidden.node = _InputGradient(self.tape, hidden)
 
     def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
         config = self.inventory.config
@@ -293,7 +304,7 @@ class _InputGradient(AccumulateGrad):
         self.tape = tape
         self.name = "(input embeddings)"
         self.dtype = hidden.dtype
-        self.count = hidden.extent.count
+        self.count = hidden.extent.coefficient
         # torch's AccumulateGrad owns its variable.
         self.variable = hidden.view()
 

@@ -1,8 +1,11 @@
 """A training step on tensors that have a size but no content: what autograd keeps, when it lets go, and the worst instant.
 
-Blocks (`estimator.blocks`) are written as transformers writes them, on `Value`s. Every operator allocates its result, says what it saves for the
-backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds up what is
-alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of the tape answers
+Blocks (`estimator.blocks`) are written as transformers writes them, on `Value`s. Every operator allocates its result, says what it saves
+for the
+backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds up
+what is
+alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of the tape
+answers
 for every batch and length.
 
 Legend: B micro-batch, S sequence length.
@@ -23,20 +26,20 @@ from estimator.units import allocated
 
 
 class Extent(NamedTuple):
-    """`count · B^batch · S^sequence` elements (of a tensor) or bytes (of a storage)."""
+    """`coefficient · B^batch · S^sequence` elements (of a tensor) or bytes (of a storage)."""
 
-    count: int
+    coefficient: int
     batch: int = 0
     sequence: int = 0
     label: str = ""
     """What the tensor is, on a tape that names its tensors."""
 
     def at(self, batch: int, sequence: int) -> int:
-        return self.count * int(batch**self.batch) * int(sequence**self.sequence)
+        return self.coefficient * int(batch**self.batch) * int(sequence**self.sequence)
 
     def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
-        """The same with another count; `count` must divide."""
-        scaled, rest = divmod(self.count * numerator, denominator)
+        """The same with the coefficient multiplied by a fraction that leaves it whole."""
+        scaled, rest = divmod(self.coefficient * numerator, denominator)
         assert rest == 0, (self, numerator, denominator)
         return Extent(scaled, self.batch, self.sequence)
 
@@ -95,7 +98,7 @@ class Value:
 
     __slots__ = ("dtype", "extent", "node", "storage", "tape")
 
-    def __init__(self, tape: "Tape", extent: Extent, dtype: DType, storage: Storage | None, node: "Node | None" = None) -> None:
+    def __init__(self, tape: "Tape", extent: Extent, dtype: DType, storage: Storage | None, node: "Node | Leaf | None" = None) -> None:
         self.tape = tape
         self.extent = extent
         self.dtype = dtype
@@ -164,7 +167,7 @@ class AccumulateGrad(Leaf):
         self.tape = parameter.tape
         self.name = parameter.name
         self.dtype = parameter.dtype
-        self.count = parameter.extent.count
+        self.count = parameter.extent.coefficient
 
     def receive(self, gradient: Value) -> None:
         """The first gradient of a step is taken over as it is, a later one is added in place."""
@@ -229,12 +232,15 @@ class Recomputable:
 class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
-    def __init__(self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True, names: bool = False) -> None:
+    def __init__(
+        self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True, names: bool = False
+    ) -> None:
         self.autocast_dtype = autocast_dtype
         self.accumulating = accumulating
         """Gradients of an earlier micro-batch exist already and are counted elsewhere."""
         self.cuda_kernels = cuda_kernels
-        """Whether CUDA's kernels run: chosen by the card, with memory of their own inside a call. Without it the program is the CPU's, for comparison."""
+        """Whether CUDA's kernels run: chosen by the card, with memory of their own inside a call. Without it the program is the CPU's,
+        for comparison."""
         self.names = names
         """Whether tensors carry the name of their module and operator, for explanations."""
         self.scope = ""
@@ -259,13 +265,13 @@ class Tape:
 
     def grow(self, item: Item, size: Extent, number: int = 1) -> None:
         self.live[item, size] += number
-        self.totals[_POWER_INDEX[size.batch, size.sequence]] += number * size.count
+        self.totals[_POWER_INDEX[size.batch, size.sequence]] += number * size.coefficient
         self._rising = True
 
     def shrink(self, item: Item, size: Extent, number: int = 1) -> None:
         if self._rising:
             self.note_peak()
-        self.totals[_POWER_INDEX[size.batch, size.sequence]] -= number * size.count
+        self.totals[_POWER_INDEX[size.batch, size.sequence]] -= number * size.coefficient
         left = self.live[item, size] - number
         if left:
             self.live[item, size] = left
@@ -311,7 +317,8 @@ class Tape:
         return self.new(extent, dtype) if self.cuda_kernels else None
 
     def node(self, inputs: Sequence[Value], backward: Backward, saved: Sequence[Value] = ()) -> Node | None:
-        """A node, if anything that leads here is trained. Called before the result is made, as autograd saves inputs before it runs an operator."""
+        """A node, if anything that leads here is trained. Called before the result is made, as autograd saves inputs before it runs an
+        operator."""
         if not self.grad_enabled or all(v.node is None for v in inputs):
             return None
         self._sequence += 1
@@ -403,10 +410,10 @@ class Tape:
             (saved,) = node.unpacked()
             detached = saved.view()
             arrived = _Arrival()
-            detached.node = arrived  # type: ignore[assignment]
+            detached.node = arrived
             with self.autocasting(), self.recording():
                 output = function(detached)
-            assert output.node is not None
+            assert isinstance(output.node, Node)
             self.backward(output.node, gradient)
             return [arrived.gradient]
 
@@ -449,7 +456,11 @@ class Tape:
                         heapq.heappush(ready, (-following.sequence, ties, following))
 
     def _deliver(
-        self, following: "Node | AccumulateGrad | _Arrival | None", gradient: Value | None, buffers: dict[Node, Value], collected: dict[Node, list[Value]]
+        self,
+        following: "Node | Leaf | None",
+        gradient: Value | None,
+        buffers: dict[Node, Value],
+        collected: dict[Node, list[Value]],
     ) -> None:
         if gradient is None or following is None:
             return

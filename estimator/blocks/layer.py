@@ -74,17 +74,27 @@ class Layer:
         softmax_in_float32: bool = True,
         heads_first: bool = False,
     ) -> tuple[Value, Value | None]:
-        """The attention kernel of the recipe, with this layer's mask; and the weights of eager attention, which blocks hold in a local to their end.
+        """The attention kernel of the recipe, with this layer's mask; and the weights of eager attention, which blocks hold in a local to
+        their end.
 
         Args:
-            heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token. Flash
+            heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token.
+            Flash
                 gives its output the layout of the query, and `transpose(1, 2).contiguous()` copies it then.
         """
         self.remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
         if self.attention is Attention.EAGER:
             return eager(
-                query, key, value, mask, heads, probability=probability, softcap=softcap, in_float32=softmax_in_float32, heads_first=heads_first
+                query,
+                key,
+                value,
+                mask,
+                heads,
+                probability=probability,
+                softcap=softcap,
+                in_float32=softmax_in_float32,
+                heads_first=heads_first,
             )
         stack = self.modules.recipe.stack
         if self.attention is not Attention.SDPA:

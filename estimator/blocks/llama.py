@@ -48,7 +48,8 @@ def decoder_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
 
 
 def scaled_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
-    """What is added to the residual is scaled first. Source: transformers, models/granite/modeling_granite.py, GraniteDecoderLayer.forward."""
+    """What is added to the residual is scaled first. Source: transformers, models/granite/modeling_granite.py,
+    GraniteDecoderLayer.forward."""
     m = layer.modules
     width = layer.integer("hidden_size")
     residual = hidden
