@@ -1,8 +1,7 @@
 """One training step on the tape: embedding, layers, loss and the way back.
 
 Layers that are alike are run once at each end of their row; those between are taken as copies of the first, since what they keep is the
-same and
-what is alive changes by a constant from one to the next.
+same and what is alive changes by a constant from one to the next.
 """
 
 from collections import Counter

@@ -1,12 +1,9 @@
 """A training step on tensors that have a size but no content: what autograd keeps, when it lets go, and the worst instant.
 
 Blocks (`estimator.blocks`) are written as transformers writes them, on `Value`s. Every operator allocates its result, says what it saves
-for the
-backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds up
-what is
-alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of the tape
-answers
-for every batch and length.
+for the backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds
+up what is alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of
+the tape answers for every batch and length.
 
 Legend: B micro-batch, S sequence length.
 """
