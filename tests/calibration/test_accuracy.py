@@ -13,17 +13,12 @@ RUNS = {one.row.id: one for one in map(translate, rows()) if isinstance(one, Run
 # Packed weights of 8 MiB in freed blocks of 9 MiB: the allocator counts what it does not split off.
 UNSPLIT = {"fms-accel-0069", "fms-accel-0071"}
 
-# GPTBigCode of transformers 4 keeps every layer's key-value pair, a view of the fused projection, and takes its loss on 16-bit logits.
-OPEN = {"fms-accel-0001", "fms-accel-0003", "fms-accel-0069", "fms-accel-0071", "fms-accel-0182", "fms-accel-0184"}
-PEAKS = [pytest.param(name, marks=[pytest.mark.xfail(reason="GPTBigCode's kept cache")] if name in OPEN else []) for name in sorted(RUNS)]
-
-
 @cache
 def _compared(name: str) -> Comparison:
     return compare(RUNS[name])
 
 
-@pytest.mark.parametrize("name", PEAKS)
+@pytest.mark.parametrize("name", sorted(RUNS))
 def test_an_allocated_peak_is_within_3_percent(name: str) -> None:
     assert abs(_compared(name).figures["allocated"].error) <= 0.03
 

@@ -52,14 +52,13 @@ def test_intervals_reach_their_coverage_on_simulated_calibrations() -> None:
 
 
 def test_classes_follow_method_and_quantization() -> None:
-    assert class_of(_recipe(adapter=False)) == "full"
-    assert class_of(_recipe()) == "lora"
-    assert class_of(_recipe(quantized=True)) == "lora_nf4"
+    for recipe in (_recipe(adapter=False), _recipe(), _recipe(quantized=True)):
+        assert class_of(recipe) == "training"
     assert class_of(_recipe(training=False)) is None
 
 
 def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
-    bounds = interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes=_classes("lora", allocated=9, device=9))
+    bounds = interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes=_classes("training", allocated=9, device=9))
     assert bounds is not None
     assert bounds.allocated_low_bytes < 1000 < bounds.allocated_high_bytes == math.ceil(1000 * math.exp(0.09))
     assert bounds.device_low_bytes < 1500 < bounds.device_high_bytes
@@ -68,7 +67,7 @@ def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
 
 @pytest.mark.parametrize(("allocated", "device"), [(8, 9), (9, 8)])
 def test_there_is_no_interval_with_fewer_than_nine_residuals(allocated: int, device: int) -> None:
-    classes = _classes("lora", allocated=allocated, device=device)
+    classes = _classes("training", allocated=allocated, device=device)
     assert interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes=classes) is None
 
 
