@@ -15,6 +15,7 @@ from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, lige
 from estimator.inventory import Inventory
 from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
+from estimator.operators import scale
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.storage import StoredTensor
@@ -176,6 +177,8 @@ class _Step:
         frame, family = self.frame, self.family
         embedded = family.embed(frame)  # stays a local of the model's forward to its end
         self._require_input_gradients(embedded)
+        if family.scales_embeddings:
+            embedded = scale(embedded)
         positions = self.tape.new(Extent(1, 0, 1), DType.INT64)
         around = family.surround(frame, embedded)
         beside: list[Value] = []

@@ -44,6 +44,8 @@ class Family:
     enter: Callable[[Frame, Value, list[Value]], Value] = lambda frame, embedded, beside: embedded
     """From the embedding's output to the first layer's input; what else stays alive to the end of the model's forward goes to the list."""
     finish: Callable[[Frame, Value], Value]
+    scales_embeddings: bool = False
+    """Whether the model multiplies the embedding's output by a number (and not the embedding itself)."""
     scales_logits: bool = False
     """Whether the head's output is multiplied by a number."""
     variant: Callable[[Mapping[str, object], int], object] = lambda config, index: None
@@ -57,7 +59,7 @@ def embed_tokens(frame: Frame) -> Value:
 
 
 def embed_scaled(frame: Frame) -> Value:
-    """Gemma and Granite multiply the embeddings by a number."""
+    """Gemma's embedding multiplies its output by a number."""
     return scale(embed_tokens(frame))
 
 
@@ -225,7 +227,9 @@ FAMILIES: Mapping[str, Family] = {
         enter=dropped("hidden_dropout"),
         finish=finish_layer_norm("final_layer_norm"),
     ),
-    "granite": Family(layer=llama.scaled_layer, embed=embed_scaled, surround=rotary, finish=finish_rms, scales_logits=True),
+    "granite": Family(
+        layer=llama.scaled_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, scales_embeddings=True, scales_logits=True
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": Family(layer=moe.mixtral_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),

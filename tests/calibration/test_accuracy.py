@@ -13,6 +13,7 @@ RUNS = {one.row.id: one for one in map(translate, rows()) if isinstance(one, Run
 # Packed weights of 8 MiB in freed blocks of 9 MiB: the allocator counts what it does not split off.
 UNSPLIT = {"fms-accel-0069", "fms-accel-0071"}
 
+
 @cache
 def _compared(name: str) -> Comparison:
     return compare(RUNS[name])

@@ -18,6 +18,8 @@ from unittest import mock
 import bitsandbytes
 import torch
 from bitsandbytes.autograd import _functions as bnb_autograd
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
 
 AUTOCAST_KEY = "AutocastCPU"
@@ -299,6 +301,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
+    """Source: peft 0.21, tuners/lora/layer.py, Linear.get_delta_weight: on the CPU alone, 16-bit factors are multiplied in float32."""
+    product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
+    scaled: torch.Tensor = transpose(product, layer.fan_in_fan_out) * layer.scaling[adapter]
+    return scaled
+
+
 @contextmanager
 def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
     """Everything in this file at once, undone on exit."""
@@ -326,6 +335,7 @@ def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
             (torch.nn.functional, "scaled_dot_product_attention", fused_sdpa),
             (bitsandbytes, "matmul_4bit", _matmul_4bit(_gemm_4bit(FUSED_4BIT[fused_4bit]))),
             (bitsandbytes, "matmul", _matmul_8bit),
+            (LoraLinear, "get_delta_weight", _delta_weight),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield
