@@ -24,6 +24,7 @@ _NUM_INPUTS = 3
 _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 # What follows from shapes and types alone; the rest rests on kernels and on the order of events.
 _EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE)
+_LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -51,10 +52,13 @@ def estimate(inventory: Inventory, recipe: Recipe) -> Estimate:
     prepared = _prepared(inventory, structure)
     if reason is not None:
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
-    if recipe.training is not None:
-        return _training(inventory, recipe, structure, prepared)
-    if recipe.inference is not None:
-        return _inference(inventory, recipe, structure, prepared)
+    try:
+        if recipe.training is not None:
+            return _training(inventory, recipe, structure, prepared)
+        if recipe.inference is not None:
+            return _inference(inventory, recipe, structure, prepared)
+    except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
+        return _load_only(prepared, Notice(code="not_modelled", message=_LOAD_ONLY.format(f"The step with {missing}")))
     return _load_only(prepared)
 
 
@@ -63,22 +67,22 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
     if recipe.training is None and recipe.inference is None:
         return None
     reason = _unknown_step(inventory, recipe)
-    return None if reason is None else f"{reason}: only what is stored after loading is given, and that is exact."
+    return None if reason is None else _LOAD_ONLY.format(reason)
 
 
 def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
     family = FAMILIES.get(inventory.model_type)
     if family is None or inventory.output_embedding is None:
-        return f"The step of {inventory.model_class} ({inventory.model_type}) is not modelled"
+        return f"The step of {inventory.model_class} ({inventory.model_type})"
     if recipe.stack.experts_are_modules and _has_experts(inventory):
-        return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one, is not modelled"
+        return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one,"
     refused = family.refuses(inventory.config)
     if refused is not None:
-        return f"The step of this {inventory.model_type} config is not modelled ({refused})"
+        return f"The step of this {inventory.model_type} config ({refused})"
     if recipe.attention is Attention.FLEX_ATTENTION:
-        return "The step under flex_attention is not modelled"
+        return "The step under flex_attention"
     if recipe.inference is not None and not is_cache_modelled(inventory):
-        return f"The key/value cache of {inventory.model_type} is not modelled"
+        return f"The key/value cache of {inventory.model_type}"
     return None
 
 
