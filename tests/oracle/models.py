@@ -230,6 +230,9 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT corrects it for Conv1D, and says so
+        warnings.filterwarnings(
+            "ignore", message="The following (rank|alpha)_pattern keys"
+        )  # PEFT's own rewrite of targets on fused experts
         # PEFT's own rewrite of expert names leaves rank patterns for layers that have none
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
         adapted = get_peft_model(model, lora)
