@@ -18,6 +18,7 @@ from estimator.operators import (
     linear,
     mean,
     multiply,
+    promoted,
     rsqrt,
     scale,
     square,
@@ -64,8 +65,6 @@ class Modules:
     def _linear(self, name: str, x: Value) -> Value:
         if f"{name}.lora_A.weight" not in self.tensors:
             return self._base(name, x)
-        if f"{name}.lora_magnitude_vector.weight" in self.tensors:
-            raise NotImplementedError("DoRA")
         if self.tensors[f"{name}.weight"].quantization is None:
             return self._lora_on_plain(name, x)
         return self._lora_on_quantized(name, x)
@@ -104,7 +103,10 @@ class Modules:
         result = self._base(name, x)
         dtype = result.dtype
         converted = cast(x, self._adapter_dtype(name))
-        result = add(result, self._branch(name, converted))
+        if self._has_magnitude(name):
+            result = self._dora(name, converted, result)
+        else:
+            result = add(result, self._branch(name, converted))
         return cast(result, dtype)
 
     def _lora_on_quantized(self, name: str, x: Value) -> Value:
@@ -112,6 +114,10 @@ class Modules:
         result = self._base(name, x)
         if self.tensors[f"{name}.weight"].quantization is not QuantizationKind.INT8:
             result = clone(result)
+        if self._has_magnitude(name):
+            converted = x if self.tape.autocast_enabled else cast(x, self._adapter_dtype(name))
+            adapted = self._dora(name, converted, result)
+            return adapted if self.tape.autocast_enabled else cast(adapted, result.dtype)
         if self.tape.autocast_enabled:
             output = self._branch(name, x)
         else:
@@ -119,6 +125,63 @@ class Modules:
             output = self._branch(name, converted)
             output = cast(output, result.dtype)
         return add(result, output)
+
+    def _has_magnitude(self, name: str) -> bool:
+        return f"{name}.lora_magnitude_vector.weight" in self.tensors
+
+    def _dora(self, name: str, x: Value, result: Value) -> Value:
+        """The weight's norm is computed from the whole weight at each call; results are scaled column by column.
+
+        With dropout the base product is repeated on the dropped input, with the unpacked weight.
+
+        Source: peft, tuners/lora/variants.py, DoraLinearVariant.forward; tuners/lora/dora.py, DoraLinearLayer.forward.
+        """
+        adapter = self.recipe.adapter
+        assert adapter is not None
+        base = result if adapter.dropout == 0.0 else None
+        dropped = dropout(x, adapter.dropout)
+        return add(result, self._dora_difference(name, dropped, base))
+
+    def _dora_difference(self, name: str, x: Value, base: Value | None) -> Value:
+        fan_in, fan_out = self.sizes(name)
+        a, b = self.parameter(f"{name}.lora_A.weight"), self.parameter(f"{name}.lora_B.weight")
+        rank = a.extent.coefficient // fan_in
+        product = self._adapter_product(a, b, fan_in, rank, fan_out)
+        product = cast(product, x.dtype)
+        weight = cast(self._unpacked(name), x.dtype)
+        norm = self._column_norm(weight, fan_out)
+        magnitude = _quotient(self.parameter(f"{name}.lora_magnitude_vector.weight"), norm)
+        low_rank = linear(linear(x, a, None, fan_in, rank), b, None, rank, fan_out)
+        if base is None:
+            base = linear(x, weight, None, fan_in, fan_out)
+        scaled_base = multiply(add_number(magnitude), base)
+        difference = add(scaled_base, scale(multiply(magnitude, low_rank)))
+        del product, scaled_base
+        return difference
+
+    def _adapter_product(self, a: Parameter, b: Parameter, fan_in: int, rank: int, fan_out: int) -> Value:
+        """B·A, by sending the unit matrix through both."""
+        eye = self.tape.new(Extent(fan_in * fan_in), a.dtype)
+        return linear(linear(eye, a, None, fan_in, rank), b, None, rank, fan_out)
+
+    def _unpacked(self, name: str) -> Value:
+        """Source: peft, utils/integrations.py, dequantize_bnb_weight."""
+        stored = self.tensors[f"{name}.weight"]
+        if stored.quantization is None:
+            return self.parameter(f"{name}.weight")
+        dtype = DType.FLOAT32 if stored.quantization is QuantizationKind.INT8 else self.recipe.dtype
+        return self.tape.new(Extent(stored.num_elements), dtype)
+
+    def _column_norm(self, weight: Value, fan_out: int) -> Value:
+        """`linalg.norm(weight + scaling * product)`: float32 under autocast."""
+        tape = self.tape
+        scaled = tape.new(weight.extent, weight.dtype)
+        total = tape.new(weight.extent, weight.dtype)
+        del scaled
+        converted = tape.new(total.extent, DType.FLOAT32) if tape.autocast_enabled and total.dtype.is_half else total
+        norm = tape.new(Extent(fan_out), weight.dtype)
+        del total, converted
+        return norm
 
     # -- norms ----------------------------------------------------------------------------------------------------------------------
 
@@ -137,6 +200,18 @@ class Modules:
 
     def layer_norm(self, name: str, x: Value, width: int) -> Value:
         return layer_norm(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), width)
+
+
+def _quotient(x: Value, divisor: Value) -> Value:
+    """`x / divisor` with a constant divisor, which is saved."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = gradient.tape.new(gradient.extent, gradient.dtype)
+        del saved
+        return [result]
+
+    return custom([x], x.extent, promoted(x.dtype, divisor.dtype), backward, saved=[divisor])
 
 
 def add_number(x: Value) -> Value:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from sys import _getframe, getrefcount
 from types import FrameType
 from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 from estimator.dtypes import DType
 from estimator.phases import Item, Phase
@@ -186,13 +187,14 @@ class CheckpointFrame:
     Source: torch, utils/checkpoint.py, _checkpoint_without_reentrant_generator and _checkpoint_hook.
     """
 
-    __slots__ = ("argument", "function", "next_index", "num_saved", "recomputed", "tape")
+    __slots__ = ("argument", "function", "holders", "next_index", "recomputed", "tape")
 
     def __init__(self, tape: "Tape", function: "Callable[[Value], Value]", argument: Value) -> None:
         self.tape = tape
         self.function = function
         self.argument = argument
-        self.num_saved = 0
+        # What the forward pass saved, in order; entries die with graphs that lead nowhere.
+        self.holders: list[ReferenceType[Recomputable]] = []
         self.next_index = 0
         self.recomputed: dict[int, Value] | None = None
 
@@ -213,7 +215,7 @@ class CheckpointFrame:
 class Recomputable:
     """A saved tensor of a checkpointed layer."""
 
-    __slots__ = ("frame", "index")
+    __slots__ = ("__weakref__", "frame", "index")
 
     def __init__(self, frame: CheckpointFrame, index: int) -> None:
         self.frame = frame
@@ -335,14 +337,16 @@ class Tape:
         index = frame.next_index
         frame.next_index += 1
         if frame.recomputed is None:
-            frame.num_saved += 1
-        else:
+            holder = Recomputable(frame, index)
+            frame.holders.append(ref(holder))
+            return holder
+        if frame.holders[index]() is not None:
             frame.recomputed[index] = value.view()
             if value.storage is not None and value.storage.item is Item.TEMPORARY:
                 value.storage.relabel(Item.ACTIVATIONS)
-            if frame.next_index == frame.num_saved:
-                raise StopRecomputation
-        return Recomputable(frame, index)
+        if frame.next_index == len(frame.holders):
+            raise StopRecomputation
+        return value.view()  # the second graph lives until the recomputation stops
 
     def take_stash(self) -> tuple[tuple[Held, int], ...]:
         """What autograd functions hung on their contexts since the last call."""

@@ -50,7 +50,6 @@ def assert_layers_keep_the_same(family: str, mode: Any, B: int, S: int, **option
     assert said == real, f"per token: {said / (B * S)} instead of {real / (B * S)}"
 
 
-@pytest.mark.xfail(bool(MISSING), reason=f"no blocks yet: {', '.join(MISSING)}", strict=True)
 def test_every_promised_family_has_blocks() -> None:
     assert not MISSING
 
@@ -95,3 +94,9 @@ def test_eager_attention_keeps_scores(mode: str) -> None:
 @pytest.mark.parametrize("mode", SAMPLE)
 def test_a_checkpointed_layer_keeps_its_input_and_what_int8_hides_from_checkpointing(mode: str, gc: bool) -> None:
     assert_layers_keep_the_same("llama", mode, 2, 24, gc=gc)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mode", ["lora_bf16_fp32", "lora_bf16_fp32_autocast", "qlora_bf16_autocast", "qlora_prepared_autocast"])
+def test_a_layer_keeps_the_base_results_that_dora_scales(mode: str, dropout: float) -> None:
+    assert_layers_keep_the_same("llama", MODES[mode].with_adapter(dora=True, dropout=dropout), 2, 24)

@@ -62,3 +62,9 @@ def test_peaks_agree_under_lora_dropout(mode: str, scheme: str) -> None:
 def test_loaded_bytes_equal_the_real_models(mode: str) -> None:
     report = step("llama", mode, 1, 8, 2)
     assert estimates.loaded_bytes("llama", mode, 2) == report.static_bytes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("mode", ["lora_bf16_fp32_autocast", "qlora_prepared_autocast"])
+def test_peaks_agree_under_dora(mode: str, scheme: str) -> None:
+    check("llama", MODES[mode].with_adapter(dora=True), SCHEMES[scheme])
