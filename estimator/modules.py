@@ -103,11 +103,8 @@ class Modules:
         result = self._base(name, x)
         dtype = result.dtype
         converted = cast(x, self._adapter_dtype(name))
-        if self._has_magnitude(name):
-            result = self._dora(name, converted, result)
-        else:
-            result = add(result, self._branch(name, converted))
-        return cast(result, dtype)
+        adapted = self._dora(name, converted, result) if self._has_magnitude(name) else add(result, self._branch(name, converted))
+        return cast(adapted, dtype)
 
     def _lora_on_quantized(self, name: str, x: Value) -> Value:
         """Source: peft, tuners/lora/bnb.py, Linear4bit.forward (which clones the base result) and Linear8bitLt.forward."""
