@@ -22,12 +22,15 @@ from estimator.operators import (
     rsqrt,
     scale,
     square,
+    transposed,
 )
 from estimator.recipe import Quantization, QuantizationKind, Recipe
 from estimator.storage import StoredTensor
 from estimator.tape import Extent, Gradients, Node, Parameter, Tape, Value
 from estimator.units import ceil_div
 
+# Multiplies by its transposed weight and then adds the bias. Source: transformers, models/falcon/modeling_falcon.py, FalconLinear.forward.
+_FALCON_LINEAR = "FalconLinear"
 _BLOCK = 64  # weights per absmax; BitsAndBytesConfig offers no other
 
 
@@ -79,6 +82,10 @@ class Modules:
         stored = self.tensors[f"{name}.weight"]
         fan_in, fan_out = self.sizes(name)
         quantization = self.recipe.quantization
+        if (stored.quantization is None or quantization is None) and stored.module_class == _FALCON_LINEAR:
+            product = linear(x, transposed(self.parameter(f"{name}.weight")), None, fan_in, fan_out)
+            bias = self.optional(f"{name}.bias")
+            return product if bias is None else add(product, bias)
         if stored.quantization is None or quantization is None:
             return linear(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), fan_in, fan_out)
         if stored.quantization is QuantizationKind.INT8:

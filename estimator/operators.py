@@ -120,6 +120,38 @@ def alias(x: Value) -> Value:
     return y
 
 
+def clamp(x: Value) -> Value:
+    """`x.clamp(…)`: saves its input; the backward pass compares before it selects."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        tape = gradient.tape
+        inside = tape.new(gradient.extent, DType.BOOL)
+        result = tape.new(gradient.extent, gradient.dtype)
+        del saved, inside
+        return [result]
+
+    node = x.tape.node([x], backward, [x])
+    y = x.tape.new(x.extent, x.dtype)
+    y.node = node
+    return y
+
+
+def masked_fill(x: Value, mask: Value) -> Value:
+    """`x.masked_fill(mask, number)`: saves the mask."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = gradient.tape.new(gradient.extent, gradient.dtype)
+        del saved
+        return [result]
+
+    node = x.tape.node([x], backward, [mask])
+    y = x.tape.new(x.extent, x.dtype)
+    y.node = node
+    return y
+
+
 def clamp_in_place(x: Value) -> Value:
     """`x.clamp_(…)`: the backward pass needs what was there before, so a copy of it is saved first."""
 
@@ -346,6 +378,18 @@ def contiguous_copy(x: Value, extent: Extent | None = None) -> Value:
 
     node = x.tape.node([x], backward)
     y = x.tape.new(extent, x.dtype)
+    y.node = node
+    return y
+
+
+def transposed(x: Value) -> Value:
+    """`x.T`: a view, and no leaf any more, so that autocast casts it anew at every use."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.view()]
+
+    node = x.tape.node([x], backward)
+    y = x.view()
     y.node = node
     return y
 
