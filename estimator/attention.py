@@ -92,13 +92,24 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
 
 
 def scaled_dot_product(
-    query: Value, key: Value, value: Value, mask: Value | None, heads: Heads, compute_capability: tuple[int, int]
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    heads: Heads,
+    compute_capability: tuple[int, int],
+    *,
+    heads_first: bool = False,
 ) -> Value:
     """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without
     flash.
 
-    Flash takes 16-bit types from compute capability 8.0 on, no mask, and head sizes up to 256; the memory-efficient kernel takes no
-    grouped heads.
+    Flash takes 16-bit types from compute capability 8.0 on, no mask, and head sizes up to 256, the same for keys and values; the
+    memory-efficient kernel takes no grouped heads.
+
+    Args:
+        heads_first: whether the query lies in memory head after head: flash gives its output the same layout, and
+            `transpose(1, 2).contiguous()` copies it then.
 
     Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
     """
@@ -106,8 +117,10 @@ def scaled_dot_product(
         return memory_efficient(query, key, value, mask, heads)
     tape = query.tape
     dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
-    if not tape.cuda_kernels or (dtype.is_half and compute_capability >= (8, 0) and heads.head_dim <= 256):
-        return flash(query, key, value, heads)
+    fits_flash = dtype.is_half and compute_capability >= (8, 0) and heads.head_dim == heads.value_head_dim <= 256
+    if fits_flash or not tape.cuda_kernels:
+        output = flash(query, key, value, heads)
+        return clone(output) if heads_first else output
     if heads.groups == 1:
         return memory_efficient(query, key, value, None, heads)
     return written_out(query, key, value, heads)

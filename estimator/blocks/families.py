@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from estimator.blocks import cohere, falcon, gemma, gpt2, llama, moe, neox, olmo, phi, stablelm, starcoder2
+from estimator.blocks import cohere, deepseek, falcon, gemma, gpt2, gpt_oss, llama, moe, neox, olmo, phi, stablelm, starcoder2
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
@@ -86,8 +86,31 @@ def rotary_float32(frame: Frame, hidden: Value) -> Surroundings:
     return _rotary(frame, DType.FLOAT32, hidden.dtype)
 
 
-def _rotary(frame: Frame, dtype: DType, mask_dtype: DType) -> Surroundings:
-    width = rotary_width(frame.config, head_dim(frame.config))
+def _rotary_halves(frame: Frame, hidden: Value) -> Surroundings:
+    """Source: transformers, models/gpt_oss/modeling_gpt_oss.py, GptOssRotaryEmbedding.forward: one angle for each pair."""
+    return _rotary(frame, hidden.dtype, hidden.dtype, head_dim(frame.config) // 2)
+
+
+def _rotary_latent(frame: Frame, hidden: Value) -> Surroundings:
+    """Source: transformers, models/deepseek_v3/modeling_deepseek_v3.py, DeepseekV3RotaryEmbedding.forward."""
+    return _rotary(frame, hidden.dtype, hidden.dtype, _rope_head_dim(frame.config))
+
+
+def _rotary_complex(frame: Frame, hidden: Value) -> Surroundings:
+    """Complex numbers. Source: transformers, models/deepseek_v2/modeling_deepseek_v2.py, DeepseekV2RotaryEmbedding.forward."""
+    return Surroundings(
+        cos=frame.tape.new(Extent(_rope_head_dim(frame.config), 0, 1), DType.FLOAT32), mask=mask(frame, hidden.dtype, frame.masked)
+    )
+
+
+def _rope_head_dim(config: Mapping[str, object]) -> int:
+    value = config["qk_rope_head_dim"]
+    assert isinstance(value, int)
+    return value
+
+
+def _rotary(frame: Frame, dtype: DType, mask_dtype: DType, width: int | None = None) -> Surroundings:
+    width = rotary_width(frame.config, head_dim(frame.config)) if width is None else width
     with frame.tape.recording(False):
         cos, sin = (frame.tape.new(Extent(width, 0, 1), dtype) for _ in range(2))
         # Where layer types have frequencies of their own, so do their cos and sin: as large.
@@ -208,6 +231,8 @@ _COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary
 FAMILIES: Mapping[str, Family] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
+    "deepseek_v2": Family(layer=deepseek.decoder_layer, embed=embed_tokens, surround=_rotary_complex, finish=finish_rms),
+    "deepseek_v3": Family(layer=deepseek.decoder_layer, embed=embed_tokens, surround=_rotary_latent, finish=finish_rms),
     "falcon": Family(
         layer=falcon.decoder_layer,
         embed=embedded_as("word_embeddings"),
@@ -218,6 +243,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family(layer=gemma.decoder_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "glm4_moe": Family(layer=deepseek.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
     "gpt_neox": Family(
@@ -227,6 +253,7 @@ FAMILIES: Mapping[str, Family] = {
         enter=dropped("hidden_dropout"),
         finish=finish_layer_norm("final_layer_norm"),
     ),
+    "gpt_oss": Family(layer=gpt_oss.decoder_layer, embed=embed_tokens, surround=_rotary_halves, finish=_finish_olmo2),
     "granite": Family(
         layer=llama.scaled_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, scales_embeddings=True, scales_logits=True
     ),
@@ -236,6 +263,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmo": Family(layer=olmo.decoder_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
+    "olmoe": Family(layer=moe.olmoe_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "phi": Family(layer=phi.decoder_layer, embed=_embed_with_dropout, surround=rotary, finish=finish_layer_norm("final_layernorm")),
     "phi3": Family(layer=phi.fused_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "qwen2": _LLAMA,

@@ -79,8 +79,6 @@ class Layer:
 
         Args:
             heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token.
-            Flash
-                gives its output the layout of the query, and `transpose(1, 2).contiguous()` copies it then.
         """
         self.remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
@@ -100,11 +98,12 @@ class Layer:
         if self.attention is not Attention.SDPA:
             if stack.flash_repeats_key_values(self.model_type):
                 query, key, value, heads = expanded(query, key, value, heads)
-            return flash(query, key, value, heads), None
+            output = flash(query, key, value, heads)
+            return (clone(output) if heads_first else output), None
         if mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels:
             query, key, value, heads = expanded(query, key, value, heads)
-        output = scaled_dot_product(query, key, value, mask, heads, self.modules.recipe.compute_capability)
-        return (clone(output) if heads_first and mask is None else output), None
+        capability = self.modules.recipe.compute_capability
+        return scaled_dot_product(query, key, value, mask, heads, capability, heads_first=heads_first), None
 
     def remember(self, key: Value, value: Value) -> None:
         """In inference, keys and values are copied into the cache.

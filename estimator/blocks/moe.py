@@ -12,10 +12,23 @@ from collections.abc import Mapping
 
 from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
-from estimator.blocks.parts import gated_mlp
+from estimator.blocks.parts import gated_mlp, rotated
 from estimator.dtypes import DType
 from estimator.modules import Modules
-from estimator.operators import activation, add, batched_product, cast, gathered, linear, multiply, saving_output, scale, softmax, split
+from estimator.operators import (
+    activation,
+    add,
+    batched_product,
+    cast,
+    clamp_in_place,
+    gathered,
+    linear,
+    multiply,
+    saving_output,
+    scale,
+    softmax,
+    split,
+)
 from estimator.tape import Extent, Gradients, Node, Value
 
 
@@ -123,16 +136,16 @@ def route(layer: Layer, hidden: Value, *, casts_logits: bool, normalizes: bool, 
     weight, factors = adapted(m, "mlp.gate.weight")
     logits = linear(hidden, weight, None, width, experts)
     probabilities = softmax(cast(logits, DType.FLOAT32)) if casts_logits else softmax(logits, DType.FLOAT32)
-    weights, indices = _top(probabilities, experts, chosen)
+    weights, indices = top(probabilities, experts, chosen)
     if normalizes:
-        weights = _normalized(weights, chosen)
+        weights = normalized(weights, chosen)
     if casts_back:
         weights = cast(weights, logits.dtype)
     del weight, factors
     return weights, indices, [logits]
 
 
-def _top(x: Value, experts: int, chosen: int) -> tuple[Value, Value]:
+def top(x: Value, experts: int, chosen: int) -> tuple[Value, Value]:
     """`torch.topk`: saves the indices."""
     before = x.extent
 
@@ -150,8 +163,8 @@ def _top(x: Value, experts: int, chosen: int) -> tuple[Value, Value]:
     return values, indices
 
 
-def _normalized(x: Value, chosen: int) -> Value:
-    """`x /= x.sum(-1, keepdim=True)`: in place, so that a copy of the dividend is saved beside the divisor."""
+def normalized(x: Value, chosen: int) -> Value:
+    """`x /= x.sum(-1, keepdim=True)`: in place, so that a copy of the dividend is saved beside the divisor; autocast sums in float32."""
     tape = x.tape
     extent, dtype = x.extent, x.dtype
 
@@ -165,7 +178,7 @@ def _normalized(x: Value, chosen: int) -> Value:
         return results
 
     total_node = tape.node([x], sum_backward)
-    total = tape.new(extent.scaled(1, chosen), dtype)
+    total = tape.new(extent.scaled(1, chosen), DType.FLOAT32 if tape.autocast_enabled else dtype)
     total.node = total_node
     original = tape.new(extent, dtype)
     node = tape.node([x, total], backward, [total, original])
@@ -252,4 +265,29 @@ def qwen_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
     residual = hidden
     hidden = m.rms_norm("post_attention_layernorm", hidden, width)
     hidden = qwen_block(layer, hidden) if m.has("mlp.gate.weight") else gated_mlp(layer, hidden)
+    return add(residual, hidden)
+
+
+def olmoe_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:
+    """Norms over all heads at once. Source: transformers, models/olmoe/modeling_olmoe.py, OlmoeAttention.forward."""
+    m, heads = layer.modules, layer.heads()
+    query = m.rms_norm("self_attn.q_norm", m.linear("self_attn.q_proj", hidden), heads.num_heads * heads.head_dim)
+    key = m.rms_norm("self_attn.k_norm", m.linear("self_attn.k_proj", hidden), heads.num_key_value_heads * heads.head_dim)
+    value = m.linear("self_attn.v_proj", hidden)
+    if layer.config.get("clip_qkv") is not None:
+        query, key, value = clamp_in_place(query), clamp_in_place(key), clamp_in_place(value)
+    query, key = rotated(query, key, around)
+    output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
+    return m.linear("self_attn.o_proj", output), weights
+
+
+def olmoe_layer(layer: Layer, hidden: Value, around: Surroundings) -> Value:
+    m, width = layer.modules, layer.integer("hidden_size")
+    residual = hidden
+    hidden = m.rms_norm("input_layernorm", hidden, width)
+    hidden, _ = olmoe_attention(layer, hidden, around)
+    hidden = add(residual, hidden)
+    residual = hidden
+    hidden = m.rms_norm("post_attention_layernorm", hidden, width)
+    hidden = qwen_block(layer, hidden)
     return add(residual, hidden)

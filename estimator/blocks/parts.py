@@ -78,7 +78,7 @@ def activated(layer: Layer, x: Value) -> Value:
     raise NotImplementedError(f"activation {kind!r}")
 
 
-def gated_mlp(layer: Layer, x: Value) -> Value:
+def gated_mlp(layer: Layer, x: Value, name: str = "mlp") -> Value:
     """Source: transformers, models/llama/modeling_llama.py, LlamaMLP."""
     m = layer.modules
-    return m.linear("mlp.down_proj", multiply(activation(m.linear("mlp.gate_proj", x)), m.linear("mlp.up_proj", x)))
+    return m.linear(f"{name}.down_proj", multiply(activation(m.linear(f"{name}.gate_proj", x)), m.linear(f"{name}.up_proj", x)))

@@ -94,6 +94,14 @@ _DENSE = _SIZES | {"intermediate_size": INTERMEDIATE}
 _GROUPED = _DENSE | {"num_key_value_heads": KV_HEADS}
 _GATED = _GROUPED | {"head_dim": HEAD_DIM}
 _MOE = _SIZES | {"num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 20, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": HEAD_DIM}
+_SHARED = {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": EXPERT_WIDTH, "n_routed_experts": EXPERTS, "n_shared_experts": 1}
+_DEEPSEEK = (_SIZES | _LATENT | _SHARED) | {
+    "num_experts_per_tok": EXPERTS_PER_TOKEN,
+    "first_k_dense_replace": 0,
+    "n_group": 2,
+    "topk_group": 2,
+}
 _GPT = {"n_embd": HIDDEN, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_inner": INTERMEDIATE}
 _PAD = {"pad_token_id": 0}
 
@@ -152,9 +160,42 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             attention="eager",
         ),
         "cohere": Family(config_class="CohereConfig", values=_GROUPED),
+        "cohere2": Family(
+            config_class="Cohere2Config",
+            values=_GROUPED | {"sliding_window": 4096},
+            per_layer=MappingProxyType({"layer_types": "sliding_attention"}),
+        ),
+        "olmo3": Family(
+            config_class="Olmo3Config",
+            values=_GROUPED | {"sliding_window": 4096},
+            per_layer=MappingProxyType({"layer_types": "full_attention"}),
+        ),
         "granite": Family(config_class="GraniteConfig", values=_GROUPED),
         "smollm3": Family(config_class="SmolLM3Config", values=_GROUPED | _PAD),
         "mixtral": Family(config_class="MixtralConfig", values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}),
+        "deepseek_v2": Family(config_class="DeepseekV2Config", values=_DEEPSEEK | {"topk_method": "group_limited_greedy", "topk_group": 1}),
+        "deepseek_v2_lite": Family(config_class="DeepseekV2Config", values=_DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None}),
+        "deepseek_v3": Family(config_class="DeepseekV3Config", values=_DEEPSEEK | {"norm_topk_prob": True}),
+        "glm4_moe": Family(
+            config_class="Glm4MoeConfig",
+            values=_MOE | _SHARED | {"first_k_dense_replace": 0, "n_group": 2, "topk_group": 2, "use_qk_norm": True},
+        ),
+        "gpt_oss": Family(
+            config_class="GptOssConfig",
+            values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS, "sliding_window": 4096},
+            attention="eager",
+            per_layer=MappingProxyType({"layer_types": "full_attention"}),
+        ),
+        "olmoe": Family(
+            config_class="OlmoeConfig",
+            values=_GROUPED | {"intermediate_size": EXPERT_WIDTH, "num_experts": EXPERTS, "num_experts_per_tok": EXPERTS_PER_TOKEN},
+        ),
+        "qwen2_moe": Family(
+            config_class="Qwen2MoeConfig",
+            values=_GROUPED
+            | {"moe_intermediate_size": EXPERT_WIDTH, "shared_expert_intermediate_size": 56, "num_experts": EXPERTS}
+            | {"num_experts_per_tok": EXPERTS_PER_TOKEN},
+        ),
         "qwen3_moe": Family(
             config_class="Qwen3MoeConfig",
             values=_MOE
