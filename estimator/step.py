@@ -6,7 +6,7 @@ same and what is alive changes by a constant from one to the next.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
@@ -289,8 +289,10 @@ class _Step:
             handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
         )
 
+        own = replace(around, others=())
+
         def function(x: Value) -> Value:
-            return self.family.layer(layer, x, around)
+            return self.family.layer(layer, x, own)
 
         if self.training is not None and self._is_checkpointed(index):
             return self.tape.checkpoint(function, hidden, self.training.use_reentrant)

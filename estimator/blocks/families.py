@@ -130,6 +130,23 @@ def _rotary_masked(frame: Frame, hidden: Value) -> Surroundings:
     return replace(rotary(frame, hidden), mask=mask(frame, hidden.dtype, needed=True))
 
 
+def _with_both_masks(surround: Callable[[Frame, Value], Surroundings]) -> Callable[[Frame, Value], Surroundings]:
+    """A mask of the last few positions is made even where no layer has a window; for a window of 0 no kernel has a flag.
+
+    Source: transformers, models/gemma2/modeling_gemma2.py, Gemma2Model.forward; models/qwen2_moe/configuration_qwen2_moe.py.
+    """
+
+    def both(frame: Frame, hidden: Value) -> Surroundings:
+        around = surround(frame, hidden)
+        if around.sliding_mask is not None:
+            return around
+        needed = frame.sliding_masked or frame.config.get("sliding_window") == 0
+        unused = mask(frame, hidden.dtype, needed)
+        return around if unused is None else replace(around, others=(*around.others, unused))
+
+    return both
+
+
 def _num_frequency_sets(config: Mapping[str, object]) -> int:
     """Source: transformers, models/gemma3/modeling_gemma3.py, Gemma3TextModel.forward."""
     types, parameters = config.get("layer_types"), config.get("rope_parameters")
@@ -220,7 +237,7 @@ def dropped(name: str) -> Callable[[Frame, Value, list[Value]], Value]:
 
 
 _LLAMA = Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms)
-_GEMMA = Family(layer=gemma.sandwich_layer, embed=embed_scaled, surround=rotary, finish=_finish_gemma)
+_GEMMA = Family(layer=gemma.sandwich_layer, embed=embed_scaled, surround=_with_both_masks(rotary), finish=_finish_gemma)
 _OLMO2 = Family(layer=olmo.post_norm_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo2)
 _GPT2 = Family(
     layer=gpt2.decoder_layer, embed=embedded_as("wte"), surround=masks_alone, enter=_enter_gpt2, finish=finish_layer_norm("ln_f")
@@ -230,7 +247,7 @@ _COHERE = Family(layer=cohere.decoder_layer, embed=embed_tokens, surround=rotary
 
 FAMILIES: Mapping[str, Family] = {
     "cohere": _COHERE,
-    "cohere2": _COHERE,
+    "cohere2": replace(_COHERE, surround=_with_both_masks(rotary)),
     "deepseek_v2": Family(layer=deepseek.decoder_layer, embed=embed_tokens, surround=_rotary_complex, finish=finish_rms),
     "deepseek_v3": Family(layer=deepseek.decoder_layer, embed=embed_tokens, surround=_rotary_latent, finish=finish_rms),
     "falcon": Family(
@@ -253,7 +270,7 @@ FAMILIES: Mapping[str, Family] = {
         enter=dropped("hidden_dropout"),
         finish=finish_layer_norm("final_layer_norm"),
     ),
-    "gpt_oss": Family(layer=gpt_oss.decoder_layer, embed=embed_tokens, surround=_rotary_halves, finish=_finish_olmo2),
+    "gpt_oss": Family(layer=gpt_oss.decoder_layer, embed=embed_tokens, surround=_with_both_masks(_rotary_halves), finish=_finish_olmo2),
     "granite": Family(
         layer=llama.scaled_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, scales_embeddings=True, scales_logits=True
     ),
@@ -262,12 +279,12 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(layer=moe.mixtral_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "olmo": Family(layer=olmo.decoder_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo),
     "olmo2": _OLMO2,
-    "olmo3": _OLMO2,
+    "olmo3": replace(_OLMO2, surround=_with_both_masks(rotary_float32)),
     "olmoe": Family(layer=moe.olmoe_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "phi": Family(layer=phi.decoder_layer, embed=_embed_with_dropout, surround=rotary, finish=finish_layer_norm("final_layernorm")),
     "phi3": Family(layer=phi.fused_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
     "qwen2": _LLAMA,
-    "qwen2_moe": _QWEN_MOE,
+    "qwen2_moe": replace(_QWEN_MOE, surround=_with_both_masks(rotary)),
     "qwen3": _LLAMA,
     "qwen3_moe": _QWEN_MOE,
     "smollm3": Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, variant=llama.rotates),

@@ -98,7 +98,8 @@ def _joined(weights: Value, sinks: Value) -> Value:
     extent, sinks_extent = weights.extent, sinks.extent
 
     def backward(node: Node, gradient: Value) -> Gradients:
-        return [gradient.view(extent), gradient.view(sinks_extent)]
+        # The column is summed over rows and tokens.
+        return [gradient.view(extent), gradient.tape.new(sinks_extent, gradient.dtype)]
 
     node = weights.tape.node([weights, sinks], backward)
     y = weights.tape.new(extent, promoted(weights.dtype, sinks.dtype))

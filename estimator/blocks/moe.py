@@ -111,10 +111,11 @@ def grouped_product(x: Value, weight: Value, offsets: Value, fan_in: int, fan_ou
 
 
 def summed_over_choices(x: Value, choices: int) -> Value:
-    """Sum over the experts of a token, in float32 under autocast: the gradient is an expanded view."""
+    """Sum over the experts of a token, in float32 under autocast: the gradient, expanded and seen as one row per pair, is copied."""
+    dtype = x.dtype
 
     def backward(node: Node, gradient: Value) -> Gradients:
-        return [gradient.view(extent)]
+        return [gradient.tape.new(extent, dtype)]
 
     extent = x.extent
     node = x.tape.node([x], backward)

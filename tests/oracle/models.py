@@ -184,7 +184,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             config_class="GptOssConfig",
             values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS, "sliding_window": 4096},
             attention="eager",
-            per_layer=MappingProxyType({"layer_types": "full_attention"}),
         ),
         "olmoe": Family(
             config_class="OlmoeConfig",
