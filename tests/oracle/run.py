@@ -13,7 +13,7 @@ import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 
-from tests.oracle.cuda_paths import KERNELS, cuda_paths
+from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from tests.oracle.live import Event, LiveStorages, Peak, Storage
 from tests.oracle.models import MODES, VOCABULARY, Mode, build, stored_tensors
 

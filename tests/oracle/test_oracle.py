@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.oracle.cuda_paths import autocast_list, cuda_paths
+from estimator.introspect.cuda_paths import autocast_list, cuda_paths
 from tests.oracle.live import LiveStorages
 from tests.oracle.models import HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, RANK
 from tests.oracle.run import kept_per_layer, step

@@ -133,12 +133,15 @@ def cuda_autocast_lists() -> Iterator[None]:
 
 def _norm(tensor: torch.Tensor, p: Any = 2) -> torch.Tensor:
     with _below_autocast():
-        return torch.ops.aten.norm.ScalarOpt_dtype(tensor, p, dtype=torch.float32 if _eligible(tensor) else tensor.dtype)
+        normed: torch.Tensor = torch.ops.aten.norm.ScalarOpt_dtype(tensor, p, dtype=torch.float32 if _eligible(tensor) else tensor.dtype)
+        return normed
 
 
 def _norm_dim(tensor: torch.Tensor, p: Any, dim: list[int], keepdim: bool = False) -> torch.Tensor:
     with _below_autocast():
-        return torch.ops.aten.norm.ScalarOpt_dim_dtype(tensor, p, dim, keepdim, dtype=torch.float32 if _eligible(tensor) else tensor.dtype)
+        dtype = torch.float32 if _eligible(tensor) else tensor.dtype
+        normed: torch.Tensor = torch.ops.aten.norm.ScalarOpt_dim_dtype(tensor, p, dim, keepdim, dtype=dtype)
+        return normed
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -181,7 +184,7 @@ def _matmul_4bit(gemm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     Source: bitsandbytes 0.50, autograd/_functions.py, matmul_4bit and MatMul4Bit.
     """
 
-    class OnCuda(bnb_autograd.MatMul4Bit):  # type: ignore[misc, name-defined]
+    class OnCuda(bnb_autograd.MatMul4Bit):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, out: Any = None, bias: Any = None, quant_state: Any = None) -> torch.Tensor:
             b = b.view(-1, 1)
@@ -227,7 +230,7 @@ def _int8_scaled_mm(a: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return out.to(dtype)
 
 
-class _MatMul8bitOnCuda(bnb_autograd.MatMul8bitLt):  # type: ignore[misc, name-defined]
+class _MatMul8bitOnCuda(bnb_autograd.MatMul8bitLt):  # type: ignore[misc]
     """LLM.int8's product as CUDA computes it, with its own backward; the CPU would take MatMul8bitFp, which keeps and makes other tensors.
 
     Source: bitsandbytes 0.50, autograd/_functions.py, MatMul8bitLt.forward (weights already int8).
