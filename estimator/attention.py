@@ -43,7 +43,7 @@ class Heads:
         return self.head_dim == self.value_head_dim <= 256
 
 
-def _rounded_head_dim(head_dim: int) -> int:
+def rounded_head_dim(head_dim: int) -> int:
     """Head size of the flash kernels' float32 accumulators.
 
     Source: flash-attention, csrc/flash_attn/flash_api.cpp, mha_bwd, head_size_rounded.
@@ -75,7 +75,7 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
         saved = node.unpacked()
         results = [tape.new(e, gradient.dtype) for e in extents]
         taken = [
-            tape.workspace(per_head.scaled(_rounded_head_dim(heads.head_dim)), DType.FLOAT32),
+            tape.workspace(per_head.scaled(rounded_head_dim(heads.head_dim)), DType.FLOAT32),
             tape.workspace(per_head, DType.FLOAT32),
         ]
         if heads.groups > 1:

@@ -1,7 +1,7 @@
 """Which tensors stay in float32 although a 16-bit type was asked for."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from estimator.dtypes import DType
@@ -22,11 +22,20 @@ def kept_in_float32(inventory: Inventory, dtype: DType, *, is_quantized: bool, s
 
     Source: transformers, modeling_utils.py, PreTrainedModel._get_dtype_plan; core_model_loading.py, build_glob_alternation.
     """
+    return kept_in_float32_names(
+        inventory.keep_in_fp32_modules, inventory.keep_in_fp32_modules_strict, dtype, is_quantized=is_quantized, stack=stack
+    )
+
+
+def kept_in_float32_names(
+    modules: Iterable[str], strict_modules: Iterable[str], dtype: DType, *, is_quantized: bool, stack: Stack
+) -> Callable[[str], bool]:
+    """The same from the two lists of a model's class."""
     kept: tuple[str, ...] = ()
     if dtype is DType.FLOAT16 or (is_quantized and dtype.is_half and stack.quantized_loads_always_keep_float32):
-        kept += inventory.keep_in_fp32_modules
+        kept += tuple(modules)
     if dtype.is_half:
-        kept += inventory.keep_in_fp32_modules_strict
+        kept += tuple(strict_modules)
     if not kept:
         return lambda name: False
     pattern = _pattern(kept)

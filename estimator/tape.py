@@ -43,10 +43,28 @@ class Extent(NamedTuple):
 
 
 # Powers of (B, S) that occur, in the order of a snapshot's totals.
-_POWERS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
-_POWER_INDEX = {power: i for i, power in enumerate(_POWERS)}
+POWERS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
+_POWER_INDEX = {power: i for i, power in enumerate(POWERS)}
 
-Held = tuple[Item, Extent]
+
+class Polynomial(NamedTuple):
+    """A size that is a sum of extents: `8·B·S + 8·B` for labels with one position more."""
+
+    terms: tuple[Extent, ...]
+    label: str = ""
+
+    def at(self, batch: int, sequence: int) -> int:
+        return sum(term.at(batch, sequence) for term in self.terms)
+
+    def totals(self) -> list[int]:
+        """Coefficients in the order of `POWERS`."""
+        sums = [0] * len(POWERS)
+        for term in self.terms:
+            sums[_POWER_INDEX[term.batch, term.sequence]] += term.coefficient
+        return sums
+
+
+Held = tuple[Item, Extent | Polynomial]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +72,7 @@ class Snapshot:
     """What was alive at one instant: each kind of storage and how many of it."""
 
     totals: tuple[int, ...]
-    """Bytes per power of (B, S), in the order of `_POWERS`."""
+    """Bytes per power of (B, S), in the order of `POWERS`."""
     held: tuple[tuple[Held, int], ...]
 
     def at(self, batch: int, sequence: int) -> int:
@@ -254,7 +272,7 @@ class Tape:
         self.leaving_autocast: list[tuple[Item, Extent, int]] = []
         """Cached casts that stand for layers not run one by one."""
         self.live: Counter[Held] = Counter()
-        self.totals = [0] * len(_POWERS)
+        self.totals = [0] * len(POWERS)
         self.peaks: dict[Phase, list[Snapshot]] = {}
         self.phase = Phase.FORWARD
         self._rising = False

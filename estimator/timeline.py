@@ -1,8 +1,10 @@
-"""What a traced run allocated and released, in order: phases, their peaks, and what was alive then."""
+"""What a traced run allocated and released, in order: phases, passes of layers, peaks, and what was alive then."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
 
 from estimator.units import allocated
 
@@ -19,15 +21,40 @@ class Allocation:
     operator: str
     """The operator that made it; empty for what was there before."""
     module: str
-    """The module that ran, for a tensor that was there before its own name."""
+    """The module that ran; for a tensor that was there before, its own name."""
     phase: str
     item: str
     """What it turned out to be, one of the answer's item names."""
+    source: int
+    """Its number in the run; a copy made for a layer that did not run keeps that of the original."""
 
     @property
     def allocated_bytes(self) -> int:
         """As the allocator counts it [bytes]."""
         return allocated(self.num_bytes)
+
+
+class Segment(StrEnum):
+    """Which part of a step an event belongs to."""
+
+    OUTSIDE = "outside"
+    """Embedding, final norm, head, loss, update."""
+    FORWARD = "forward"
+    """A layer's forward pass, until the next layer begins."""
+    BACKWARD = "backward"
+    """A layer's backward pass, until the one before begins."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Where a phase, or a layer's pass in it, begins."""
+
+    event: int
+    """Index into the events."""
+    phase: str
+    segment: Segment
+    layer: int
+    """Position of the layer; -1 outside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,23 +74,24 @@ class Timeline:
     allocations: tuple[Allocation, ...]
     events: tuple[int, ...]
     """`i` when allocation `i` is made, `~i` when it is released."""
-    borders: tuple[tuple[int, str], ...]
-    """(index into `events`, phase that begins there), in order."""
+    marks: tuple[Mark, ...]
+    """In order; the first is at event 0."""
 
-    def spans(self) -> Iterator[tuple[str, int, int]]:
-        """(phase, first event, event after the last)."""
-        ends = [start for start, _ in self.borders[1:]] + [len(self.events)]
-        for (start, phase), end in zip(self.borders, ends, strict=True):
-            yield phase, start, end
+    def spans(self) -> Iterator[tuple[Mark, int]]:
+        """Each mark with the event after its last."""
+        for mark, following in pairwise(self.marks):
+            yield mark, following.event
+        if self.marks:
+            yield self.marks[-1], len(self.events)
 
     def peaks(self) -> Mapping[str, PhasePeak]:
         """The worst instant of each phase; of several spans of one phase the larger."""
         sizes = [a.allocated_bytes for a in self.allocations]
         found: dict[str, PhasePeak] = {}
         live = 0
-        for phase, start, end in self.spans():
-            worst, at = live, start - 1
-            for position in range(start, end):
+        for mark, end in self.spans():
+            worst, at = live, mark.event - 1
+            for position in range(mark.event, end):
                 event = self.events[position]
                 if event < 0:
                     live -= sizes[~event]
@@ -71,8 +99,8 @@ class Timeline:
                 live += sizes[event]
                 if live > worst:
                     worst, at = live, position
-            if phase not in found or worst > found[phase].allocated_bytes:
-                found[phase] = PhasePeak(phase=phase, allocated_bytes=worst, event=at)
+            if mark.phase not in found or worst > found[mark.phase].allocated_bytes:
+                found[mark.phase] = PhasePeak(phase=mark.phase, allocated_bytes=worst, event=at)
         return found
 
     def alive(self, event: int) -> tuple[Allocation, ...]:

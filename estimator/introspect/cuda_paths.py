@@ -312,8 +312,13 @@ def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 @contextmanager
-def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
-    """Everything in this file at once, undone on exit."""
+def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tensor] | None = None) -> Iterator[None]:
+    """Everything in this file at once, undone on exit.
+
+    Args:
+        fused_4bit: when the fused 4-bit kernel is taken, see `FUSED_4BIT`.
+        attention: stands for `F.scaled_dot_product_attention`; the CPU's own, without dropout, if None.
+    """
     asked_without_device = torch.is_autocast_enabled
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -335,7 +340,7 @@ def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
         for target, name, replacement in (
             (torch, "is_autocast_enabled", is_autocast_enabled),
             (torch.nn.functional, "dropout", _dropout),
-            (torch.nn.functional, "scaled_dot_product_attention", fused_sdpa),
+            (torch.nn.functional, "scaled_dot_product_attention", attention or fused_sdpa),
             (bitsandbytes, "matmul_4bit", _matmul_4bit(_gemm_4bit(FUSED_4BIT[fused_4bit]))),
             (bitsandbytes, "matmul", _matmul_8bit),
             (LoraLinear, "get_delta_weight", _delta_weight),

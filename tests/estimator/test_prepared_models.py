@@ -12,6 +12,7 @@ import pytest
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
+from estimator.introspect.prepared import TORCH_DTYPES, quantize, with_adapter
 from estimator.inventory import Inventory, ModuleKind
 from estimator.patterns import copies
 from estimator.quantization import is_linear
@@ -20,15 +21,12 @@ from estimator.sources.catalogue import load
 from estimator.stack import Stack
 from estimator.static_memory import stored_tensors
 from tests.estimator.real_models import (
-    TORCH_DTYPES,
     catalogue_files,
     causal_model_types,
     inventory_of,
     meta_model,
     our_parameters,
-    quantize,
     real_parameters,
-    with_adapter,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")

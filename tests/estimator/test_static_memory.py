@@ -16,13 +16,14 @@ from transformers import BitsAndBytesConfig
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
+from estimator.introspect.prepared import TORCH_DTYPES, lora_config
 from estimator.patterns import copies, partition, products
 from estimator.phases import Item
 from estimator.recipe import Adapter, Attention, Quantization, QuantizationKind, Recipe, Trainer, Training
 from estimator.sources.catalogue import load
 from estimator.stack import Stack
 from estimator.static_memory import gradient_bytes, parameter_counts, static_memory, stored_tensors
-from tests.estimator.real_models import TORCH_DTYPES, inventory_of, lora_config, plain_name
+from tests.estimator.real_models import inventory_of, plain_name
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

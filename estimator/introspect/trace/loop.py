@@ -1,0 +1,213 @@
+"""The trainer's loop over fake tensors, watched from the first weight to the end of the last step."""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from estimator.introspect.cuda_paths import KERNELS, cuda_paths
+from estimator.introspect.prepared import TORCH_DTYPES
+from estimator.introspect.trace import known
+from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
+from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.watch import Watch
+from estimator.phases import Item, Phase
+from estimator.recipe import Recipe
+from estimator.timeline import Segment, Timeline
+
+_FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+@contextmanager
+def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
+    """Everything that makes libraries take the paths they take on the recipe's card.
+
+    Args:
+        cuda_kernels: False leaves attention to the CPU's kernel, for comparison with a real run on the CPU.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(cuda_paths(attention=CudaAttention(recipe.compute_capability) if cuda_kernels else None))
+        for name in _FLASH:
+            before = ALL_ATTENTION_FUNCTIONS._global_mapping.get(name)
+            ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
+            stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
+        # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(model: TracedModel, recipe: Recipe, mode: FakeTensorMode, *, with_update: bool = True, num_steps: int = 1) -> Timeline:
+    """Watch whole optimizer steps.
+
+    Args:
+        with_update: whether the optimizer runs too.
+        num_steps: optimizer steps; its states exist from the second on.
+
+    Raises:
+        NotTraceableError: if the program looks at what has no content.
+    """
+    loop = _Loop(model, recipe, mode)
+    try:
+        loop.run(num_steps, with_update=with_update)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise NotTraceableError(f"{loop.where()}: sizes depend on values ({error})") from error
+    return loop.watch.timeline()
+
+
+class _Loop:
+    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.mode = mode
+        self.watch = Watch(KERNELS)
+        self.trained = model.trained
+        self.names = {id(module): name for name, module in model.base.named_modules()}
+        self.optimizer: Any = None
+
+    def where(self) -> str:
+        """The module that was running."""
+        return self.watch.names[-1] if self.watch.names else "outside the model"
+
+    def run(self, num_steps: int, *, with_update: bool) -> None:
+        training = self.recipe.training
+        assert training is not None
+        watch = self.watch
+        gc.disable()  # cycles must not be freed at moments of Python's choosing
+        try:
+            with self.mode, ExitStack() as stack:
+                watch.begin(Phase.LOAD.value)
+                for name, tensor in self.model.stored.items():
+                    watch.take_in(tensor, _stored_item(name, tensor), name)
+                stack.enter_context(watch)
+                for hook in self._hooks():
+                    stack.callback(hook.remove)
+                for _ in range(num_steps):
+                    batches = [self._batch() for _ in range(training.gradient_accumulation_steps)]
+                    for batch in batches:
+                        self._micro_batch(batch, training.gradient_accumulation_steps)
+                    if with_update:
+                        self._update()
+                    else:
+                        watch.begin(Phase.OPTIMIZER_STEP.value)
+                    for parameter in self.trained:
+                        parameter.grad = None
+        finally:
+            gc.enable()
+
+    def _batch(self) -> dict[str, Tensor]:
+        """Inputs as a data collator makes them, their values known where they decide about masks."""
+        training = self.recipe.training
+        assert training is not None
+        shape = (training.micro_batch_size, training.sequence_length)
+        batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
+        mask = torch.ones(shape, dtype=torch.int64)
+        value = known.value_of(mask)
+        assert value is not None
+        if training.padded:
+            value = value.clone()
+            value[0, -1] = 0
+        known.give(batch["attention_mask"], value)
+        batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+        for name, tensor in batch.items():
+            self.watch.call(tensor, Item.ACTIVATIONS.value)
+            self.watch.rename(tensor, name)
+        return batch
+
+    def _forward(self) -> Callable[..., Any]:
+        """The forward that accelerate installs.
+
+        Source: accelerate 1.15, accelerator.py, prepare_model: autocast inside, conversion of the outputs to float32 outside.
+        """
+        training = self.recipe.training
+        assert training is not None
+        if training.autocast_dtype is None:
+            return self.model.whole
+        dtype = TORCH_DTYPES[training.autocast_dtype]
+        return convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(self.model.whole.__call__))
+
+    def _micro_batch(self, batch: dict[str, Tensor], accumulation: int) -> None:
+        self.watch.begin(Phase.FORWARD.value)
+        value = self._loss(batch) / accumulation
+        self.watch.settle()
+        self.watch.begin(Phase.BACKWARD.value)
+        value.backward()
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                self.watch.call(parameter.grad, Item.GRADIENTS.value)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        # The outputs die with this frame, before the backward pass. Source: transformers, trainer.py, compute_loss.
+        outputs = self._forward()(**batch)
+        loss: Tensor = outputs["loss"]
+        return loss
+
+    def _update(self) -> None:
+        self.watch.begin(Phase.OPTIMIZER_STEP.value)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        raise NotImplementedError
+
+    # -- where the program is -----------------------------------------------------------------------------------------------------------
+
+    def _hooks(self) -> Iterator[Any]:
+        watch = self.watch
+
+        def enter(module: nn.Module, _: Any) -> None:
+            watch.names.append(self.names.get(id(module), ""))
+
+        def leave(module: nn.Module, _: Any, __: Any) -> None:
+            watch.names.pop()
+            if not watch.names and watch.phase == Phase.BACKWARD:
+                watch.settle()
+
+        yield nn.modules.module.register_module_forward_pre_hook(enter)
+        yield nn.modules.module.register_module_forward_hook(leave, always_call=True)
+        for position, layer in enumerate(self.model.layers):
+            yield layer.register_forward_pre_hook(self._layer_enters(position), with_kwargs=True)
+            yield layer.register_forward_hook(self._layer_leaves(position))
+        head = self.model.base.get_output_embeddings()
+        if head is not None:
+            yield head.register_forward_pre_hook(lambda *_: watch.begin(Phase.LOSS.value))
+
+    def _layer_enters(self, position: int) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self.watch.mark(Segment.FORWARD, position)
+            hidden = inputs[0] if inputs else named.get("hidden_states")
+            if position == 0 and isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda _: self.watch.mark(Segment.OUTSIDE))
+            training = self.recipe.training
+            if isinstance(hidden, Tensor) and training is not None and getattr(_, "gradient_checkpointing", False):
+                self.watch.call(hidden, Item.CHECKPOINTS.value)
+
+        return hook
+
+    def _layer_leaves(self, position: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(hidden, Tensor):
+                if hidden.requires_grad:
+                    hidden.register_hook(lambda _: self.watch.mark(Segment.BACKWARD, position))
+            if position == len(self.model.layers) - 1:
+                self.watch.mark(Segment.OUTSIDE)
+
+        return hook
+
+
+def _stored_item(name: str, tensor: Tensor) -> str:
+    last = name.rpartition(".")[2]
+    if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens")):
+        return Item.ADAPTER_WEIGHTS.value
+    if last in ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset", "SCB"):
+        return Item.QUANTIZATION_STATE.value
+    return Item.WEIGHTS.value if isinstance(tensor, nn.Parameter) else Item.BUFFERS.value

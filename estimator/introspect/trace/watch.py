@@ -1,0 +1,146 @@
+"""Every allocation and release of a run: size, moment, phase, module, operator."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from estimator.introspect.trace import known
+from estimator.phases import Item
+from estimator.timeline import Allocation, Mark, Segment, Timeline
+
+Kernel = Callable[..., Any]
+
+
+class Watch(TorchDispatchMode):
+    """Sees each storage that an operation returns, until it is freed.
+
+    Runs above FakeTensorMode. What a kernel takes and gives back inside one call is seen only where the kernel is one of ours.
+
+    Args:
+        kernels: operations to be answered by something else, see `cuda_paths.KERNELS`.
+    """
+
+    def __init__(self, kernels: Mapping[Any, Kernel]) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.phase = ""
+        self.allocations: list[Allocation] = []
+        self.events: list[int] = []
+        """`i` when allocation `i` is made, `~i` when it is released."""
+        self.marks: list[Mark] = []
+        self.names: list[str] = []
+        """Modules running forward, outermost first."""
+        self._modules_by_node: dict[int, str] = {}
+        self._live: dict[int, int] = {}
+
+    # -- what the caller says -----------------------------------------------------------------------------------------------------------
+
+    def begin(self, phase: str) -> None:
+        """What follows belongs to `phase`."""
+        self.phase = phase
+        self.mark(Segment.OUTSIDE)
+
+    def mark(self, segment: Segment, layer: int = -1) -> None:
+        """What follows belongs to one pass of a layer, or to none."""
+        self.marks.append(Mark(event=len(self.events), phase=self.phase, segment=segment, layer=layer))
+
+    def take_in(self, tensor: torch.Tensor, item: str, name: str) -> None:
+        """A tensor that was there before the run: a weight, a buffer, an input."""
+        self._see(tensor, "", name, item)
+
+    def call(self, tensor: torch.Tensor, item: str) -> None:
+        """Says what a live tensor turned out to be."""
+        index = self._live.get(tensor.untyped_storage()._cdata)
+        if index is not None:
+            self.allocations[index].item = item
+
+    def rename(self, tensor: torch.Tensor, name: str) -> None:
+        """Says what a live tensor is called."""
+        index = self._live.get(tensor.untyped_storage()._cdata)
+        if index is not None:
+            self.allocations[index].module = name
+
+    def settle(self) -> None:
+        """What is alive now and has no item yet is kept for the backward pass."""
+        for index in self._live.values():
+            if not self.allocations[index].item:
+                self.allocations[index].item = Item.ACTIVATIONS.value
+
+    def timeline(self) -> Timeline:
+        """All that was seen; what nobody named came and went."""
+        for allocation in self.allocations:
+            allocation.item = allocation.item or Item.TEMPORARY.value
+        return Timeline(allocations=tuple(self.allocations), events=self._ordered_events(), marks=tuple(self.marks))
+
+    def _ordered_events(self) -> tuple[int, ...]:
+        """Releases that follow one another are put in order: when a table of tensors goes, their order is that of their addresses."""
+        borders = sorted({mark.event for mark in self.marks} | {len(self.events)})
+        ordered: list[int] = []
+        for start, end in pairwise([0, *borders]):
+            for is_release, group in groupby(self.events[start:end], key=lambda e: e < 0):
+                ordered += sorted(group, reverse=True) if is_release else group
+        return tuple(ordered)
+
+    # -- what happens -------------------------------------------------------------------------------------------------------------------
+
+    def _see(self, tensor: torch.Tensor, operator: str, module: str, item: str = "") -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        num_bytes = storage.nbytes()
+        if num_bytes == 0:
+            return
+        index = len(self.allocations)
+        self._live[key] = index
+        self.allocations.append(
+            Allocation(
+                num_bytes=num_bytes,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                operator=operator,
+                module=module,
+                phase=self.phase,
+                item=item,
+                source=index,
+            )
+        )
+        self.events.append(index)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        index = self._live.pop(key, None)
+        if index is not None:
+            self.events.append(~index)
+
+    def _module(self) -> str:
+        """The module an operation belongs to: in the backward pass, the one that ran when its node was made."""
+        node = torch._C._current_autograd_node()
+        if node is None:
+            name = self.names[-1] if self.names else ""
+            self._modules_by_node[torch.autograd._get_sequence_nr()] = name
+            return name
+        if self.names:  # recomputed inside the backward pass
+            return self.names[-1]
+        return self._modules_by_node.get(node._sequence_nr() + 1, "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        value = known.read(func, args)
+        if value is not None:
+            return value
+        kernel = self.kernels.get(func, func)
+        result = kernel(*args, **kwargs)
+        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        known.follow(func, args, kwargs, (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), results)
+        if results:
+            module = self._module()
+            operator = func._schema.name.removeprefix("aten::")
+            for tensor in results:
+                self._see(tensor, operator, module)
+        return result
