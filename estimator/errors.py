@@ -9,6 +9,7 @@ VramplanError
 │   ├── AccessDeniedError gated or private                                          403
 │   └── SourceUnavailableError  the Hub is down, slow or unreachable                503
 └── InspectionError       the guarded process could not build the model             422
+    ├── TraceError            the step cannot run on tensors without content        422
     └── InspectionLimitError  it ran into its limit of time or memory               422
 """
 
@@ -93,6 +94,12 @@ class InspectionError(VramplanError):
 
     status = 422
     title = "Model cannot be inspected"
+
+
+class TraceError(InspectionError):
+    """The step cannot run on tensors without content; the message says where it stopped."""
+
+    title = "Step cannot be traced"
 
 
 class InspectionLimitError(InspectionError):

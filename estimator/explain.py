@@ -13,7 +13,7 @@ from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.storage import StoredTensor
-from estimator.tape import Extent, Snapshot
+from estimator.tape import Polynomial, Size, Snapshot
 from estimator.units import gib
 
 _LARGEST_SHOWN = 6
@@ -134,7 +134,7 @@ def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, 
         if inference is not None
         else (1, 1)
     )
-    by_item: dict[Item, Counter[Extent]] = {}
+    by_item: dict[Item, Counter[Size]] = {}
     for (item, extent), number in instant.held:
         by_item.setdefault(item, Counter())[extent] += number
     for item, extents in by_item.items():
@@ -144,7 +144,7 @@ def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, 
         texts[phase, item] = f"B={batch}, S={length}: {text}" + (f"; {before}" if before else "")
 
 
-def _largest(extents: Counter[Extent], size: Callable[[Extent], int], name: str = "") -> str:
+def _largest(extents: Counter[Size], size: Callable[[Size], int], name: str = "") -> str:
     """The largest contributions by name, the rest in one sum."""
     groups: dict[tuple[str, str], tuple[int, int]] = {}
     for extent, number in extents.items():
@@ -159,7 +159,9 @@ def _largest(extents: Counter[Extent], size: Callable[[Extent], int], name: str 
     return " + ".join(shown)
 
 
-def _term(extent: Extent) -> str:
+def _term(extent: Size) -> str:
+    if isinstance(extent, Polynomial):
+        return " + ".join(map(_term, extent.terms)) if len(extent.terms) == 1 else f"({' + '.join(map(_term, extent.terms))})"
     factors = [f"{extent.coefficient:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
     return "·".join(factors)
 

@@ -41,6 +41,12 @@ class Extent(NamedTuple):
         assert rest == 0, (self, numerator, denominator)
         return Extent(scaled, self.batch, self.sequence)
 
+    def totals(self) -> list[int]:
+        """The coefficient in the order of `POWERS`."""
+        sums = [0] * len(POWERS)
+        sums[_POWER_INDEX[self.batch, self.sequence]] = self.coefficient
+        return sums
+
 
 # Powers of (B, S) that occur, in the order of a snapshot's totals.
 POWERS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
@@ -64,7 +70,8 @@ class Polynomial(NamedTuple):
         return sums
 
 
-Held = tuple[Item, Extent | Polynomial]
+Size = Extent | Polynomial
+Held = tuple[Item, Extent]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class Snapshot:
 
     totals: tuple[int, ...]
     """Bytes per power of (B, S), in the order of `POWERS`."""
-    held: tuple[tuple[Held, int], ...]
+    held: tuple[tuple[tuple[Item, Size], int], ...]
 
     def at(self, batch: int, sequence: int) -> int:
         """Bytes before rounding [bytes]."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
+from typing import Any
 
 from estimator.units import allocated
 
@@ -119,3 +120,47 @@ class Timeline:
         for allocation in self.alive(event):
             sums[allocation.item] += allocation.allocated_bytes
         return dict(sums)
+
+
+def encode_timeline(timeline: Timeline) -> dict[str, object]:
+    """As JSON values; words that recur are numbered."""
+    words: dict[str, int] = {}
+
+    def number(word: str) -> int:
+        return words.setdefault(word, len(words))
+
+    allocations = [
+        [a.num_bytes, list(a.shape), number(a.dtype), number(a.operator), number(a.module), number(a.phase), number(a.item), a.source]
+        for a in timeline.allocations
+    ]
+    marks = [[m.event, number(m.phase), number(m.segment.value), m.layer] for m in timeline.marks]
+    return {"words": list(words), "allocations": allocations, "events": list(timeline.events), "marks": marks}
+
+
+def decode_timeline(data: Mapping[str, Any]) -> Timeline:
+    """The inverse of `encode_timeline`.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: if the values are not of that form.
+    """
+    words: list[str] = data["words"]
+    return Timeline(
+        allocations=tuple(
+            Allocation(
+                num_bytes=num_bytes,
+                shape=tuple(shape),
+                dtype=words[dtype],
+                operator=words[operator],
+                module=words[module],
+                phase=words[phase],
+                item=words[item],
+                source=source,
+            )
+            for num_bytes, shape, dtype, operator, module, phase, item, source in data["allocations"]
+        ),
+        events=tuple(data["events"]),
+        marks=tuple(
+            Mark(event=event, phase=words[phase], segment=Segment(words[segment]), layer=layer)
+            for event, phase, segment, layer in data["marks"]
+        ),
+    )

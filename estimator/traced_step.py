@@ -9,22 +9,54 @@ Legend: B micro-batch, S sequence length.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from estimator.phases import Item, Phase
 from estimator.splice import spliced
 from estimator.step import Program
-from estimator.tape import POWERS, Extent, Held, Polynomial, Snapshot
+from estimator.tape import POWERS, Extent, Polynomial, Size, Snapshot
 from estimator.timeline import Mark, Timeline
 
 Point = tuple[int, int]
+_Integers = np.ndarray[tuple[int], np.dtype[np.int64]]
+_Matrix = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
 class NotOneProgramError(Exception):
     """The run is not the same program at all sizes; the message says where it differs."""
+
+
+def encode_program(found: Program) -> dict[str, object]:
+    """As JSON values."""
+    return {
+        phase.value: [
+            [[item.value, [list(term[:3]) for term in _terms(extent)], extent.label, number] for (item, extent), number in snapshot.held]
+            for snapshot in snapshots
+        ]
+        for phase, snapshots in found.peaks.items()
+    }
+
+
+def decode_program(data: Mapping[str, Any]) -> Program:
+    """The inverse of `encode_program`.
+
+    Raises:
+        ValueError, KeyError, TypeError: if the values are not of that form.
+    """
+    return Program(peaks={Phase(phase): tuple(_decoded(snapshot) for snapshot in snapshots) for phase, snapshots in data.items()})
+
+
+def _decoded(held: Sequence[Sequence[Any]]) -> Snapshot:
+    return _snapshot_of({(Item(item), Polynomial(tuple(Extent(*term) for term in terms), label)): n for item, terms, label, n in held})
+
+
+def _terms(extent: Size) -> tuple[Extent, ...]:
+    return extent.terms if isinstance(extent, Polynomial) else (extent,)
 
 
 def points(smallest: int, largest: int) -> tuple[Point, ...]:
@@ -71,7 +103,7 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     live = np.cumsum(deltas, axis=0)
     peaks: dict[Phase, tuple[Snapshot, ...]] = {}
     for phase in _STEP_PHASES:
-        positions = _positions(whole, phase, first)
+        positions = _positions(whole, phase, first, stands_for)
         if positions.size:
             front = _front(live, positions)
             peaks[phase] = tuple(_snapshot(whole, int(position), first, extents) for position in front)
@@ -90,22 +122,46 @@ def _with_previous(marks: Sequence[Mark]) -> Iterator[tuple[Mark, str]]:
         before = mark.phase
 
 
-def _positions(whole: Timeline, phase: Phase, first: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _positions(whole: Timeline, phase: Phase, first: int, stands_for: Sequence[int]) -> _Integers:
+    """Instants of a phase that can be its largest.
+
+    From one copy of a layer to the next what is alive changes by a constant: the first and the last copy decide.
+    """
+    spans = [(mark, end) for mark, end in whole.spans() if mark.phase == phase and mark.event >= first]
+    ends: dict[int, tuple[int, int]] = {}
+    for number, (mark, _) in enumerate(spans):
+        if mark.layer >= 0:
+            played = stands_for[mark.layer]
+            ends[played] = (ends.get(played, (number, 0))[0], number)
+    chosen = {number for pair in ends.values() for number in pair}
     # A span begins with what the one before left.
-    ranges = [np.arange(max(mark.event - 1, first), end) for mark, end in whole.spans() if mark.phase == phase and mark.event >= first]
+    ranges = [np.arange(max(mark.event - 1, first), end) for number, (mark, end) in enumerate(spans) if mark.layer < 0 or number in chosen]
     return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
 
-def _front(live: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", positions: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> list[int]:
+# Sets of powers that hold with each power all that are never smaller, for B and S from 1 on. Every size that never falls with B and S is a
+# sum of such sets with weights of at least zero.
+_UPPER_SETS = [
+    upper
+    for size in range(1, len(POWERS) + 1)
+    for upper in combinations(range(len(POWERS)), size)
+    if all(
+        other in upper
+        for power in upper
+        for other in range(len(POWERS))
+        if POWERS[other][0] >= POWERS[power][0] and POWERS[other][1] >= POWERS[power][1]
+    )
+]
+
+
+def _front(live: _Matrix, positions: _Integers) -> list[int]:
     """Instants that no other beats at every batch and length."""
     rows, kept = np.unique(live[positions], axis=0, return_index=True)
-    order = np.argsort(-rows.astype(float) @ np.array([1.0, 1e1, 1e3, 1e4, 1e6, 1e7]))
+    sums = np.stack([rows[:, list(upper)].sum(axis=1) for upper in _UPPER_SETS], axis=1)
     front: list[int] = []
-    for candidate in order:
-        row = rows[candidate]
-        if front and bool(np.any(np.all(rows[front] >= row, axis=1))):
-            continue
-        front.append(int(candidate))
+    for candidate in np.argsort(-sums.sum(axis=1).astype(float), kind="stable"):
+        if not front or not bool(np.any(np.all(sums[front] >= sums[candidate], axis=1))):
+            front.append(int(candidate))
     return [int(positions[kept[candidate]]) for candidate in front]
 
 
@@ -116,10 +172,14 @@ def _snapshot(whole: Timeline, position: int, first: int, extents: Sequence[Poly
             living.discard(~event)
         else:
             living.add(event)
-    held: Counter[Held] = Counter()
+    held: Counter[tuple[Item, Size]] = Counter()
     for index in living:
         allocation = whole.allocations[index]
         held[Item(allocation.item), extents[allocation.source]._replace(label=_label(allocation.module, allocation.operator))] += 1
+    return _snapshot_of(held)
+
+
+def _snapshot_of(held: Mapping[tuple[Item, Size], int]) -> Snapshot:
     sums = [0] * len(POWERS)
     for (_, extent), number in held.items():
         for power, coefficient in enumerate(extent.totals()):

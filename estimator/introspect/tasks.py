@@ -7,6 +7,8 @@ from typing import Any
 # Name → (module, function); imported when first asked for, so that one task does not pay for another's imports.
 TASKS: dict[str, tuple[str, str]] = {
     "inventory": ("estimator.introspect.inventory", "inventory_task"),
+    "timeline": ("estimator.introspect.trace.tasks", "timeline_task"),
+    "trace": ("estimator.introspect.trace.tasks", "program_task"),
     "versions": ("estimator.introspect.versions", "versions_task"),
 }
 

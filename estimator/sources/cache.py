@@ -24,12 +24,12 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @cache
-def library_versions() -> tuple[tuple[str, str], ...]:
-    """Versions of the installed libraries that decide what an inventory looks like; reads metadata, imports nothing.
+def library_versions(names: tuple[str, ...] = ("torch", "transformers")) -> tuple[tuple[str, str], ...]:
+    """Versions of installed libraries, by default those that decide what an inventory looks like; reads metadata, imports nothing.
 
     A library that is not installed counts as `absent`: the catalogue answers without it.
     """
-    return tuple((name, _version(name)) for name in ("torch", "transformers"))
+    return tuple((name, _version(name)) for name in names)
 
 
 def _version(name: str) -> str:
@@ -102,12 +102,10 @@ class InventoryCache:
 
     def _read(self, key: str) -> Inventory | None:
         path = self._file(key)
-        if path is None:
+        if path is None or (data := read_json(path)) is None:
             return None
         try:
-            inventory = decode(json.loads(path.read_bytes()))
-        except OSError:
-            return None
+            inventory = decode(data)
         except (ValueError, RecursionError):
             inventory = None
         if inventory is None or inventory.content_hash != key:
@@ -117,31 +115,49 @@ class InventoryCache:
         return inventory
 
     def _write(self, inventory: Inventory) -> None:
-        """Writes beside and renames, so that readers see a whole file or none. A disk that is full or read-only only costs the cache."""
-        path = self._file(inventory.content_hash)
-        if path is None:
-            return
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(json.dumps(encode(inventory), separators=(",", ":")).encode())
-            temporary.replace(path)
-            self._prune()
-        except OSError:
-            if temporary is not None:
-                with suppress(OSError):
-                    temporary.unlink()
+        if (path := self._file(inventory.content_hash)) is not None:
+            write_json(path, encode(inventory), max_files=self._max_files)
 
-    def _prune(self) -> None:
-        assert self._directory is not None
-        files = list(self._directory.glob("*.json"))
-        if len(files) > self._max_files:
-            files.sort(key=lambda path: path.stat().st_mtime)
-            for path in files[: len(files) - self._max_files]:
-                with suppress(OSError):
-                    path.unlink()
+
+def read_json(path: Path) -> Any:
+    """The content of a file, or None if there is none. What cannot be read is removed."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+
+def write_json(path: Path, data: object, *, max_files: int = 4096) -> None:
+    """Writes beside and renames, so that readers see a whole file or none. A disk that is full or read-only only costs the cache.
+
+    Args:
+        max_files: kept in the folder; the oldest go first.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(json.dumps(data, separators=(",", ":")).encode())
+        temporary.replace(path)
+        _prune(path.parent, max_files)
+    except OSError:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def _prune(directory: Path, max_files: int) -> None:
+    files = list(directory.glob("*.json"))
+    if len(files) > max_files:
+        files.sort(key=lambda path: path.stat().st_mtime)
+        for path in files[: len(files) - max_files]:
+            with suppress(OSError):
+                path.unlink()
 
 
 @cache

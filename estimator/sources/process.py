@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import estimator
-from estimator.errors import ConfigError, InspectionError, InspectionLimitError, SourceUnavailableError
+from estimator.errors import ConfigError, InspectionError, InspectionLimitError, SourceUnavailableError, TraceError
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "VIRTUAL_ENV")
 _CONFIG_KINDS = ("unknown_model_type", "config", "class")
@@ -243,6 +243,8 @@ def _result(answer: dict[str, Any]) -> Any:
     kind, message = answer.get("kind"), str(answer.get("message"))
     if kind in _CONFIG_KINDS:
         raise ConfigError(message, field="model.config.model_type" if kind == "unknown_model_type" else "model.config")
+    if kind == "not_traceable":
+        raise TraceError(f"the step cannot be traced: {message}", field="engine")
     if kind == "limit":
         raise InspectionLimitError(f"building the model ran into a limit of the inspecting process: {message}", field="model")
     raise InspectionError(message, field="model")

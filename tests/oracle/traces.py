@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from estimator.introspect.trace.loop import cuda_program, run
+from estimator.introspect.build import build
+from estimator.introspect.prepared import TORCH_DTYPES
+from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
 from estimator.phases import Phase
 from estimator.timeline import Timeline
@@ -22,7 +24,9 @@ def timeline(
     inventory = recipes.inventory(family, layers, config)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with cuda_program(recipe, cuda_kernels=False):
-        model = traced_model(made.to_dict(), recipe, inventory.layers_prefix, None, fakes)
+        _, base = build(made.to_dict(), TORCH_DTYPES[recipe.dtype])
+        model = traced_model(base, recipe, inventory.layers_prefix, None, fakes)
+        warm_up(model, recipe, fakes)
         return run(model, recipe, fakes, with_update=False)
 
 

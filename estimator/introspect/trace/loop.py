@@ -42,7 +42,7 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
-        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", return_value=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -59,11 +59,23 @@ def run(model: TracedModel, recipe: Recipe, mode: FakeTensorMode, *, with_update
         NotTraceableError: if the program looks at what has no content.
     """
     loop = _Loop(model, recipe, mode)
-    try:
+    with loop.guarded():
         loop.run(num_steps, with_update=with_update)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise NotTraceableError(f"{loop.where()}: sizes depend on values ({error})") from error
     return loop.watch.timeline()
+
+
+def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
+    """One short forward pass, so that what happens once is over: biases cast in place to the type they are used in.
+
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward.
+
+    Raises:
+        NotTraceableError: if the program looks at what has no content.
+    """
+    if recipe.quantization is not None:
+        loop = _Loop(model, recipe, mode)
+        with loop.guarded(), mode, loop.watch, torch.no_grad():
+            loop.forward()(input_ids=torch.empty((1, 4), dtype=torch.int64))
 
 
 class _Loop:
@@ -76,9 +88,22 @@ class _Loop:
         self.names = {id(module): name for name, module in model.base.named_modules()}
         self.optimizer: Any = None
 
-    def where(self) -> str:
-        """The module that was running."""
-        return self.watch.names[-1] if self.watch.names else "outside the model"
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Whatever ends the program is told with the module that was running."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except NotTraceableError as error:
+            raise NotTraceableError(f"{self._where()}: {error}") from error
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise NotTraceableError(f"{self._where()}: sizes depend on values ({error})") from error
+        except Exception as error:  # the border to a model's own code
+            raise NotTraceableError(f"{self._where()}: {type(error).__name__}: {str(error)[:300]}") from error
+
+    def _where(self) -> str:
+        return self.watch.deepest or "outside the model"
 
     def run(self, num_steps: int, *, with_update: bool) -> None:
         training = self.recipe.training
@@ -125,17 +150,20 @@ class _Loop:
             self.watch.rename(tensor, name)
         return batch
 
-    def _forward(self) -> Callable[..., Any]:
+    def forward(self) -> Callable[..., Any]:
         """The forward that accelerate installs.
 
         Source: accelerate 1.15, accelerator.py, prepare_model: autocast inside, conversion of the outputs to float32 outside.
         """
         training = self.recipe.training
         assert training is not None
+        plain: Callable[..., Any] = self.model.whole
         if training.autocast_dtype is None:
-            return self.model.whole
-        dtype = TORCH_DTYPES[training.autocast_dtype]
-        return convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(self.model.whole.__call__))
+            return plain
+        cast: Callable[..., Any] = convert_outputs_to_fp32(
+            torch.autocast("cpu", dtype=TORCH_DTYPES[training.autocast_dtype])(plain.__call__)
+        )
+        return cast
 
     def _micro_batch(self, batch: dict[str, Tensor], accumulation: int) -> None:
         self.watch.begin(Phase.FORWARD.value)
@@ -149,7 +177,7 @@ class _Loop:
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         # The outputs die with this frame, before the backward pass. Source: transformers, trainer.py, compute_loss.
-        outputs = self._forward()(**batch)
+        outputs = self.forward()(**batch)
         loss: Tensor = outputs["loss"]
         return loss
 
@@ -195,9 +223,8 @@ class _Loop:
     def _layer_leaves(self, position: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(hidden, Tensor):
-                if hidden.requires_grad:
-                    hidden.register_hook(lambda _: self.watch.mark(Segment.BACKWARD, position))
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda _: self.watch.mark(Segment.BACKWARD, position))
             if position == len(self.model.layers) - 1:
                 self.watch.mark(Segment.OUTSIDE)
 

@@ -11,7 +11,6 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES, quantize, with_adapter
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.precision import kept_in_float32_names
@@ -41,25 +40,23 @@ class TracedModel:
 
 
 def traced_model(
-    config: Mapping[str, Any], recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None, mode: FakeTensorMode
+    base: Any, recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None, mode: FakeTensorMode
 ) -> TracedModel:
-    """Build, quantize, prepare and adapt a model on meta, keep some of its layers, and give every tensor a fake.
+    """Quantize, prepare and adapt a model as a script does, keep some of its layers, and give every tensor a fake.
 
     Args:
-        config: the content of a config.json.
+        base: on meta, of the recipe's type, as `build` made it; it is changed.
         layers_prefix: name of the list of decoder layers.
         kept_layers: positions of the layers to keep; all if None.
         mode: under which the fakes live.
 
     Raises:
-        BuildError, NotTraceableError: if the libraries refuse the model or the recipe.
+        NotTraceableError: if the libraries refuse the recipe.
     """
     dtype = TORCH_DTYPES[recipe.dtype]
-    _, base = build(config, dtype)
     base.config.use_cache = False
     _keep_float32(base, recipe)
-    if kept_layers is not None:
-        assert layers_prefix is not None
+    if kept_layers is not None and layers_prefix is not None:
         _drop_layers(base, layers_prefix, kept_layers)
     _choose_attention(base, recipe)
     if recipe.quantization is not None:
@@ -73,15 +70,30 @@ def traced_model(
     _cast_as_trl(whole, recipe)
     if recipe.training is not None:
         whole.train()
-        if recipe.training.gradient_checkpointing:
-            base.activation_checkpointing_enable(
-                {"use_reentrant": recipe.training.use_reentrant}, every_n_layers=recipe.training.checkpoint_every_n_layers
-            )
+        _checkpoint(base, recipe, layers_prefix, kept_layers)
     else:
         whole.eval()
     _materialize(whole, recipe, mode)
     layers = base.get_submodule(layers_prefix) if layers_prefix else ()
     return TracedModel(whole=whole, base=base, layers=list(layers), stored=dict(_stored(whole)))
+
+
+def _checkpoint(base: Any, recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None) -> None:
+    """Switches checkpointing on; of the layers that are left, those that would have it in the whole model."""
+    training = recipe.training
+    assert training is not None
+    if not training.gradient_checkpointing:
+        return
+    every_n = training.checkpoint_every_n_layers
+    try:
+        base.activation_checkpointing_enable(
+            {"use_reentrant": training.use_reentrant}, every_n_layers=every_n if kept_layers is None else 1
+        )
+    except ValueError as error:
+        raise NotTraceableError(str(error)) from error
+    if kept_layers is not None and layers_prefix is not None:
+        for index, layer in zip(kept_layers, base.get_submodule(layers_prefix), strict=True):
+            layer.gradient_checkpointing = index % every_n == 0
 
 
 def _keep_float32(model: Any, recipe: Recipe) -> None:
@@ -194,7 +206,7 @@ def _pack_4bit(module: Any, recipe: Recipe, mode: FakeTensorMode) -> None:
             offset=torch.empty((), dtype=torch.float32) if nested else None,
             state2=nested,
         )
-        weight = nn.Parameter(packed, requires_grad=False)
+        weight: Any = nn.Parameter(packed, requires_grad=False)
     weight.quant_state = state
     weight.quant_type = quantization.kind.value
     weight.compress_statistics = quantization.double_quant
@@ -210,7 +222,8 @@ def _pack_8bit(module: Any, mode: FakeTensorMode) -> None:
     Source: bitsandbytes 0.50, nn/modules.py, Linear8bitLt.init_8bit_state.
     """
     with mode:
-        weight = nn.Parameter(torch.empty((module.out_features, module.in_features), dtype=torch.int8), requires_grad=False)
+        packed = torch.empty((module.out_features, module.in_features), dtype=torch.int8)
+        weight: Any = nn.Parameter(packed, requires_grad=False)
         scales = torch.empty(module.out_features, dtype=torch.float32)
     weight.CB, weight.SCB = None, None
     module._parameters["weight"] = weight

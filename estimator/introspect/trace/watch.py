@@ -16,6 +16,10 @@ from estimator.timeline import Allocation, Mark, Segment, Timeline
 Kernel = Callable[..., Any]
 
 
+def _is_release(event: int) -> bool:
+    return event < 0
+
+
 class Watch(TorchDispatchMode):
     """Sees each storage that an operation returns, until it is freed.
 
@@ -35,6 +39,8 @@ class Watch(TorchDispatchMode):
         self.marks: list[Mark] = []
         self.names: list[str] = []
         """Modules running forward, outermost first."""
+        self.deepest = ""
+        """The module of the last operation."""
         self._modules_by_node: dict[int, str] = {}
         self._live: dict[int, int] = {}
 
@@ -82,8 +88,9 @@ class Watch(TorchDispatchMode):
         borders = sorted({mark.event for mark in self.marks} | {len(self.events)})
         ordered: list[int] = []
         for start, end in pairwise([0, *borders]):
-            for is_release, group in groupby(self.events[start:end], key=lambda e: e < 0):
-                ordered += sorted(group, reverse=True) if is_release else group
+            for is_release, events in groupby(self.events[start:end], key=_is_release):
+                run = list(events)
+                ordered += sorted(run, reverse=True) if is_release else run
         return tuple(ordered)
 
     # -- what happens -------------------------------------------------------------------------------------------------------------------
@@ -134,6 +141,7 @@ class Watch(TorchDispatchMode):
         value = known.read(func, args)
         if value is not None:
             return value
+        self.deepest = self.names[-1] if self.names else self.deepest
         kernel = self.kernels.get(func, func)
         result = kernel(*args, **kwargs)
         results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
