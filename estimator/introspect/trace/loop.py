@@ -150,7 +150,7 @@ class _Loop:
             self.watch.rename(tensor, name)
         return batch
 
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Any:
         """The forward that accelerate installs.
 
         Source: accelerate 1.15, accelerator.py, prepare_model: autocast inside, conversion of the outputs to float32 outside.
