@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -22,8 +23,8 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The value of a tensor where it is known."""
-    return getattr(tensor, "_vramplan_value", None)
+    """The value of a tensor where it is known; a tensor with content is its own."""
+    return getattr(tensor, "_vramplan_value", None) if isinstance(tensor, FakeTensor) else tensor
 
 
 def read(func: Any, args: tuple[Any, ...]) -> Any:
@@ -44,6 +45,10 @@ def read(func: Any, args: tuple[Any, ...]) -> Any:
 def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[torch.Tensor], results: list[torch.Tensor]) -> None:
     """Computes the values of the results where those of all arguments are known."""
     given = list(tensors)
+    if not results and func._schema.is_mutable and all(value_of(t) is not None for t in given):
+        with _disable_current_modes(), torch.no_grad():  # several tensors changed in place: their values with them
+            func(*tree_map_only(torch.Tensor, value_of, args), **tree_map_only(torch.Tensor, value_of, kwargs))
+        return
     if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
         _forget(func, args, results)
         return

@@ -20,12 +20,18 @@ from estimator.introspect.trace import known
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.timeline import Segment, Timeline
 
 _FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+def _never(_: object) -> bool:
+    # a function and no mock, which would keep the tensors it was called with
+    return False
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
-        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", return_value=False))
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", _never))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -83,7 +89,7 @@ class _Loop:
         self.model = model
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch(KERNELS)
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS})
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
         self.optimizer: Any = None
@@ -109,10 +115,14 @@ class _Loop:
         training = self.recipe.training
         assert training is not None
         watch = self.watch
+        if with_update:
+            self.optimizer = make_optimizer(self.model.whole, self.recipe)
         gc.disable()  # cycles must not be freed at moments of Python's choosing
         try:
             with self.mode, ExitStack() as stack:
                 watch.begin(Phase.LOAD.value)
+                if with_update:
+                    stack.enter_context(cuda_update(self._paged))
                 for name, tensor in self.model.stored.items():
                     watch.take_in(tensor, _stored_item(name, tensor), name)
                 stack.enter_context(watch)
@@ -157,13 +167,11 @@ class _Loop:
         """
         training = self.recipe.training
         assert training is not None
-        plain: Callable[..., Any] = self.model.whole
-        if training.autocast_dtype is None:
-            return plain
-        cast: Callable[..., Any] = convert_outputs_to_fp32(
-            torch.autocast("cpu", dtype=TORCH_DTYPES[training.autocast_dtype])(plain.__call__)
-        )
-        return cast
+        forward: Any = self.model.whole.__call__
+        if training.autocast_dtype is not None:
+            autocast: Any = torch.autocast("cpu", dtype=TORCH_DTYPES[training.autocast_dtype])
+            forward = convert_outputs_to_fp32(autocast(forward))
+        return forward
 
     def _micro_batch(self, batch: dict[str, Tensor], accumulation: int) -> None:
         self.watch.begin(Phase.FORWARD.value)
@@ -184,7 +192,18 @@ class _Loop:
     def _update(self) -> None:
         self.watch.begin(Phase.OPTIMIZER_STEP.value)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        raise NotImplementedError
+        with self.watch.host_scalars():
+            self.optimizer.step()
+        for states in self.optimizer.state.values():
+            for state in states.values():
+                for part in tensors_of(state):
+                    self.watch.call(part, Item.OPTIMIZER_STATES.value)
+
+    def _paged(self, *shape: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        with self.watch.elsewhere():
+            tensor = torch.empty(shape, dtype=dtype)
+        tensor.is_paged = True  # type: ignore[attr-defined]
+        return tensor
 
     # -- where the program is -----------------------------------------------------------------------------------------------------------
 

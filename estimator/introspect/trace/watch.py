@@ -1,7 +1,8 @@
 """Every allocation and release of a run: size, moment, phase, module, operator."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -43,6 +44,9 @@ class Watch(TorchDispatchMode):
         """The module of the last operation."""
         self._modules_by_node: dict[int, str] = {}
         self._live: dict[int, int] = {}
+        self._elsewhere = False
+        self._host_scalars = False
+        self._foreign: set[int] = set()
 
     # -- what the caller says -----------------------------------------------------------------------------------------------------------
 
@@ -77,6 +81,24 @@ class Watch(TorchDispatchMode):
             if not self.allocations[index].item:
                 self.allocations[index].item = Item.ACTIVATIONS.value
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made inside lies in memory of another kind."""
+        self._elsewhere = True
+        try:
+            yield
+        finally:
+            self._elsewhere = False
+
+    @contextmanager
+    def host_scalars(self) -> Iterator[None]:
+        """`torch.tensor(0.0)` stays on the host: optimizers keep their step counters so."""
+        self._host_scalars = True
+        try:
+            yield
+        finally:
+            self._host_scalars = False
+
     def timeline(self) -> Timeline:
         """All that was seen; what nobody named came and went."""
         for allocation in self.allocations:
@@ -98,7 +120,11 @@ class Watch(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, operator: str, module: str, item: str = "") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or key in self._foreign:
+            return
+        if self._elsewhere or (self._host_scalars and operator == "lift_fresh"):
+            self._foreign.add(key)
+            weakref.finalize(storage, self._foreign.discard, key)
             return
         num_bytes = storage.nbytes()
         if num_bytes == 0:
