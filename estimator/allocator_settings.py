@@ -201,8 +201,8 @@ def _divisions(name: str, value: str, large: int) -> dict[str, Any]:
             raise _refused(f"{name}: 0 is only accepted in brackets, for some sizes")
         return {"roundup_power2_divisions": (number,) * _NUM_INTERVALS}
     found = [0] * _NUM_INTERVALS
-    last = 0
-    for position, pair in enumerate(filter(None, value[1:-1].split(","))):
+    last, is_first = 0, True
+    for pair in filter(None, value[1:-1].split(",")):
         boundary, colon, text = pair.partition(":")
         if not colon:
             raise _refused(f"{name}: {pair!r} is not size:divisions")
@@ -214,9 +214,9 @@ def _divisions(name: str, value: str, large: int) -> dict[str, Any]:
         if size == 0:
             raise _refused(f"{name}: a size of 0 MiB begins no interval")
         last = min(size.bit_length() - 1, _NUM_INTERVALS - 1)
-        if position == 0:
+        if is_first:
             found[:last] = [number] * last
-        found[last] = number
+        found[last], is_first = number, False
     return {"roundup_power2_divisions": tuple(found)}
 
 
