@@ -234,6 +234,14 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snaps
     return {}
 
 
+def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
+    """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
+    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    if recipe.training is not None:
+        return _step_program(inventory, structure, regime).weights_growth_bytes
+    return _prefill_program(inventory, structure, regime).weights_growth_bytes if recipe.inference is not None else 0
+
+
 def largest(snapshots: tuple[Snapshot, ...], batch: int, length: int) -> Snapshot:
     """The instant that is largest at this batch and length."""
     return max(snapshots, key=lambda s: s.at(batch, length))
