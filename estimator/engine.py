@@ -10,6 +10,7 @@ from estimator.device import context_bytes, device_bytes, workspaces_bytes
 from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import decode_items, is_cache_modelled
+from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, Recipe
 from estimator.static_memory import StaticMemory, static_memory
@@ -38,6 +39,8 @@ class Prepared:
     accumulates: bool
     load: PhaseEstimate
     workspace_bytes: int
+    unsplit_bytes: int
+    """Of blocks larger than the weights in them [bytes]."""
     context_bytes: int
 
 
@@ -123,6 +126,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         accumulates=training is not None and training.gradient_accumulation_steps > 1,
         load=_phase(Phase.LOAD, {**{item: stored[item] for item in _STATIC}, Item.TEMPORARY: _load_temporary_bytes(static, recipe)}),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
+        unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
 
@@ -143,6 +147,14 @@ def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
     if any(t.quantization is not None and not t.quantization.is_4bit for t in packed):
         width += 2
     return allocated(largest * width)
+
+
+def _between(prepared: Prepared, program: Program) -> dict[Item, int]:
+    """What stays from one step to the next, inputs left out [bytes]."""
+    between = dict(prepared.stored)
+    between[Item.WEIGHTS] += program.weights_growth_bytes
+    between[Item.WORKSPACE] = prepared.workspace_bytes + prepared.unsplit_bytes
+    return between
 
 
 _BASIS = {item: Basis.EXACT if item in _EXACT else Basis.MODELLED for item in Item}
@@ -176,8 +188,7 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
     program = _step_program(inventory, structure, regime_of(recipe, inventory))
     static = prepared.static
     inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
-    between = dict(prepared.stored)
-    between[Item.WORKSPACE] = prepared.workspace_bytes
+    between = _between(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
@@ -223,6 +234,14 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snaps
     return {}
 
 
+def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
+    """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
+    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    if recipe.training is not None:
+        return _step_program(inventory, structure, regime).weights_growth_bytes
+    return _prefill_program(inventory, structure, regime).weights_growth_bytes if recipe.inference is not None else 0
+
+
 def largest(snapshots: tuple[Snapshot, ...], batch: int, length: int) -> Snapshot:
     """The instant that is largest at this batch and length."""
     return max(snapshots, key=lambda s: s.at(batch, length))
@@ -241,8 +260,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     assert inference is not None
     batch, length = inference.batch_size, inference.prompt_length
     program = _prefill_program(inventory, structure, regime_of(recipe, inventory))
-    between = dict(prepared.stored)
-    between[Item.WORKSPACE] = prepared.workspace_bytes
+    between = _between(prepared, program)
     held = dict(between)
     for item, num_bytes in largest(program.peaks[Phase.PREFILL], batch, length).items(batch, length).items():
         held[item] = held.get(item, 0) + num_bytes

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from estimator.engine import why_not_modelled, worst_instants
+from estimator.engine import weights_growth_bytes, why_not_modelled, worst_instants
 from estimator.inventory import Inventory
 from estimator.kv_cache import cached_tokens, elements_per_token
+from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
@@ -42,7 +43,8 @@ _SOURCES = {
     Item.LOGITS: "transformers, loss/loss_utils.py; torch, log_softmax and nll_loss; TRL and Liger for their fused losses",
     Item.TEMPORARY: "tensors alive inside the operator that makes the phase's largest instant",
     Item.KV_CACHE: "transformers, cache_utils.py",
-    Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread",
+    Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread; "
+    "c10/cuda/CUDACachingAllocator.cpp, should_split",
 }
 
 
@@ -59,9 +61,21 @@ def explain(inventory: Inventory, recipe: Recipe) -> Explanations:
         texts |= {(phase, item): text for item, text in _step(static, recipe, phase).items()}
         if phase in instants:
             _add(texts, phase, instants[phase], recipe)
+    if modelled:
+        _add_what_stays(texts, inventory, recipe)
     if recipe.inference is not None and modelled:
         texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
     return {key: Explanation(formula=text, source=_SOURCES.get(key[1], "")) for key, text in texts.items() if text}
+
+
+def _add_what_stays(texts: dict[tuple[Phase, Item], str], inventory: Inventory, recipe: Recipe) -> None:
+    """What the sizes of the loaded tensors do not tell: biases in another type, and blocks larger than their tensors."""
+    grown, unsplit = weights_growth_bytes(inventory, recipe), unsplit_bytes(inventory, recipe)
+    for phase, item in texts:
+        if phase is not Phase.LOAD and item is Item.WEIGHTS and grown:
+            texts[phase, item] += f"; {grown:+,} B: the first forward pass casts the biases of quantized layers for good"
+        if item is Item.WORKSPACE and unsplit:
+            texts[phase, item] += f" + {unsplit:,} B: blocks larger than the weights in them, from which the allocator splits nothing off"
 
 
 def _phases(recipe: Recipe, modelled: bool) -> tuple[Phase, ...]:

@@ -88,9 +88,21 @@ class Modules:
             return product if bias is None else add(product, bias)
         if stored.quantization is None or quantization is None:
             return linear(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), fan_in, fan_out)
-        if stored.quantization is QuantizationKind.INT8:
+        is_8bit = stored.quantization is QuantizationKind.INT8
+        follows_input = is_8bit or self.recipe.stack.linear_4bit_casts_bias_to_input
+        self._recast_bias(f"{name}.bias", x.dtype if follows_input else quantization.compute_dtype)
+        if is_8bit:
             return linear_8bit(x, fan_in, fan_out)
         return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype, keeps_input=self.recipe.stack.linear_4bit_keeps_input)
+
+    def _recast_bias(self, name: str, dtype: DType) -> None:
+        """`self.bias.data = self.bias.data.to(…)`: the bias of a quantized layer keeps the type of its last use.
+
+        Source: bitsandbytes, nn/modules.py, Linear4bit.forward and Linear8bitLt.forward.
+        """
+        bias = self.tensors.get(name)
+        if bias is not None and not bias.trainable:
+            self.tape.recast[bias.pattern] = dtype
 
     def _branch(self, name: str, x: Value) -> Value:
         """The adapter's path: dropout, A, B, scaling."""

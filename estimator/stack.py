@@ -188,6 +188,31 @@ class Stack:
         return self.bitsandbytes < (0, 43, 2)
 
     @property
+    def linear_4bit_casts_bias_to_input(self) -> bool:
+        """Whether the first forward pass of a 4-bit linear layer gives its bias, for good, the type of the layer's input; later the compute
+        type.
+
+        Source: bitsandbytes 0.50.0, nn/modules.py, Linear4bit.forward.
+        """
+        return self.bitsandbytes < (0, 50)
+
+    @property
+    def shares_nested_code(self) -> bool:
+        """Whether all 4-bit weights of a model have one table of nested codes, and not a copy each.
+
+        Source: bitsandbytes 0.46.0, functional.py, quantize_blockwise (`code.to(A.device, copy=True)`).
+        """
+        return self.bitsandbytes < (0, 46)
+
+    @property
+    def loads_without_warmup(self) -> bool:
+        """Whether a model is loaded into segments that the allocator asks for as tensors come, and not into one block made beforehand.
+
+        Source: transformers 4.50.0, modeling_utils.py, caching_allocator_warmup.
+        """
+        return self.transformers < (4, 50)
+
+    @property
     def mistral_expands_flash_heads(self) -> bool:
         """Whether Mistral's flash attention repeats keys and values for all query heads before the kernel.
 

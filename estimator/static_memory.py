@@ -15,7 +15,7 @@ from estimator.optimizers import OptimizerState, optimizer_states, step_temporar
 from estimator.patterns import Indices, copies, leaf, parent, partition
 from estimator.phases import Item
 from estimator.precision import kept_in_float32
-from estimator.quantization import is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
+from estimator.quantization import NESTED_CODE, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
 from estimator.recipe import Adapter, Quantization, Recipe, Trainer
 from estimator.stack import Stack
 from estimator.storage import StoredTensor
@@ -154,7 +154,7 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
 def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
     if preparation.stack.experts_are_modules:
         inventory = unfuse_experts(inventory)
-    tensors = tuple(_loaded(inventory, preparation))
+    tensors = _loaded_tensors(inventory, preparation)
     frozen = tuple(replace(t, trainable=False) if t.trainable else t for t in tensors)
     adapter = preparation.adapter
     if preparation.prepare_for_kbit_training:
@@ -171,6 +171,27 @@ def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTenso
     if not preparation.is_training:
         return tuple(replace(t, trainable=False) for t in tensors)
     return _trl_casts(tensors, preparation) if preparation.trainer is Trainer.TRL else tensors
+
+
+def loaded_tensors(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
+    """What `from_pretrained` leaves on the device, in the order of the modules: before any preparation, cast or adapter."""
+    return _loaded_tensors(unfuse_experts(inventory) if preparation.stack.experts_are_modules else inventory, preparation)
+
+
+def _loaded_tensors(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
+    tensors = tuple(_loaded(inventory, preparation))
+    return tuple(_with_one_nested_code(tensors)) if preparation.stack.shares_nested_code else tensors
+
+
+def _with_one_nested_code(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
+    """The first packed weight's table of nested codes is the table of all."""
+    seen = False
+    for tensor in tensors:
+        if not (tensor.item is Item.QUANTIZATION_STATE and leaf(tensor.pattern) == NESTED_CODE):
+            yield tensor
+        elif not seen:
+            seen = True
+            yield replace(tensor, indices=tuple(choices[:1] for choices in tensor.indices))
 
 
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:

@@ -20,6 +20,7 @@ from estimator.phases import Item, Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.storage import StoredTensor
 from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
+from estimator.units import allocated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Program:
     """The instants at which each phase can be largest, beside what is stored between steps."""
 
     peaks: Mapping[Phase, tuple[Snapshot, ...]]
+    weights_growth_bytes: int = 0
+    """What stored weights gain, once and for good, from types that the first forward pass gives them [bytes]."""
 
 
 def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
@@ -72,7 +75,7 @@ def run_step(
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
     step.run()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step, stored)
 
 
 def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, names: bool = False) -> Program:
@@ -82,7 +85,19 @@ def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels=True, names=names)
     step.prefill()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step, stored)
+
+
+def _program(step: "_Step", stored: tuple[StoredTensor, ...]) -> Program:
+    recast = step.tape.recast
+    return Program(
+        peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()},
+        weights_growth_bytes=sum(
+            t.num_copies * (allocated(t.num_elements * recast[t.pattern].itemsize) - allocated(t.raw_bytes))
+            for t in stored
+            if t.pattern in recast
+        ),
+    )
 
 
 class _Step:

@@ -282,6 +282,8 @@ class Tape:
         self.totals = [0] * len(POWERS)
         self.peaks: dict[Phase, list[Snapshot]] = {}
         self.phase = Phase.FORWARD
+        self.recast: dict[str, DType] = {}
+        """Stored tensors that a forward pass gives another type for good, by name pattern."""
         self._rising = False
         self._sequence = 0
 

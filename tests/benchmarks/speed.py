@@ -18,7 +18,9 @@ import psutil
 
 from app.reading import read_estimate
 from app.service import prepare
+from estimator.allocator_settings import parse_settings
 from estimator.engine import estimate
+from estimator.replay import replay_events
 from estimator.sources import catalogue
 from estimator.sources.process import Inspector
 from estimator.units import MIB
@@ -58,7 +60,7 @@ print(imported - start, time.perf_counter() - imported)
 def main() -> None:
     """Prints one line per measurement."""
     rows: list[tuple[str, str, str]] = []
-    for measure in (warm_estimate, command_line, web_process, new_inventories, reference):
+    for measure in (warm_estimate, replayed_events, command_line, web_process, new_inventories, reference):
         rows += measure()
         while rows:
             name, value, goal = rows.pop(0)
@@ -80,6 +82,28 @@ def warm_estimate() -> list[tuple[str, str, str]]:
         ("warm estimate, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 100 µs"),
         ("warm estimate, 99th percentile", f"{sorted(seconds)[int(len(seconds) * 0.99)] * 1e6:.0f} µs", ""),
     ]
+
+
+def replayed_events() -> list[tuple[str, str, str]]:
+    """Layers that keep some tensors for the way back and free others at once, as a step does, on the simulated allocator."""
+    rows = []
+    sizes: list[int] = []
+    events: list[int] = []
+    for step in range(25):
+        kept: list[int] = []
+        for layer in range(80):
+            made = range(len(sizes), len(sizes) + 20)
+            sizes += [1 + (7919 * (n % 1600 + 13 * (step % 2))) % (1 + n % 5 * 9 * MIB) for n in made]
+            events += made
+            events += [~n for n in made if n % 5 < 3]
+            kept += [n for n in made if n % 5 >= 3]
+            if layer == 79:
+                events += [~n for n in reversed(kept)]
+    for options in ("", "expandable_segments:True"):
+        seconds = min(_timed(lambda options=options: replay_events(sizes, events, parse_settings(options))) for _ in range(3))
+        name = f"allocator replay{', ' if options else ''}{options}: {len(events):,} events"
+        rows.append((name, f"{len(events) / seconds / 1e3:.0f} k/s", "≥ 100 k/s"))
+    return rows
 
 
 def command_line() -> list[tuple[str, str, str]]:

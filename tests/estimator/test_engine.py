@@ -1,12 +1,15 @@
 """Behaviour of the engine that users rely on."""
 
+from dataclasses import replace
+
 import pytest
 
 from estimator.engine import estimate
 from estimator.estimate import Estimate
 from estimator.explain import explain
+from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Loss
+from estimator.recipe import Adapter, Loss
 from estimator.sources.catalogue import entries
 from estimator.stack import Stack
 from tests.estimator.recipes import inference, model, training
@@ -105,3 +108,15 @@ def test_every_bundled_model_is_answered_for(name: str) -> None:
         answered = estimate(model(name), asked)
         assert answered.phases[0].phase is Phase.LOAD
         assert (len(answered.phases) == 1) == any(n.code == "not_modelled" for n in answered.notices)
+
+
+def test_an_explanation_names_what_loading_left_unsplit_and_what_biases_gained() -> None:
+    asked = training(method="qlora", stack=Stack(transformers=(4, 48, 1), bitsandbytes=(0, 43, 3)))
+    asked = replace(asked, adapter=Adapter(r=8, target_modules=("c_attn",)))
+    inventory = model("openai-community/gpt2-xl")
+    texts = explain(inventory, asked)
+    assert "casts the biases of quantized layers for good" in texts[Phase.FORWARD, Item.WEIGHTS].formula
+    assert "casts the biases" not in texts[Phase.LOAD, Item.WEIGHTS].formula
+    unsplit = unsplit_bytes(inventory, asked)
+    assert unsplit > 0
+    assert f"+ {unsplit:,} B: blocks larger than the weights" in texts[Phase.OPTIMIZER_STEP, Item.WORKSPACE].formula

@@ -64,6 +64,12 @@ def test_loaded_bytes_equal_the_real_models(mode: str) -> None:
     assert estimates.loaded_bytes("llama", mode, 2) == report.static_bytes
 
 
+@pytest.mark.parametrize("mode", ["qlora_bf16_autocast", "qlora_prepared_autocast", "int8_prepared_autocast"])
+@pytest.mark.parametrize("family", ["gpt2", "starcoder2", "qwen2"])
+def test_biases_of_quantized_layers_keep_the_type_of_the_first_forward_pass(family: str, mode: str) -> None:
+    assert estimates.resting_bytes(family, mode, 2) == step(family, mode, 1, 8, 2).static_bytes
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("mode", ["lora_bf16_fp32_autocast", "qlora_prepared_autocast"])
 def test_peaks_agree_under_dora(mode: str, scheme: str) -> None:

@@ -35,3 +35,11 @@ def live_bytes(
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
     """Weights, quantization state, buffers and adapter [bytes, each tensor rounded up to 512]."""
     return static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, 1, 8)).loaded_bytes
+
+
+def resting_bytes(family: str, mode: str | Mode, layers: int) -> int:
+    """The same once a forward pass has cast the biases of quantized layers."""
+    inventory, recipe = recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)
+    static = static_memory(inventory, recipe)
+    program = run_step(inventory, recipe, static.tensors, regime_of(recipe, inventory), cuda_kernels=False)
+    return static.loaded_bytes + program.weights_growth_bytes
