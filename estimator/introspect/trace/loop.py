@@ -245,7 +245,7 @@ class _Loop:
             if isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _: self.watch.mark(Segment.BACKWARD, position))
             if position == len(self.model.layers) - 1:
-                self.watch.mark(Segment.OUTSIDE)
+                self.watch.leave_layers()
 
         return hook
 

@@ -44,6 +44,7 @@ class Watch(TorchDispatchMode):
         """The module of the last operation."""
         self._modules_by_node: dict[int, str] = {}
         self._live: dict[int, int] = {}
+        self._leaving = False
         self._elsewhere = False
         self._host_scalars = False
         self._foreign: set[int] = set()
@@ -58,6 +59,10 @@ class Watch(TorchDispatchMode):
     def mark(self, segment: Segment, layer: int = -1) -> None:
         """What follows belongs to one pass of a layer, or to none."""
         self.marks.append(Mark(event=len(self.events), phase=self.phase, segment=segment, layer=layer))
+
+    def leave_layers(self) -> None:
+        """The next operation is outside the layers; what is released before it still belongs to the last of them, as with the others."""
+        self._leaving = True
 
     def take_in(self, tensor: torch.Tensor, item: str, name: str) -> None:
         """A tensor that was there before the run: a weight, a buffer, an input."""
@@ -167,6 +172,9 @@ class Watch(TorchDispatchMode):
         value = known.read(func, args)
         if value is not None:
             return value
+        if self._leaving:
+            self._leaving = False
+            self.mark(Segment.OUTSIDE)
         self.deepest = self.names[-1] if self.names else self.deepest
         kernel = self.kernels.get(func, func)
         result = kernel(*args, **kwargs)
