@@ -9,6 +9,7 @@ from app.card import MARGIN_WITHOUT_INTERVAL, Card
 from app.request import Request
 from app.training import positions
 from app.versions import shown
+from estimator.correction import MIN_RESIDUALS, class_of
 from estimator.dtypes import DType
 from estimator.estimate import Estimate, Notice
 from estimator.inventory import Inventory
@@ -220,9 +221,11 @@ def _beyond_positions(a: Answered) -> Iterable[str]:
 
 def _no_interval(a: Answered) -> Iterable[str]:
     if not a.has_interval and is_modelled(a.estimate):
+        kind = class_of(a.recipe, a.estimate.kernels)
         yield (
-            "no interval can be given yet: fewer than 9 published measurements of this class were left aside as a test; "
-            f"'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the estimate."
+            f"no interval can be given: fewer than {MIN_RESIDUALS} published measurements that set no constant are of its kind"
+            f"{f' ({kind})' if kind is not None else ', inference'}; 'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the "
+            "estimate, less than that is 'tight'."
         )
 
 

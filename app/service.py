@@ -101,7 +101,9 @@ def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
     """How wrong the estimate may be, as far as published measurements tell."""
     if not is_modelled(estimate):
         return None
-    return interval(recipe=recipe, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate))
+    return interval(
+        recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)
+    )
 
 
 def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:

@@ -13,6 +13,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
 from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
 from estimator.inventory import Inventory
+from estimator.kernels import Kernel
 from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import scale
@@ -39,6 +40,7 @@ class Program:
     """The instants at which each phase can be largest, beside what is stored between steps."""
 
     peaks: Mapping[Phase, tuple[Snapshot, ...]]
+    kernels: frozenset[Kernel]
 
 
 def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
@@ -72,7 +74,7 @@ def run_step(
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
     step.run()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step)
 
 
 def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, names: bool = False) -> Program:
@@ -82,7 +84,11 @@ def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels=True, names=names)
     step.prefill()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step)
+
+
+def _program(step: "_Step") -> Program:
+    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()}, kernels=frozenset(step.tape.kernels))
 
 
 class _Step:
