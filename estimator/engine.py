@@ -127,10 +127,20 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         static=static,
         stored=stored,
         accumulates=training is not None and training.gradient_accumulation_steps > 1,
-        load=_phase(Phase.LOAD, {**{item: stored[item] for item in _STATIC}, Item.TEMPORARY: _load_temporary_bytes(static, recipe)}),
+        load=_phase(Phase.LOAD, _loaded(static, recipe)),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _loaded(static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
+    return {
+        Item.WEIGHTS: static.loaded_weights_bytes,
+        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
+        Item.BUFFERS: static.buffers_bytes,
+        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
+        Item.TEMPORARY: _load_temporary_bytes(static, recipe),
+    }
 
 
 def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:

@@ -35,3 +35,10 @@ def live_bytes(
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
     """Weights, quantization state, buffers and adapter [bytes, each tensor rounded up to 512]."""
     return static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, 1, 8)).loaded_bytes
+
+
+def settled_bytes(family: str, mode: str | Mode, layers: int) -> tuple[int, int]:
+    """What is stored after the first forward pass, and the gradients of all that is trained [bytes, not rounded]."""
+    tensors = static_memory(recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)).tensors
+    gradients = sum(t.num_copies * t.num_elements * t.dtype.itemsize for t in tensors if t.trainable)
+    return sum(t.num_copies * t.raw_bytes for t in tensors), gradients

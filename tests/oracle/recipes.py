@@ -53,6 +53,7 @@ def recipe(
             target_parameters=mode.adapter.target_parameters,
             dropout=mode.adapter.dropout,
             use_dora=mode.adapter.dora,
+            bias=mode.adapter.bias,
             autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
         )
     quantization = None
