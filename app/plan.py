@@ -76,7 +76,7 @@ def _completed(question: Question[PlanRequest]) -> Question[Request]:
     if request.training.max_length is None and request.objective == "longest_sequence":
         fields["max_length"] = LENGTH_STEP
     training: TrainingFields = request.training.model_copy(update=fields)
-    return Question(request=request.model_copy(update={"training": training}), ignored=question.ignored, unmodelled=question.unmodelled)
+    return replace(question, request=request.model_copy(update={"training": training}))
 
 
 def _found(search: _Search) -> Training | None:

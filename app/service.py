@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app.answer import Json, device_bytes, is_modelled, render_estimate
+from app.answered import Answered
 from app.card import Card, card_of
-from app.notices import Answered, notices
+from app.notices import notices
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
+from app.unmodelled import bears
 from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.engine import estimate as run_engine
@@ -66,6 +68,8 @@ def find_model(request: Request) -> ResolvedModel:
 def render(case: Case, estimate: Estimate) -> Json:
     """The answer in the contract's words, with explanations and warnings."""
     bounds = interval_of(case.recipe, estimate)
+    question = case.question
+    unmodelled = tuple(field for field in question.unmodelled if bears(field, case.recipe))
     return render_estimate(
         model={
             "id": case.model.id,
@@ -81,19 +85,21 @@ def render(case: Case, estimate: Estimate) -> Json:
         interval=bounds,
         notices=notices(
             Answered(
-                request=case.question.request,
+                request=question.request,
                 inventory=case.inventory,
                 recipe=case.recipe,
                 estimate=estimate,
                 stored=tuple(stored_tensors(case.inventory, case.recipe)),
                 card=case.card,
-                unmodelled=case.question.unmodelled,
+                unmodelled=unmodelled,
+                evaluation=question.evaluation,
                 has_own_code=case.model.has_own_code,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
+                with_reentry=_with_reentry(case, estimate),
             )
         ),
-        ignored=case.question.ignored,
+        ignored=sorted({*question.ignored, *question.unmodelled} - {*unmodelled}),
     )
 
 
@@ -116,3 +122,14 @@ def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
         return run_engine(case.inventory, plain)
     except VramplanError:  # a comparison that cannot be made is left out, the answer stands without it
         return None
+
+
+def _with_reentry(case: Case, estimate: Estimate) -> Estimate | None:
+    """The same run of LLM.int8 with reentrant checkpointing."""
+    recipe = case.recipe
+    training, quantization = recipe.training, recipe.quantization
+    if training is None or quantization is None or quantization.kind.is_4bit or not is_modelled(estimate):
+        return None
+    if not training.gradient_checkpointing or training.use_reentrant:
+        return None
+    return run_engine(case.inventory, replace(recipe, training=replace(training, use_reentrant=True)))

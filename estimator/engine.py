@@ -195,7 +195,7 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
     training = recipe.training
     assert training is not None
-    batch, length = training.micro_batch_size, training.sequence_length
+    batch, length = training.shape
     program = _step_program(inventory, structure, regime_of(recipe, inventory))
     static = prepared.static
     inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
@@ -240,7 +240,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snaps
     training, inference = recipe.training, recipe.inference
     if training is not None:
         peaks = run_step(inventory, structure, tensors, regime, names=True).peaks
-        return {phase: largest(peaks[phase], training.micro_batch_size, training.sequence_length) for phase in _STEP_PHASES}
+        return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if inference is not None:
         peaks = run_prefill(inventory, structure, tensors, regime, names=True).peaks
         return {Phase.PREFILL: largest(peaks[Phase.PREFILL], inference.batch_size, inference.prompt_length)}

@@ -128,11 +128,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
 def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, recipe: Recipe) -> None:
     training, inference = recipe.training, recipe.inference
     batch, length = (
-        (training.micro_batch_size, training.sequence_length)
-        if training is not None
-        else (inference.batch_size, inference.prompt_length)
-        if inference is not None
-        else (1, 1)
+        training.shape if training is not None else (inference.batch_size, inference.prompt_length) if inference is not None else (1, 1)
     )
     by_item: dict[Item, Counter[Extent]] = {}
     for (item, extent), number in instant.held:

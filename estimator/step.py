@@ -115,7 +115,7 @@ class _Step:
         self.layers, self.outside = layer_tensors(inventory, stored)
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
         beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
-        padded = is_padded(recipe)
+        padded = needs_mask(recipe)
         self.frame = Frame(
             tape=self.tape,
             modules=Modules(self.tape, "", beside, recipe),
@@ -386,10 +386,15 @@ class _Copy:
         return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
 
 
-def is_padded(recipe: Recipe) -> bool:
-    """Whether batches carry padding."""
-    if recipe.training is not None:
-        return recipe.training.padded
+def needs_mask(recipe: Recipe) -> bool:
+    """Whether attention needs a mask beyond the causal one: for padding, or to tell samples in one row apart where the kernel does not.
+
+    Source: transformers, masking_utils.py, _preprocess_mask_arguments and find_packed_sequence_indices.
+    """
+    training = recipe.training
+    if training is not None:
+        by_kernel = recipe.attention in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
+        return training.padded or (training.flattened and not by_kernel and recipe.stack.masks_packed_samples)
     return recipe.inference is not None and recipe.inference.padded
 
 
@@ -399,7 +404,7 @@ def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
     Source: transformers, masking_utils.py, _ignore_causal_mask_sdpa: up to the window's length the causal flag alone is enough.
     """
     training, inference = recipe.training, recipe.inference
-    length = training.sequence_length if training is not None else inference.prompt_length if inference is not None else 0
+    length = training.shape[1] if training is not None else inference.prompt_length if inference is not None else 0
     window = inventory.config.get("sliding_window")
     return Regime(
         beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,

@@ -70,6 +70,12 @@ def test_peaks_agree_under_dora(mode: str, scheme: str) -> None:
     check("llama", MODES[mode].with_adapter(dora=True), SCHEMES[scheme])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
+def test_peaks_agree_where_samples_lie_in_one_row(family: str) -> None:
+    report = step(family, "qlora_bf16_autocast", B, S, LAYERS, gc=False, granularity_bytes=1, flattened=True)
+    assert_peaks_agree(report, estimates.live_bytes(family, "qlora_bf16_autocast", B, S, LAYERS, gc=False, flattened=True))
+
+
 # Modules whose bias `lora_only` trains, beside others that have one too.
 ADAPTED = {"qwen2": ("q_proj", "v_proj"), "phi": ("q_proj", "fc1"), "gpt2": ("c_attn",)}
 

@@ -40,6 +40,7 @@ def recipe(
     accumulation: int = 1,
     optimizer: str = "adamw_torch_fused",
     padded: bool = False,
+    flattened: bool = False,
     attention: str | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
@@ -81,5 +82,6 @@ def recipe(
             use_reentrant=bool(gc),
             checkpoint_every_n_layers=every_n_layers,
             padded=padded,
+            flattened=flattened,
         ),
     )
