@@ -41,4 +41,7 @@ def plan_sentence(plan: Json) -> str:
 
 def shortfall_sentence(shortfall: Json) -> str:
     """What is missing, in one sentence."""
-    return f"Nothing fits: the smallest batch misses {gib(shortfall['missing_bytes'])} in {shortfall['phase']}."
+    fit, missing = shortfall["estimate"]["fit"], gib(shortfall["missing_bytes"])
+    if fit is not None and fit["verdict"] == "tight":
+        return f"Nothing fits for sure: the smallest batch is tight, {missing} short of its margin in {shortfall['phase']}."
+    return f"Nothing fits: the smallest batch misses {missing} in {shortfall['phase']}."
