@@ -38,11 +38,11 @@ def _evaluation(a: Answered) -> Iterable[str]:
     if not a.evaluation or asked is None or training is None or vocabulary is None:
         return
     batch, length = asked.per_device_eval_batch_size or DEFAULT_EVALUATION_BATCH, training.sequence_length
-    size = f"{batch} × {length:,} × {vocabulary:,} × 4 B = {gib(4 * batch * length * vocabulary)} in float32"
-    made = f"its logits take {size}" if training.loss is Loss.STOCK else f"with compute_metrics its logits take {size}"
+    logits = f"{batch} × {length:,} × {vocabulary:,} × 4 B = {gib(4 * batch * length * vocabulary)} in float32"
+    made = f"its logits take {logits}" if training.loss is Loss.STOCK else f"its loss needs no full logits, compute_metrics does: {logits}"
     yield (
         f"evaluation is not modelled ({', '.join(a.evaluation)}): it runs {batch} sequences at a time without gradients, beside weights "
-        f"and optimizer states; {made}, and with compute_metrics those of the whole evaluation set are gathered on the card unless "
+        f"and optimizer states; {made}. With compute_metrics, logits of the whole evaluation set are gathered on the card unless "
         "eval_accumulation_steps is given."
     )
 

@@ -166,7 +166,7 @@ def _above_lora(a: Answered) -> Iterable[str]:
     if quantized > plain:
         yield (
             f"the quantized run peaks at {gib(quantized)}, above the {gib(plain)} of the same LoRA run with a plain bfloat16 base: "
-            "what is upcast or stays unquantized outweighs what quantization saves."
+            "what is upcast, stays unquantized or is kept by quantized layers outweighs what quantization saves."
         )
 
 
@@ -260,9 +260,9 @@ def _no_interval(a: Answered) -> Iterable[str]:
     if not a.has_interval and is_modelled(a.estimate):
         kind = class_of(a.recipe, a.estimate.kernels)
         yield (
-            f"no interval can be given: fewer than {MIN_RESIDUALS} published measurements that set no constant are of its kind"
-            f"{f' ({kind})' if kind is not None else ', inference'}; 'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the "
-            "estimate, less than that is 'tight'."
+            f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "
+            f"constant, too few for an interval: 'fits' asks for {100 * MARGIN_WITHOUT_INTERVAL:.0f} % above the estimate instead, and "
+            "what fits with less is 'tight'."
         )
 
 

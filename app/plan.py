@@ -137,7 +137,8 @@ def _rendered(search: _Search, training: Training) -> Json:
     recipe = search.recipe(**_varied(training))
     estimate = run_engine(search.case.inventory, recipe)
     rendered = render(replace(search.case, recipe=recipe), estimate)
-    rendered["warnings"] += [{"code": "global_batch_changed", "message": text} for text in _global_batch_changed(search.request, training)]
+    changed = [{"code": "global_batch_changed", "message": text} for text in _global_batch_changed(search.request, training)]
+    rendered["warnings"] = changed + rendered["warnings"]
     return {
         **_sizes(search, training, estimate),
         "estimate": rendered,
@@ -188,8 +189,11 @@ def _shortfall(search: _Search) -> Json:
         smallest = replace(smallest, micro_batch_size=(asked.per_device_train_batch_size if asked else None) or 1)
     recipe = search.recipe(**_varied(smallest))
     estimate = run_engine(search.case.inventory, recipe)
-    changes = [_change(search, recipe, estimate, *lever) for lever in _levers(search.request, recipe)]
+    levers = list(_levers(search.request, recipe))
+    changes = [_change(search, recipe, estimate, *lever) for lever in levers]
     useful = [change for change in changes if change is not None and change["saves_bytes"] > 0]
+    if not any(change["fits"] for change in useful):
+        useful += _together(search, recipe, estimate, levers)
     useful.sort(key=lambda change: (not change["fits"], -change["saves_bytes"]))
     return {
         "missing_bytes": search.missing_bytes(recipe, estimate),
@@ -252,6 +256,34 @@ def _change(search: _Search, before: Recipe, estimate: Estimate, setting: Json, 
         "fits": is_modelled(after) and search.missing_bytes(changed, after) <= 0,
         "costs": costs,
     }
+
+
+def _together(search: _Search, before: Recipe, estimate: Estimate, levers: list[tuple[Json, str]]) -> list[Json]:
+    """As many changes as it takes, the cheapest first, less those that turn out not to be needed; none where all of them do not do."""
+    chosen: list[tuple[Json, str]] = []
+    found, saved = None, 0
+    for lever in levers:
+        change = _change(search, before, estimate, *_joined([*chosen, lever]))
+        if change is not None and change["saves_bytes"] > saved:
+            chosen.append(lever)
+            found, saved = change, change["saves_bytes"]
+            if change["fits"]:
+                break
+    if found is None or not found["fits"]:
+        return []
+    for lever in list(chosen):
+        fewer = [other for other in chosen if other is not lever]
+        change = _change(search, before, estimate, *_joined(fewer)) if len(fewer) > 1 else None
+        if change is not None and change["fits"]:
+            chosen, found = fewer, change
+    return [found]
+
+
+def _joined(levers: list[tuple[Json, str]]) -> tuple[Json, str]:
+    setting: Json = {}
+    for part, _ in levers:
+        setting |= part
+    return setting, "; ".join(costs for _, costs in levers)
 
 
 def _with(request: PlanRequest, training: Training, setting: Json) -> Request:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
-from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
+from app.wording import plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
@@ -45,10 +45,12 @@ def print_plan(console: Console, answer: Json) -> None:
         return
     shortfall = answer["shortfall"]
     console.print(f"[bold red]{escape(shortfall_sentence(shortfall))}[/]", highlight=False)
+    if not any(change["fits"] for change in shortfall["changes"]):
+        console.print("None of these changes is enough:", highlight=False)
     for change in shortfall["changes"]:
-        mark = "[green]fits[/]" if change["fits"] else "saves"
+        mark = "[green]fits[/], saves" if change["fits"] else "saves"
         console.print(
-            f"  {mark} {gib(change['saves_bytes'])}: {escape(_setting(change['set']))} ({escape(change['costs'])})", highlight=False
+            f"  {mark} {gib(change['saves_bytes'])}: {escape(setting_sentence(change['set']))} ({escape(change['costs'])})", highlight=False
         )
     console.print()
     print_estimate(console, shortfall["estimate"])
@@ -141,7 +143,3 @@ def _context(answer: Json) -> str:
         f"{model['id'] or model['model_type']}: {counts['total']:,} parameters, {counts['trainable']:,} trainable; "
         f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}"
     )
-
-
-def _setting(setting: Json) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in setting.items())

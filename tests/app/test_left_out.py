@@ -120,7 +120,7 @@ def test_evaluation_runs_eight_sequences_at_a_time_unless_told_otherwise() -> No
 
 def test_under_tiles_evaluation_makes_logits_for_metrics_alone() -> None:
     (message,) = messages(ask(trainer="trl", training={"eval_on_start": True}, stack={"trl": "1.16.0"}), "evaluation_not_modelled")
-    assert "with compute_metrics its logits" in message
+    assert "needs no full logits, compute_metrics does" in message
 
 
 def test_label_smoothing_is_named() -> None:

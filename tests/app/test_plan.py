@@ -222,3 +222,13 @@ def test_another_global_batch_than_the_request_s_own_sizes_is_said() -> None:
 
 def test_a_plan_for_sizes_that_were_not_given_has_nothing_to_keep() -> None:
     assert not _changed(plan(request(training={"per_device_train_batch_size": None, "gradient_accumulation_steps": None})))
+
+
+def test_where_no_single_change_does_several_together_are_offered() -> None:
+    asked = {**SHORT_OF_MEMORY["full"], "hardware": {"gpu": "rtx4090"}, "global_batch_size": 4}
+    changes = plan(asked)["shortfall"]["changes"]
+    singles = [change for change in changes if len(change["set"]) == 1]
+    assert singles
+    (together,) = [change for change in changes if change["fits"]]
+    assert len(together["set"]) > 1
+    assert together is changes[0]
