@@ -257,7 +257,8 @@ def _beyond_positions(a: Answered) -> Iterable[str]:
 
 
 def _no_interval(a: Answered) -> Iterable[str]:
-    if not a.has_interval and is_modelled(a.estimate):
+    runs = a.recipe.training is not None or a.recipe.inference is not None
+    if runs and not a.has_interval and is_modelled(a.estimate):
         kind = class_of(a.recipe, a.estimate.kernels)
         yield (
             f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "

@@ -115,7 +115,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     )
     trained = [t for t in static.tensors if t.trainable]
     texts[Item.GRADIENTS] = _by_width(trained).replace(" tensors", " gradients")
-    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask)"
+    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask or positions)"
     texts[Item.ACTIVATIONS] = inputs
     if phase is Phase.OPTIMIZER_STEP:
         texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step()"
