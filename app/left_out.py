@@ -6,6 +6,7 @@ from app.answer import is_modelled
 from app.answered import Answered, Rule
 from app.unmodelled import effect
 from app.versions import shown
+from estimator.kernels import Kernel
 from estimator.liger import fuses_loss, patches
 from estimator.recipe import Loss, Trainer
 from estimator.step import needs_mask
@@ -102,6 +103,16 @@ def _padding_free(a: Answered) -> Iterable[str]:
         )
 
 
+def _flash_padding(a: Answered) -> Iterable[str]:
+    """Source: transformers, modeling_flash_attention_utils.py, _flash_attention_forward (_upad_input, pad_input)."""
+    training = a.recipe.training
+    if training is not None and training.padded and Kernel.FLASH in a.estimate.kernels:
+        yield (
+            f"padding under {a.recipe.attention.value} is not modelled: each layer copies queries, keys and values without the padding and "
+            "puts its output back into place; the answer counts the padded tokens, and no copies."
+        )
+
+
 def _refused_padding_free(a: Answered) -> Iterable[str]:
     asked = a.request.training
     if asked and asked.padding_free and not asked.packing and _is_sft(a) and a.recipe.stack.sft_refuses_untruncated:
@@ -139,6 +150,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_router_loss, "router_loss_not_modelled"),
     (_label_smoothing, "label_smoothing_not_modelled"),
     (_padding_free, "padding_free_needs_mask"),
+    (_flash_padding, "flash_padding_not_modelled"),
     (_refused_padding_free, "padding_free_refused"),
     (_unpatched, "liger_does_not_patch"),
     (_liger_layers, "liger_layers_not_modelled"),

@@ -22,6 +22,10 @@ def _keeps_caches(recipe: Recipe) -> bool:
     return recipe.training is not None and not recipe.training.gradient_checkpointing
 
 
+def _checkpoints(recipe: Recipe) -> bool:
+    return recipe.training is not None and recipe.training.gradient_checkpointing
+
+
 def _scores_labelled_tokens_alone(recipe: Recipe) -> bool:
     """Source: trl, trainer/utils.py, add_fused_lm_head; trainer/sft_trainer.py, _chunked_cross_entropy_loss (1.4–1.15)."""
     return recipe.training is not None and recipe.training.loss in (Loss.TRL_TILED, Loss.TRL_CHUNKED)
@@ -90,8 +94,8 @@ QUANTIZATION: Mapping[str, Unmodelled] = {
 }
 
 _CHECKPOINTING: Mapping[str, Unmodelled] = {
-    "offload": Unmodelled(effect="inputs of checkpointed layers are moved to the host"),
-    "selective": Unmodelled(effect="attention outputs are kept beside the layers' inputs"),
+    "offload": Unmodelled(effect="inputs of checkpointed layers are moved to the host", bears=_checkpoints),
+    "selective": Unmodelled(effect="attention outputs are kept beside the layers' inputs", bears=_checkpoints),
 }
 
 _SECTIONS: Mapping[str, Mapping[str, Unmodelled]] = {

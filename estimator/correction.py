@@ -62,8 +62,8 @@ def conformal_radius(residuals: Sequence[float], coverage: float = COVERAGE) -> 
 def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     """The class whose residuals speak for a recipe; None for inference, of which nothing was compared yet.
 
-    Runs of one class share what decides which formulas make their peak: the method, how logits become a loss, the kernels that ran, whether
-    layers are checkpointed, and whether the card has compute capability 8.0.
+    Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
+    kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
 
     Args:
         recipe: of the run.
@@ -75,9 +75,11 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     return ", ".join(
         (
             _method(recipe),
+            "16-bit load" if recipe.dtype.is_half else "32-bit load",
             f"{training.loss.value.replace('_', ' ')} loss",
             " and ".join(sorted(kernel.value for kernel in kernels)),
             "checkpointing" if training.gradient_checkpointing else "no checkpointing",
+            *(("padding",) if training.padded else ()),
             f"compute capability {'8.0 or more' if recipe.compute_capability >= _NEWER_KERNELS else 'below 8.0'}",
         )
     )

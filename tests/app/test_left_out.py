@@ -200,6 +200,12 @@ def test_padding_free_without_packing_is_what_newer_trl_refuses_to_cut() -> None
     assert not messages(ask(trainer="trl", training={"padding_free": True}, stack={"trl": "0.27.0"}), "padding_free_refused")
 
 
+def test_padding_that_flash_attention_takes_out_is_named() -> None:
+    assert messages(ask(padded=True, attn_implementation="flash_attention_2"), "flash_padding_not_modelled")
+    assert not messages(ask(padded=True, attn_implementation="sdpa"), "flash_padding_not_modelled")
+    assert not messages(ask(attn_implementation="flash_attention_2"), "flash_padding_not_modelled")
+
+
 # -- Liger ------------------------------------------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def test_every_published_row_belongs_to_the_class_of_its_method() -> None:
         kind = _compared(name).residual_class
         assert kind is not None
         assert kind.split(", ")[0] == method[RUNS[name].method]
-        assert kind.endswith("stock loss, flash attention, checkpointing, compute capability 8.0 or more")
+        assert kind.endswith("16-bit load, stock loss, flash attention, checkpointing, compute capability 8.0 or more")
 
 
 def test_the_evidence_names_models_card_and_versions() -> None:

@@ -16,7 +16,7 @@ from estimator.stack import Stack
 from tests.estimator import recipes
 
 FLASH = frozenset({Kernel.FLASH})
-QLORA_ON_AMPERE = "QLoRA, stock loss, flash attention, checkpointing, compute capability 8.0 or more"
+QLORA_ON_AMPERE = "QLoRA, 16-bit load, stock loss, flash attention, checkpointing, compute capability 8.0 or more"
 
 
 def _recipe(*, quantized: bool = False, adapter: bool = True, training: bool = True) -> Recipe:
@@ -64,7 +64,10 @@ def test_intervals_reach_their_coverage_on_simulated_calibrations() -> None:
 def _kind(**changes: Any) -> str | None:
     """The class of a checkpointed QLoRA run of Llama 3.1, by what its own step runs."""
     inventory = recipes.model(changes.pop("model", "meta-llama/Llama-3.1-8B"))
-    recipe = recipes.training(**changes)
+    dtype, padded = changes.pop("dtype", DType.BFLOAT16), changes.pop("padded", False)
+    recipe = replace(recipes.training(**changes), dtype=dtype)
+    assert recipe.training is not None
+    recipe = replace(recipe, training=replace(recipe.training, padded=padded))
     return class_of(recipe, estimate(inventory, recipe).kernels)
 
 
@@ -83,6 +86,9 @@ def test_a_run_of_today_and_a_published_one_can_share_a_class() -> None:
         ({"loss": Loss.LIGER}, "liger loss"),
         ({"attention": Attention.EAGER}, "eager attention"),
         ({"checkpointing": False}, "no checkpointing"),
+        ({"dtype": DType.FLOAT32}, "32-bit load"),
+        ({"padded": True}, "padding"),
+        ({"padded": True, "attention": Attention.FLASH_ATTENTION_2}, "padding"),
         ({"compute_capability": (7, 5)}, "compute capability below 8.0"),
         ({"compute_capability": (7, 5)}, "written-out attention"),
         ({"compute_capability": (7, 5), "model": "meta-llama/Llama-2-7b-hf"}, "memory-efficient attention"),
