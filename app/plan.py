@@ -16,6 +16,7 @@ from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
 from estimator.planner import divisors, largest_of, largest_up_to
 from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.step import needs_mask
 
 # Sequence lengths are searched in steps of this: kernels pad to it anyway.
 LENGTH_STEP = 64
@@ -218,6 +219,8 @@ def _levers(request: Request, recipe: Recipe) -> Iterator[tuple[Json, str]]:
         yield {"training.use_liger_kernel": True}, "needs liger-kernel"
     if request.attn_implementation == Attention.EAGER:
         yield {"attn_implementation": "sdpa"}, "attention weights are not returned"
+    if training.flattened and needs_mask(recipe) and recipe.compute_capability >= NATIVE_BFLOAT16:
+        yield {"attn_implementation": "flash_attention_2"}, "needs flash-attn"
     if recipe.prepare_for_kbit_training:
         yield {"prepare_model_for_kbit_training": False}, "norms and head stay in 16 bits"
     if not recipe.dtype.is_half and (recipe.adapter is not None or half is DType.BFLOAT16):  # trained float16 weights are refused

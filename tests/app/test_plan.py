@@ -130,6 +130,15 @@ SHORT_OF_MEMORY: dict[str, dict[str, Any]] = {
         "training": {"max_length": 8192, "bf16": True, "gradient_checkpointing": True},
         "hardware": {"gpu": "rtx4090"},
     },
+    "packed": {
+        "model": LLAMA,
+        "trainer": "trl",
+        "dtype": "bfloat16",
+        "training": {"max_length": 32768, "packing": True},
+        "peft": {"r": 16, "target_modules": "all-linear"},
+        "hardware": {"gpu": "rtx3090"},
+        "stack": {"trl": "1.16.0"},
+    },
     "SFT of an id": {
         "model": LLAMA,
         "trainer": "trl",
@@ -145,6 +154,7 @@ OFFERED = {
     "LoRA": {"training.gradient_checkpointing", "attn_implementation", "quantization", "training.max_length"},
     "prepared QLoRA": {"training.use_liger_kernel", "prepare_model_for_kbit_training", "training.max_length"},
     "int8": {"training.gradient_checkpointing_kwargs.use_reentrant", "quantization", "training.use_liger_kernel"},
+    "packed": {"attn_implementation", "quantization", "training.max_length"},
     "SFT of an id": {"dtype", "quantization"},
 }
 
