@@ -188,6 +188,7 @@ def _training(training: Training) -> Json:
         },
         "loss": training.loss.value,
         "padded": training.padded,
+        "padding_free": training.flattened,
     }
 
 

@@ -87,6 +87,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("training.gradient_checkpointing_kwargs.use_reentrant", "flag", "variant of checkpointing"),
         _option("training.use_liger_kernel", "flag", "Liger's fused loss"),
         _option("training.loss_type", "str", "SFTConfig's loss"),
+        _option("training.packing", "flag", "SFTConfig: samples packed to max_length"),
+        _option("training.padding_free", "flag", "SFTConfig: samples end to end in one row"),
         _option("padded", "flag", "batches carry padding"),
     ),
     _INFERENCE: (

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app.answer import Json, device_bytes, is_modelled, render_estimate
+from app.answered import Answered
 from app.card import Card, card_of
-from app.notices import Answered, notices
+from app.notices import notices
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
+from app.unmodelled import bears
 from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.engine import estimate as run_engine
@@ -19,6 +21,7 @@ from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
+from estimator.sources.tracing import Subject
 from estimator.static_memory import stored_tensors
 
 
@@ -34,6 +37,21 @@ class Case:
     @property
     def inventory(self) -> Inventory:
         return self.model.inventory
+
+    @property
+    def subject(self) -> Subject:
+        """The model as it is traced."""
+        return Subject(config=self.model.config, inventory=self.inventory, is_public=self.model.is_public)
+
+    def model_json(self) -> Json:
+        """The model in the contract's words."""
+        return {
+            "id": self.model.id,
+            "revision": self.model.revision,
+            "model_type": self.inventory.model_type,
+            "source": self.model.source,
+            "num_parameters": self.inventory.num_parameters,
+        }
 
 
 def answer(payload: Mapping[str, Any]) -> Json:
@@ -66,14 +84,10 @@ def find_model(request: Request) -> ResolvedModel:
 def render(case: Case, estimate: Estimate) -> Json:
     """The answer in the contract's words, with explanations and warnings."""
     bounds = interval_of(case.recipe, estimate)
+    question = case.question
+    unmodelled = tuple(field for field in question.unmodelled if bears(field, case.recipe))
     return render_estimate(
-        model={
-            "id": case.model.id,
-            "revision": case.model.revision,
-            "model_type": case.inventory.model_type,
-            "source": case.model.source,
-            "num_parameters": case.inventory.num_parameters,
-        },
+        model=case.model_json(),
         recipe=case.recipe,
         estimate=estimate,
         explanations=explain(case.inventory, case.recipe),
@@ -81,19 +95,21 @@ def render(case: Case, estimate: Estimate) -> Json:
         interval=bounds,
         notices=notices(
             Answered(
-                request=case.question.request,
+                request=question.request,
                 inventory=case.inventory,
                 recipe=case.recipe,
                 estimate=estimate,
                 stored=tuple(stored_tensors(case.inventory, case.recipe)),
                 card=case.card,
-                unmodelled=case.question.unmodelled,
+                unmodelled=unmodelled,
+                evaluation=question.evaluation,
                 has_own_code=case.model.has_own_code,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
+                with_reentry=_with_reentry(case, estimate),
             )
         ),
-        ignored=case.question.ignored,
+        ignored=sorted({*question.ignored, *question.unmodelled} - {*unmodelled}),
     )
 
 
@@ -101,7 +117,9 @@ def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
     """How wrong the estimate may be, as far as published measurements tell."""
     if not is_modelled(estimate):
         return None
-    return interval(recipe=recipe, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate))
+    return interval(
+        recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)
+    )
 
 
 def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
@@ -114,3 +132,14 @@ def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
         return run_engine(case.inventory, plain)
     except VramplanError:  # a comparison that cannot be made is left out, the answer stands without it
         return None
+
+
+def _with_reentry(case: Case, estimate: Estimate) -> Estimate | None:
+    """The same run of LLM.int8 with reentrant checkpointing."""
+    recipe = case.recipe
+    training, quantization = recipe.training, recipe.quantization
+    if training is None or quantization is None or quantization.kind.is_4bit or not is_modelled(estimate):
+        return None
+    if not training.gradient_checkpointing or training.use_reentrant:
+        return None
+    return run_engine(case.inventory, replace(recipe, training=replace(training, use_reentrant=True)))

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from app.answer import SCHEMA_VERSION, Json, render_recipe, render_stack
 from app.reading import read_estimate
-from app.service import Case, prepare, subject_of
+from app.service import Case, prepare
 from app.timeline_chart import Column, chart, columns_of
 from estimator.allocator_settings import parse_settings
 from estimator.device import workspaces_bytes
@@ -58,7 +58,7 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
     case = prepare(read_estimate(payload))
     if case.recipe.training is None:
         raise RequestError("training: is required: what is traced is a training step", field="training")
-    step = default_tracer().timeline(subject_of(case), case.recipe, all_layers=all_layers)
+    step = default_tracer().timeline(case.subject, case.recipe, all_layers=all_layers)
     workspaces = workspaces_bytes(case.recipe.compute_capability, training=True)
     timeline = whole_run(step, static_memory(case.inventory, case.recipe), workspace_bytes=workspaces)
     return TracedRun(case=case, timeline=timeline, replay=replay(timeline, options), settings=settings)
@@ -80,9 +80,7 @@ def answer_trace(run: TracedRun) -> Json:
             {
                 "phase": phase.value,
                 "allocated_bytes": peaks[phase].allocated_bytes,
-                "items": [
-                    {"name": name, "bytes": num_bytes} for name, num_bytes in sorted(run.timeline.items(peaks[phase].event).items())
-                ],
+                "items": [{"name": name, "bytes": num_bytes} for name, num_bytes in sorted(run.timeline.items(peaks[phase].event).items())],
                 "largest": _largest(run.timeline.alive(peaks[phase].event)),
             }
             for phase in Phase

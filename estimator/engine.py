@@ -23,8 +23,14 @@ _INDEX_BYTES = 8  # token ids, labels and masks are int64
 _NUM_INPUTS = 3
 
 _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
-# What follows from shapes and types alone; the rest rests on kernels and on the order of events.
-_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE)
+# What follows from shapes and types alone, in every phase; the rest rests on kernels and on the order of events.
+_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.CHECKPOINTS, Item.KV_CACHE)
+# Between steps all gradients are there, or none, and of the activations the inputs alone; at a phase's worst instant a part of them.
+_EXACT_BETWEEN_STEPS = (*_EXACT, Item.GRADIENTS, Item.ACTIVATIONS)
+# Gradients of earlier micro-batches wait, all of them, and later ones are added in place.
+_EXACT_ACCUMULATING = (*_EXACT, Item.GRADIENTS)
+# Of the last position, all there at once.
+_EXACT_DECODING = (*_EXACT, Item.LOGITS)
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
@@ -124,11 +130,21 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         static=static,
         stored=stored,
         accumulates=training is not None and training.gradient_accumulation_steps > 1,
-        load=_phase(Phase.LOAD, {**{item: stored[item] for item in _STATIC}, Item.TEMPORARY: _load_temporary_bytes(static, recipe)}),
+        load=_phase(Phase.LOAD, _loaded(static, recipe)),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _loaded(static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
+    return {
+        Item.WEIGHTS: static.loaded_weights_bytes,
+        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
+        Item.BUFFERS: static.buffers_bytes,
+        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
+        Item.TEMPORARY: _load_temporary_bytes(static, recipe),
+    }
 
 
 def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
@@ -157,11 +173,18 @@ def _between(prepared: Prepared, program: Program) -> dict[Item, int]:
     return between
 
 
-_BASIS = {item: Basis.EXACT if item in _EXACT else Basis.MODELLED for item in Item}
+def _bases(exact: tuple[Item, ...]) -> dict[Item, Basis]:
+    return {item: Basis.EXACT if item in exact else Basis.MODELLED for item in Item}
 
 
-def _phase(phase: Phase, held: Mapping[Item, int]) -> PhaseEstimate:
-    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in _BASIS.items() if held.get(item))
+_BASIS = _bases(_EXACT)
+_BASIS_BETWEEN_STEPS = _bases(_EXACT_BETWEEN_STEPS)
+_BASIS_ACCUMULATING = _bases(_EXACT_ACCUMULATING)
+_BASIS_DECODING = _bases(_EXACT_DECODING)
+
+
+def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
+    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in basis_of.items() if held.get(item))
     return PhaseEstimate(phase=phase, items=items)
 
 
@@ -184,7 +207,7 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
     training = recipe.training
     assert training is not None
-    batch, length = training.micro_batch_size, training.sequence_length
+    batch, length = training.shape
     program = _step_program(inventory, structure, regime_of(recipe, inventory))
     static = prepared.static
     inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
@@ -198,11 +221,11 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
         worst = largest(program.peaks[phase], batch, length)
         for item, num_bytes in worst.items(batch, length).items():
             held[item] = held.get(item, 0) + num_bytes
-        phases.append(_phase(phase, held))
+        phases.append(_phase(phase, held, _BASIS_ACCUMULATING if prepared.accumulates else _BASIS))
     update = dict(between)
     update[Item.GRADIENTS] = static.gradients_bytes
     update[Item.TEMPORARY] = static.optimizer_temporary_bytes
-    phases.append(_phase(Phase.OPTIMIZER_STEP, update))
+    phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
     head = Head.FULL_LOGITS if training.loss is Loss.STOCK else Head.FUSED
@@ -214,6 +237,7 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
         paged_bytes=static.paged_bytes,
+        kernels=program.kernels,
     )
 
 
@@ -227,7 +251,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snaps
     training, inference = recipe.training, recipe.inference
     if training is not None:
         peaks = run_step(inventory, structure, tensors, regime, names=True).peaks
-        return {phase: largest(peaks[phase], training.micro_batch_size, training.sequence_length) for phase in _STEP_PHASES}
+        return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if inference is not None:
         peaks = run_prefill(inventory, structure, tensors, regime, names=True).peaks
         return {Phase.PREFILL: largest(peaks[Phase.PREFILL], inference.batch_size, inference.prompt_length)}
@@ -267,7 +291,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     decode = dict(between)
     for item, num_bytes in decode_items(inventory, recipe, inference).items():
         decode[item] = decode.get(item, 0) + num_bytes
-    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode))
+    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode, _BASIS_DECODING))
     peak = max(p.allocated_bytes for p in phases)
     steady = sum(between.values())
     reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED)
@@ -277,6 +301,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
         steady_state_bytes=steady,
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        kernels=program.kernels,
     )
 
 

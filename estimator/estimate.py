@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from estimator.kernels import Kernel
 from estimator.phases import Basis, Item, Phase
 
 
@@ -72,6 +73,8 @@ class Estimate:
     paged_bytes: int = 0
     """Managed memory of paged optimizers, outside allocated and reserved [bytes]."""
     notices: tuple[Notice, ...] = ()
+    kernels: frozenset[Kernel] = frozenset()
+    """What the step runs, where it is modelled."""
 
     @property
     def peak(self) -> PhaseEstimate:

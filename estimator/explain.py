@@ -129,7 +129,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     )
     trained = [t for t in static.tensors if t.trainable]
     texts[Item.GRADIENTS] = _by_width(trained).replace(" tensors", " gradients")
-    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask)"
+    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask or positions)"
     texts[Item.ACTIVATIONS] = inputs
     if phase is Phase.OPTIMIZER_STEP:
         texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step()"
@@ -142,11 +142,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
 def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, recipe: Recipe) -> None:
     training, inference = recipe.training, recipe.inference
     batch, length = (
-        (training.micro_batch_size, training.sequence_length)
-        if training is not None
-        else (inference.batch_size, inference.prompt_length)
-        if inference is not None
-        else (1, 1)
+        training.shape if training is not None else (inference.batch_size, inference.prompt_length) if inference is not None else (1, 1)
     )
     by_item: dict[Item, Counter[Size]] = {}
     for (item, extent), number in instant.held:

@@ -88,6 +88,46 @@ class Stack:
         return self.trl >= (0, 20)
 
     @property
+    def sft_packs_without_padding(self) -> bool:
+        """Whether SFTTrainer lays packed samples end to end (`padding_free`) unless the strategy is `wrapped`.
+
+        Source: trl 0.19, trainer/sft_trainer.py, SFTTrainer.__init__ (strategy `ffd`; `bfd` since 0.20).
+        """
+        return self.trl >= (0, 19)
+
+    @property
+    def sft_refuses_untruncated(self) -> bool:
+        """Whether SFTTrainer refuses `padding_free` without packing while `max_length` is set.
+
+        Source: trl 1.0 (absent from 0.29), trainer/sft_trainer.py, SFTTrainer.__init__.
+        """
+        return self.trl >= (1,)
+
+    @property
+    def sft_balances_experts(self) -> bool:
+        """Whether SFTTrainer adds the load-balancing loss to every mixture of experts.
+
+        Source: trl 1.7, trainer/sft_trainer.py, SFTTrainer.__init__; before, the config's `output_router_logits` decided.
+        """
+        return self.trl >= (1, 7)
+
+    @property
+    def sft_balances_with_own_coefficient(self) -> bool:
+        """Whether the loss's weight is the config's `router_aux_loss_coef` and not 0.001 unless one is given.
+
+        Source: trl 1.14 (absent from 1.13), trainer/sft_config.py, SFTConfig.router_aux_loss_coef.
+        """
+        return self.trl >= (1, 14)
+
+    @property
+    def masks_packed_samples(self) -> bool:
+        """Whether samples in one row are told apart by a mask of all their tokens, for kernels that do not take their lengths.
+
+        Source: transformers 4.53, masking_utils.py, find_packed_sequence_indices.
+        """
+        return self.transformers >= (4, 53)
+
+    @property
     def sft_checkpoints_by_default(self) -> bool:
         """Whether SFTConfig turns `gradient_checkpointing` on.
 

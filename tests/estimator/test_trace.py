@@ -4,15 +4,8 @@ from itertools import product
 
 import pytest
 
-from estimator.dtypes import DType
-from estimator.introspect.trace.layers import sample
-from estimator.phases import Phase
-from estimator.recipe import Attention, Recipe, Training
-from estimator.sources.process import Inspector
-from estimator.sources.tracing import Subject, Tracer
-from estimator.stack import Stack
-from tests.oracle import recipes, traces
 from tests.oracle import run as oracle
+from tests.oracle import traces
 from tests.oracle.models import FAMILIES
 
 MODES = (

@@ -33,6 +33,7 @@ class AdapterSpec:
     dropout: float = 0.0
     dora: bool = False
     target_parameters: tuple[str, ...] = ()
+    bias: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,6 +266,7 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         target_parameters=list(spec.target_parameters) or None,
         lora_dropout=spec.dropout,
         use_dora=spec.dora,
+        bias=spec.bias,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -276,9 +278,11 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         # PEFT's own rewrite of expert names leaves rank patterns for layers that have none
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
         adapted = get_peft_model(model, lora)
+    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
     for name, parameter in adapted.named_parameters():
-        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes
-        if parameter.requires_grad and mode.adapter_dtype is not None and "lora_magnitude_vector" not in name:
+        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes; PEFT its own alone
+        is_cast = from_trl or "lora_" in name
+        if parameter.requires_grad and mode.adapter_dtype is not None and is_cast and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(mode.adapter_dtype)
     whole: nn.Module = adapted
     return whole

@@ -40,6 +40,7 @@ def recipe(
     accumulation: int = 1,
     optimizer: str = "adamw_torch_fused",
     padded: bool = False,
+    flattened: bool = False,
     attention: str | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
@@ -53,6 +54,7 @@ def recipe(
             target_parameters=mode.adapter.target_parameters,
             dropout=mode.adapter.dropout,
             use_dora=mode.adapter.dora,
+            bias=mode.adapter.bias,
             autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
         )
     quantization = None
@@ -80,5 +82,6 @@ def recipe(
             use_reentrant=bool(gc),
             checkpoint_every_n_layers=every_n_layers,
             padded=padded,
+            flattened=flattened,
         ),
     )
