@@ -11,7 +11,6 @@ from app.resolution import resolve_recipe
 from app.service import Case, interval_of, prepare, render
 from app.training import positions
 from estimator.dtypes import DType
-from estimator.engine import estimate as run_engine
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
 from estimator.planner import divisors, largest_of, largest_up_to
@@ -41,7 +40,7 @@ class _Search:
         return replace(self.case.recipe, training=replace(self.training(), **changes))
 
     def fits(self, recipe: Recipe) -> bool:
-        return self.missing_bytes(recipe, run_engine(self.case.inventory, recipe)) <= 0
+        return self.missing_bytes(recipe, self.case.answerer.estimate(recipe)) <= 0
 
     def missing_bytes(self, recipe: Recipe, estimate: Estimate) -> int:
         """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
@@ -62,7 +61,7 @@ def plan(payload: Mapping[str, Any]) -> Json:
     if case.card is None:
         raise RequestError("hardware: a plan needs a card; give gpu or capacity_gib", field="hardware")
     search = _Search(case=case, request=question.request)
-    if not is_modelled(run_engine(case.inventory, case.recipe)):
+    if not is_modelled(case.answerer.estimate(case.recipe)):
         raise RequestError(
             f"model: the training step of {case.inventory.model_class} is not modelled, so nothing can be planned", field="model"
         )
@@ -136,7 +135,7 @@ def _varied(training: Training) -> Json:
 
 def _rendered(search: _Search, training: Training) -> Json:
     recipe = search.recipe(**_varied(training))
-    estimate = run_engine(search.case.inventory, recipe)
+    estimate = search.case.answerer.estimate(recipe)
     rendered = render(replace(search.case, recipe=recipe), estimate)
     changed = [{"code": "global_batch_changed", "message": text} for text in _global_batch_changed(search.request, training)]
     rendered["warnings"] = changed + rendered["warnings"]
@@ -180,7 +179,7 @@ def _alternatives(search: _Search, training: Training) -> Iterator[Json]:
     smaller = [size for size in divisors(total) if size < training.micro_batch_size]
     for size in reversed(smaller[-NUM_ALTERNATIVES:]):
         other = replace(training, micro_batch_size=size, gradient_accumulation_steps=total // size)
-        yield _sizes(search, other, run_engine(search.case.inventory, search.recipe(**_varied(other))))
+        yield _sizes(search, other, search.case.answerer.estimate(search.recipe(**_varied(other))))
 
 
 def _shortfall(search: _Search) -> Json:
@@ -189,7 +188,7 @@ def _shortfall(search: _Search) -> Json:
     if search.request.objective == "longest_sequence":
         smallest = replace(smallest, micro_batch_size=(asked.per_device_train_batch_size if asked else None) or 1)
     recipe = search.recipe(**_varied(smallest))
-    estimate = run_engine(search.case.inventory, recipe)
+    estimate = search.case.answerer.estimate(recipe)
     levers = list(_levers(search.request, recipe))
     changes = [_change(search, recipe, estimate, *lever) for lever in levers]
     useful = [change for change in changes if change is not None and change["saves_bytes"] > 0]
@@ -250,7 +249,7 @@ def _change(search: _Search, before: Recipe, estimate: Estimate, setting: Json, 
         changed = resolve_recipe(_with(search.request, before.training, setting), search.case.inventory, search.case.card)
         if changed == before:
             return None
-        after = run_engine(search.case.inventory, changed)
+        after = search.case.answerer.estimate(changed)
     except VramplanError:  # a lever that this model cannot pull is not offered
         return None
     return {

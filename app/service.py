@@ -7,6 +7,7 @@ from typing import Any
 from app.answer import Json, device_bytes, is_modelled, render_estimate
 from app.answered import Answered
 from app.card import Card, card_of
+from app.engine import Answerer
 from app.notices import notices
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
@@ -14,9 +15,8 @@ from app.resolution import resolve_recipe
 from app.unmodelled import bears
 from estimator.correction import interval
 from estimator.dtypes import DType
-from estimator.engine import estimate as run_engine
-from estimator.errors import RequestError, VramplanError
-from estimator.estimate import Estimate, Interval
+from estimator.errors import VramplanError
+from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
@@ -33,15 +33,11 @@ class Case:
     model: ResolvedModel
     recipe: Recipe
     card: Card | None
+    answerer: Answerer
 
     @property
     def inventory(self) -> Inventory:
         return self.model.inventory
-
-    @property
-    def subject(self) -> Subject:
-        """The model as it is traced."""
-        return Subject(config=self.model.config, inventory=self.inventory, is_public=self.model.is_public)
 
     def model_json(self) -> Json:
         """The model in the contract's words."""
@@ -61,18 +57,18 @@ def answer(payload: Mapping[str, Any]) -> Json:
         VramplanError: if the request or the model cannot be answered for.
     """
     case = prepare(read_estimate(payload))
-    return render(case, run_engine(case.inventory, case.recipe))
+    return render(case, case.answerer.estimate(case.recipe))
 
 
 def prepare(question: Question[Request]) -> Case:
     """Find the model and the card, and resolve every default."""
     request = question.request
-    if request.engine == "trace":
-        raise RequestError("engine: 'trace' is not available yet; accepted: 'auto', 'analytic'", field="engine")
     card = card_of(request.hardware)
     model = find_model(request)
     recipe = resolve_recipe(request, model.inventory, card)
-    return Case(question=question, model=model, recipe=recipe, card=card)
+    subject = Subject(config=model.config, inventory=model.inventory, is_public=model.is_public)
+    answerer = Answerer(engine=request.engine, subject=subject)
+    return Case(question=question, model=model, recipe=recipe, card=card, answerer=answerer)
 
 
 def find_model(request: Request) -> ResolvedModel:
@@ -90,7 +86,7 @@ def render(case: Case, estimate: Estimate) -> Json:
         model=case.model_json(),
         recipe=case.recipe,
         estimate=estimate,
-        explanations=explain(case.inventory, case.recipe),
+        explanations=explain(case.inventory, case.recipe, case.answerer.program(case.recipe) if estimate.engine is Engine.TRACE else None),
         card=case.card,
         interval=bounds,
         notices=notices(
@@ -129,7 +125,7 @@ def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
         return None
     plain = replace(recipe, quantization=None, prepare_for_kbit_training=False, dtype=DType.BFLOAT16)
     try:
-        return run_engine(case.inventory, plain)
+        return case.answerer.estimate(plain)
     except VramplanError:  # a comparison that cannot be made is left out, the answer stands without it
         return None
 
@@ -142,4 +138,4 @@ def _with_reentry(case: Case, estimate: Estimate) -> Estimate | None:
         return None
     if not training.gradient_checkpointing or training.use_reentrant:
         return None
-    return run_engine(case.inventory, replace(recipe, training=replace(training, use_reentrant=True)))
+    return case.answerer.estimate(replace(recipe, training=replace(training, use_reentrant=True)))

@@ -58,7 +58,8 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
     case = prepare(read_estimate(payload))
     if case.recipe.training is None:
         raise RequestError("training: is required: what is traced is a training step", field="training")
-    step = default_tracer().timeline(case.subject, case.recipe, all_layers=all_layers)
+    case.answerer.check_traceable(case.recipe)
+    step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers)
     workspaces = workspaces_bytes(case.recipe.compute_capability, training=True)
     timeline = whole_run(step, static_memory(case.inventory, case.recipe), workspace_bytes=workspaces)
     return TracedRun(case=case, timeline=timeline, replay=replay(timeline, options), settings=settings)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
+from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import decode_items, is_cache_modelled
 from estimator.loading import unsplit_bytes
@@ -27,8 +27,6 @@ _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEI
 _EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.CHECKPOINTS, Item.KV_CACHE)
 # Between steps all gradients are there, or none, and of the activations the inputs alone; at a phase's worst instant a part of them.
 _EXACT_BETWEEN_STEPS = (*_EXACT, Item.GRADIENTS, Item.ACTIVATIONS)
-# Gradients of earlier micro-batches wait, all of them, and later ones are added in place.
-_EXACT_ACCUMULATING = (*_EXACT, Item.GRADIENTS)
 # Of the last position, all there at once.
 _EXACT_DECODING = (*_EXACT, Item.LOGITS)
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
@@ -50,20 +48,27 @@ class Prepared:
     context_bytes: int
 
 
-def estimate(inventory: Inventory, recipe: Recipe) -> Estimate:
+def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None) -> Estimate:
     """Memory of one run, phase by phase.
+
+    Args:
+        inventory: of the model.
+        recipe: of the run.
+        traced: the training step as a trace saw it; it then stands for the closed forms.
 
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
-    reason = why_not_modelled(inventory, recipe)
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
+    if traced is not None:
+        return replace(_training(recipe, prepared, traced, _BASIS_TRACED), engine=Engine.TRACE)
+    reason = why_not_modelled(inventory, recipe)
     if reason is not None:
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(inventory, recipe, structure, prepared)
+            return _training(recipe, prepared, _step_program(inventory, structure, regime_of(recipe, inventory)), _BASIS)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -178,8 +183,10 @@ def _bases(exact: tuple[Item, ...]) -> dict[Item, Basis]:
 
 
 _BASIS = _bases(_EXACT)
+_BASIS_TRACED = {item: Basis.TRACED if basis is Basis.MODELLED else basis for item, basis in _BASIS.items()} | {
+    Item.WORKSPACE: Basis.MODELLED
+}
 _BASIS_BETWEEN_STEPS = _bases(_EXACT_BETWEEN_STEPS)
-_BASIS_ACCUMULATING = _bases(_EXACT_ACCUMULATING)
 _BASIS_DECODING = _bases(_EXACT_DECODING)
 
 
@@ -204,11 +211,10 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 # -- training ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
+def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
     training = recipe.training
     assert training is not None
     batch, length = training.shape
-    program = _step_program(inventory, structure, regime_of(recipe, inventory))
     static = prepared.static
     inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
     between = _between(prepared, program)
@@ -217,11 +223,12 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
     for phase in _STEP_PHASES:
         held = dict(between)
         if prepared.accumulates:
+            # Those of earlier micro-batches wait, all of them, and later ones are added in place.
             held[Item.GRADIENTS] = static.gradients_bytes
         worst = largest(program.peaks[phase], batch, length)
         for item, num_bytes in worst.items(batch, length).items():
             held[item] = held.get(item, 0) + num_bytes
-        phases.append(_phase(phase, held, _BASIS_ACCUMULATING if prepared.accumulates else _BASIS))
+        phases.append(_phase(phase, held, {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of))
     update = dict(between)
     update[Item.GRADIENTS] = static.gradients_bytes
     update[Item.TEMPORARY] = static.optimizer_temporary_bytes

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from estimator.engine import weights_growth_bytes, why_not_modelled, worst_instants
+from estimator.engine import largest, weights_growth_bytes, why_not_modelled, worst_instants
 from estimator.inventory import Inventory
 from estimator.kv_cache import cached_tokens, elements_per_token
 from estimator.loading import unsplit_bytes
@@ -13,6 +13,7 @@ from estimator.optimizers import Residence
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
+from estimator.step import Program
 from estimator.storage import StoredTensor
 from estimator.tape import Polynomial, Size, Snapshot
 from estimator.units import gib
@@ -48,24 +49,51 @@ _SOURCES = {
 }
 
 
+_TRACE = "seen in a trace of the installed libraries' own step on tensors without content; kernels of CUDA as their sources have them"
+_TRACED_SOURCES = dict.fromkeys((Item.ACTIVATIONS, Item.LOGITS, Item.TEMPORARY), _TRACE)
+
+
+def explain(inventory: Inventory, recipe: Recipe, traced: Program | None = None) -> Explanations:
+    """Formula and source of every item of every phase.
+
+    Args:
+        traced: the step as a trace saw it, if that was the answer.
+    """
+    if traced is None:
+        return _of_closed_forms(inventory, recipe)
+    assert recipe.training is not None
+    instants = {phase: largest(snapshots, *recipe.training.shape) for phase, snapshots in traced.peaks.items()}
+    return _explained(_texts(inventory, recipe, _phases(recipe, True), instants), _SOURCES | _TRACED_SOURCES)
+
+
 @lru_cache(maxsize=64)
-def explain(inventory: Inventory, recipe: Recipe) -> Explanations:
-    """Formula and source of every item of every phase."""
-    static = static_memory(inventory, recipe)
+def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
     instants = worst_instants(inventory, recipe) if modelled else {}
+    texts = _texts(inventory, recipe, _phases(recipe, modelled), instants)
+    if modelled:
+        _add_what_stays(texts, inventory, recipe)
+    if recipe.inference is not None and modelled:
+        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
+    return _explained(texts, _SOURCES)
+
+
+def _explained(texts: Mapping[tuple[Phase, Item], str], sources: Mapping[Item, str]) -> Explanations:
+    return {key: Explanation(formula=text, source=sources.get(key[1], "")) for key, text in texts.items() if text}
+
+
+def _texts(
+    inventory: Inventory, recipe: Recipe, phases: Iterable[Phase], instants: Mapping[Phase, Snapshot]
+) -> dict[tuple[Phase, Item], str]:
+    static = static_memory(inventory, recipe)
     texts: dict[tuple[Phase, Item], str] = {}
-    for phase in _phases(recipe, modelled):
+    for phase in phases:
         for item, formula in _stored(static).items():
             texts[phase, item] = formula
         texts |= {(phase, item): text for item, text in _step(static, recipe, phase).items()}
         if phase in instants:
             _add(texts, phase, instants[phase], recipe)
-    if modelled:
-        _add_what_stays(texts, inventory, recipe)
-    if recipe.inference is not None and modelled:
-        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
-    return {key: Explanation(formula=text, source=_SOURCES.get(key[1], "")) for key, text in texts.items() if text}
+    return texts
 
 
 def _add_what_stays(texts: dict[tuple[Phase, Item], str], inventory: Inventory, recipe: Recipe) -> None:
