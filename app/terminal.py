@@ -15,6 +15,8 @@ _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cy
 # Characters of the phase table without its bars.
 _TABLE_WIDTH = 80
 _EXACT, _NOT_EXACT = " ", "~"
+_STORED = ("weights", "quantization_state", "buffers", "adapter_weights")
+_EIGHTHS_UP = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -54,6 +56,47 @@ def print_plan(console: Console, answer: Json) -> None:
         )
     console.print()
     print_estimate(console, shortfall["estimate"])
+
+
+def print_trace(console: Console, answer: Json) -> None:
+    """Memory over time, each phase's peak with what is alive in it, and the allocator."""
+    peak, allocator, timeline = answer["peak"], answer["allocator"], answer["timeline"]
+    console.print(
+        f"[bold cyan]Peak {gib(peak['allocated_bytes'])} allocated in {peak['phase']}[/]; the allocator holds "
+        f"{gib(allocator['reserved_at_peak_bytes'])} then, {gib(allocator['max_reserved_bytes'])} at most",
+        highlight=False,
+    )
+    number, steps = timeline["num_allocations"], "the loaded model and two optimizer steps"
+    console.print(f"{number:,} allocations: {steps}", style="dim", highlight=False)
+    console.print()
+    _print_skyline(console, timeline["columns"])
+    for phase in answer["phases"]:
+        console.print(f"\n[bold]{phase['phase']}[/] {gib(phase['allocated_bytes'])}", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 2))
+        for justify in ("right", "left", "right", "left"):
+            table.add_column(justify="right" if justify == "right" else "left", overflow="fold")
+        # beside what is stored all the time, which `load` shows
+        rows = [row for row in phase["largest"] if phase["phase"] == "load" or row["item"] not in _STORED]
+        for row in rows[:5]:
+            kind = f"{row['dtype']} {row['shape']}"
+            table.add_row(gib(row["bytes"]), row["item"], f"{row['count']} ×", escape(f"{kind}  {row['module']} {row['operator']}"))
+        console.print(table)
+
+
+def _print_skyline(console: Console, columns: Iterable[Json]) -> None:
+    """One character a stretch of events, eight rows high, phases named below."""
+    width, height = max(20, min(console.width - 10, 100)), 8
+    shown = list(columns)
+    groups = [shown[len(shown) * n // width : max(len(shown) * (n + 1) // width, len(shown) * n // width + 1)] for n in range(width)]
+    tops = [max((c["allocated_bytes"] for c in group), default=0) for group in groups]
+    highest = max(tops, default=0) or 1
+    for row in range(height, 0, -1):
+        line = "".join(_EIGHTHS_UP[max(0, min(8, round((top / highest * height - row + 1) * 8)))] for top in tops)
+        label = gib(highest) if row == height else ""
+        console.print(f"{label:>9} [cyan]{line}[/]", highlight=False)
+    phases = [group[0]["phase"] for group in groups]
+    marks = "".join(phase[0] if n == 0 or phases[n - 1] != phase else "·" for n, phase in enumerate(phases))
+    console.print(f"{'':>9} {marks}   l load, f forward, l loss, b backward, o optimizer_step", style="dim", highlight=False)
 
 
 def print_models(console: Console, models: Iterable[Json]) -> None:

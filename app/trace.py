@@ -1,5 +1,6 @@
 """A run traced: what is alive when, by module and operator, and what the allocator makes of it."""
 
+import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def answer_trace(run: TracedRun) -> Json:
     }
 
 
-def svg(run: TracedRun, *, standalone: bool = True) -> str:
+def svg_of(run: TracedRun, *, standalone: bool = True) -> str:
     """Memory over time as a picture: phases shaded, the peak marked with what is alive.
 
     Args:
@@ -129,9 +130,9 @@ def svg(run: TracedRun, *, standalone: bool = True) -> str:
     return _templates().get_template("timeline.svg").render(chart=picture, standalone=standalone)
 
 
-def snapshot(run: TracedRun) -> Json:
-    """What `torch.cuda.memory._snapshot()` would return; pickled, pytorch.org/memory_viz opens it."""
-    return memory_snapshot(run.timeline, run.replay, run.settings)
+def snapshot_of(run: TracedRun) -> bytes:
+    """What `torch.cuda.memory._dump_snapshot()` would write: a pickle that pytorch.org/memory_viz opens."""
+    return pickle.dumps(memory_snapshot(run.timeline, run.replay, run.settings))
 
 
 def _largest(alive: Sequence[Allocation]) -> list[Json]:

@@ -67,7 +67,7 @@ def run(model: TracedModel, recipe: Recipe, mode: FakeTensorMode, *, with_update
     loop = _Loop(model, recipe, mode)
     with loop.guarded():
         loop.run(num_steps, with_update=with_update)
-    return loop.watch.timeline()
+    return loop.watch.timeline(getattr(model.base.config.get_text_config(), "vocab_size", None))
 
 
 def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:

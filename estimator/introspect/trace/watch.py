@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from estimator.introspect.trace import known
-from estimator.phases import Item
+from estimator.phases import Item, Phase
 from estimator.timeline import Allocation, Mark, Segment, Timeline
 
 Kernel = Callable[..., Any]
@@ -104,9 +104,16 @@ class Watch(TorchDispatchMode):
         finally:
             self._host_scalars = False
 
-    def timeline(self) -> Timeline:
-        """All that was seen; what nobody named came and went."""
+    def timeline(self, vocabulary: int | None = None) -> Timeline:
+        """All that was seen; what nobody named came and went.
+
+        Args:
+            vocabulary: from the loss on, tensors of this width are logits.
+        """
         for allocation in self.allocations:
+            is_wide = len(allocation.shape) > 1 and allocation.shape[-1] == vocabulary
+            if is_wide and allocation.phase in (Phase.LOSS, Phase.BACKWARD) and allocation.item in ("", Item.ACTIVATIONS):
+                allocation.item = Item.LOGITS.value
             allocation.item = allocation.item or Item.TEMPORARY.value
         return Timeline(allocations=tuple(self.allocations), events=self._ordered_events(), marks=tuple(self.marks))
 
