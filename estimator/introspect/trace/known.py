@@ -1,6 +1,5 @@
 """The few values a model looks at while it runs (masks, positions, lengths): computed beside the tensors that have no content."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,9 +41,9 @@ def read(func: Any, args: tuple[Any, ...]) -> Any:
         return value.item()
 
 
-def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[torch.Tensor], results: list[torch.Tensor]) -> None:
+def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor]) -> None:
     """Computes the values of the results where those of all arguments are known."""
-    given = list(tensors)
+    given = _tensors(args, kwargs)
     if not results and func._schema.is_mutable and all(value_of(t) is not None for t in given):
         with _disable_current_modes(), torch.no_grad():  # several tensors changed in place: their values with them
             func(*tree_map_only(torch.Tensor, value_of, args), **tree_map_only(torch.Tensor, value_of, kwargs))
@@ -59,6 +58,16 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: It
     values = [v for v in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(v, torch.Tensor)]
     for result, value in zip(results, values, strict=False):
         give(result, value)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [v for v in value if isinstance(v, torch.Tensor)]
+    return found
 
 
 def _is_worth_knowing(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,9 @@ from estimator.timeline import Allocation, Mark, Segment, Timeline
 
 Kernel = Callable[..., Any]
 
+_DEVICE = torch.ops.prim.device.default
+_CPU = torch.device("cpu")
+
 
 def _is_release(event: int) -> bool:
     return event < 0
@@ -175,6 +178,8 @@ class Watch(TorchDispatchMode):
         return self._modules_by_node.get(node._sequence_nr() + 1, "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked of every fake at every turn
+            return _CPU
         kwargs = kwargs or {}
         value = known.read(func, args)
         if value is not None:
@@ -185,8 +190,8 @@ class Watch(TorchDispatchMode):
         self.deepest = self.names[-1] if self.names else self.deepest
         kernel = self.kernels.get(func, func)
         result = kernel(*args, **kwargs)
-        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        known.follow(func, args, kwargs, (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), results)
+        results = [result] if isinstance(result, torch.Tensor) else [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        known.follow(func, args, kwargs, results)
         if results:
             module = self._module()
             operator = func._schema.name.removeprefix("aten::")
