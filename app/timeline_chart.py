@@ -11,6 +11,7 @@ from estimator.units import gib
 NUM_COLUMNS = 480
 WIDTH, HEIGHT = 1000, 300
 _LEFT, _TOP = 64, 22
+_LEGEND_KEY, _LEGEND_CHARACTER = 30, 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Band:
     name: str
     points: str
     """Of an SVG polygon."""
+    legend_x: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +115,13 @@ def chart(columns: Sequence[Column], *, peak_lines: Sequence[str], reserved: Seq
     names = [item.value for item in Item if any(column.items.get(item.value) for column in columns)]
     floors = [0] * len(columns)
     bands = []
+    legend_x = 0.0
     for name in names:
         tops = [floor + column.items.get(name, 0) for floor, column in zip(floors, columns, strict=True)]
         upper = [(n * x_step, HEIGHT - y * scale) for n, y in enumerate(tops)]
         lower = [(n * x_step, HEIGHT - y * scale) for n, y in enumerate(floors)]
-        bands.append(Band(name=name, points=_points([*upper, *reversed(lower)])))
+        bands.append(Band(name=name, points=_points([*upper, *reversed(lower)]), legend_x=round(legend_x, 1)))
+        legend_x += _LEGEND_KEY + _LEGEND_CHARACTER * len(name)
         floors = tops
     at = columns.index(peak)
     return TimelineChart(
