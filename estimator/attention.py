@@ -52,6 +52,17 @@ def _rounded_head_dim(head_dim: int) -> int:
     return -(-head_dim // step) * step
 
 
+def scores_extent(query: Value, key: Value, heads: Heads) -> Extent:
+    """Scores of every query with every key.
+
+    Args:
+        key: with as many heads as the query.
+    """
+    tokens = query.extent.scaled(1, heads.head_dim)
+    per_sequence = key.extent.scaled(1, heads.num_heads * heads.head_dim)
+    return tokens.times(per_sequence._replace(batch=0))
+
+
 def expanded(query: Value, key: Value, value: Value, heads: Heads) -> tuple[Value, Value, Value, Heads]:
     """Key and value heads repeated for all query heads before the kernel."""
     alone = replace(heads, num_key_value_heads=heads.num_heads)
@@ -100,6 +111,7 @@ def scaled_dot_product(
     compute_capability: tuple[int, int],
     *,
     heads_first: bool = False,
+    causal: bool = True,
 ) -> Value:
     """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without
     flash.
@@ -110,12 +122,15 @@ def scaled_dot_product(
     Args:
         heads_first: whether the query lies in memory head after head: flash gives its output the same layout, and
             `transpose(1, 2).contiguous()` copies it then.
+        causal: whether queries see no key after them, by the kernel's flag; of a longer cache they see as many keys as there are queries.
 
     Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
     """
     if mask is not None:
         return memory_efficient(query, key, value, mask, heads)
     tape = query.tape
+    if causal:
+        key, value = (x.view(Extent(x.extent.coefficient, 1, 1)) if x.extent.keys else x for x in (key, value))
     dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
     fits_flash = dtype.is_half and compute_capability >= (8, 0) and heads.head_dim == heads.value_head_dim <= 256
     if fits_flash or not tape.cuda_kernels:
@@ -123,14 +138,17 @@ def scaled_dot_product(
         return clone(output) if heads_first else output
     if heads.groups == 1:
         return memory_efficient(query, key, value, None, heads)
-    return written_out(query, key, value, heads)
+    return written_out(query, key, value, heads, causal=causal)
 
 
-def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, broadcasts: bool = False) -> Value:
+def written_out(
+    query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, causal: bool = True, broadcasts: bool = False
+) -> Value:
     """sdpa's fallback: everything in float32, scores of S x S per head, keys and values repeated for all heads.
 
     Args:
-        mask: boolean; None where the causal flag is set.
+        mask: boolean; None where the causal flag does, or one query sees all keys.
+        causal: whether that flag is set.
         broadcasts: whether one key/value head is left to broadcasting, instead of being repeated on request (`enable_gqa`).
 
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
@@ -141,7 +159,7 @@ def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: V
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
     accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
     scaled = scale(accumulated)
-    bias = _causal_bias(tape) if mask is None else tape.new(mask.extent, DType.FLOAT32)
+    bias = tape.new(mask.extent, DType.FLOAT32) if mask is not None else _causal_bias(tape) if causal else None
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts)
@@ -164,7 +182,8 @@ def _causal_bias(tape: Tape) -> Value:
 
 def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool) -> Value:
     """Queries lie token after token: the batched product needs a copy of them."""
-    return batched_product(clone(query), repeated(key, heads.groups) if broadcasts else key, Extent(heads.num_heads, 1, 2))
+    key = repeated(key, heads.groups) if broadcasts else key
+    return batched_product(clone(query), key, scores_extent(query, key, heads))
 
 
 def repeated(x: Value, groups: int) -> Value:
@@ -212,12 +231,16 @@ def eager(
     probability: float = 0.0,
     softcap: bool = False,
     in_float32: bool = True,
-    heads_first: bool = False,
+    queries_first: bool = False,
+    keys_first: bool = False,
+    values_first: bool = False,
+    one_query: bool = False,
 ) -> tuple[Value, Value]:
     """Attention written out: scores of S x S per head, their softmax and its copy in the query's type.
 
     Args:
-        heads_first: whether query and key lie in memory head after head.
+        queries_first, keys_first, values_first: whether they lie in memory head after head, as batched products need them.
+        one_query: whether there is one query for each sequence, so that heads and tokens need not change places in the result.
 
     Returns:
         The output, and the weights, which it hands back too.
@@ -225,14 +248,13 @@ def eager(
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    scores = Extent(heads.num_heads, 1, 2)
+    copied = heads.groups > 1
     # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.
-    if heads_first:
-        weights = scale(batched_product(query, key, scores))
-    elif heads.groups == 1:
-        weights = scale(batched_product(clone(query), clone(key), scores))
-    else:
-        weights = scale(batched_product(clone(query), key, scores))
+    product = batched_product(
+        query if queries_first else clone(query), key if keys_first or copied else clone(key), scores_extent(query, key, heads)
+    )
+    weights = scale(product)
+    del product
     if softcap:
         weights = _softcapped(weights)
     if mask is not None:
@@ -240,8 +262,8 @@ def eager(
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
-    return clone(output), weights
+    output = batched_product(weights, value if values_first or copied else clone(value), result)
+    return (output if one_query else clone(output)), weights
 
 
 def _softcapped(weights: Value) -> Value:

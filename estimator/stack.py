@@ -236,6 +236,46 @@ class Stack:
         """
         return self.transformers < (5,)
 
+    @property
+    def caches_have_windows(self) -> bool:
+        """Whether the caches that `generate` makes keep no more than its window of a sliding layer.
+
+        Source: transformers 4.56, cache_utils.py, DynamicCache(config=…) and StaticCache; before, hybrid caches were classes of their own.
+        """
+        return self.transformers >= (4, 56)
+
+    @property
+    def static_cache_spares_last_token(self) -> bool:
+        """Whether a static cache is one token shorter than what is generated: the last token is never looked at.
+
+        Source: transformers 4.49, generation/utils.py, generate (`max_cache_length = generation_config.max_length - 1`).
+        """
+        return self.transformers >= (4, 49)
+
+    @property
+    def sdpa_packs_queries(self) -> bool:
+        """Whether a single masked query per sequence is looked at as several of one head, instead of copying keys and values for all heads.
+
+        Source: transformers 5.23, integrations/sdpa_attention.py, pack_gqa.
+        """
+        return self.transformers >= (5, 23)
+
+    @property
+    def compiles_static_decoding(self) -> bool:
+        """Whether `generate` runs torch.compile on its own when the cache is static, on CUDA, unless the model is quantized.
+
+        Source: transformers 4.47, generation/utils.py, _sample; later _valid_auto_compile_criteria.
+        """
+        return self.transformers >= (4, 47)
+
+    @property
+    def decodes_experts_one_by_one(self) -> bool:
+        """Whether `generate`, on CUDA, copies the weights of every chosen expert for every token while it decodes (`batched_mm`).
+
+        Source: transformers 5.0, generation/utils.py, _optimize_model_for_decode.
+        """
+        return self.transformers >= (5,)
+
     def flash_repeats_key_values(self, model_type: str) -> bool:
         """Whether a family copied keys and values for all query heads before flash attention, which does not need it.
 

@@ -278,6 +278,7 @@ def olmoe_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[
     if layer.config.get("clip_qkv") is not None:
         query, key, value = clamp_in_place(query), clamp_in_place(key), clamp_in_place(value)
     query, key = rotated(query, key, around)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
     return m.linear("self_attn.o_proj", output), weights
 

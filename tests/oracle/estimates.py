@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from estimator.engine import Instant, _generation_instants
 from estimator.phases import Phase
 from estimator.static_memory import static_memory, stored_tensors
-from estimator.step import _Step, regime_of, run_step
+from estimator.step import _Step, regime_of, run_generation, run_step
 from tests.oracle import recipes
 from tests.oracle.models import Mode
 
@@ -30,6 +31,44 @@ def live_bytes(
     inventory, recipe = recipes.inventory(family, layers, config), recipes.recipe(family, mode, B, S, **options)
     program = run_step(inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False)
     return {phase: max(s.at(B, S) for s in peaks) for phase, peaks in program.peaks.items()}
+
+
+def generation_bytes(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    layers: int,
+    *,
+    config: Mapping[str, object] | None = None,
+    **options: Any,
+) -> dict[Phase, int]:
+    """Peak of each phase above static memory and inputs, kernels' workspaces left out, as `generate.generate` counts it [bytes, not
+    rounded]."""
+    instants = generation_instants(family, mode, B, prompt, new, layers, config=config, **options)
+    positions = 8 * B * prompt  # those that `generate` holds to its end
+    return {phase: instant.num_bytes + positions for phase, instant in instants.items()}
+
+
+def generation_instants(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    layers: int,
+    *,
+    config: Mapping[str, object] | None = None,
+    names: bool = False,
+    **options: Any,
+) -> Mapping[Phase, Instant]:
+    """The largest instants of generation."""
+    inventory, recipe = recipes.inventory(family, layers, config), recipes.generation(family, mode, B, prompt, new, **options)
+    stored = stored_tensors(inventory, recipe)
+    return _generation_instants(
+        recipe, inventory, lambda regime: run_generation(inventory, recipe, stored, regime, cuda_kernels=False, names=names)
+    )
 
 
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
