@@ -52,14 +52,14 @@ def _rounded_head_dim(head_dim: int) -> int:
     return -(-head_dim // step) * step
 
 
-def scores_extent(query: Value, key: Value, heads: Heads) -> Extent:
+def scores_extent(query: Value, key: Value, heads: Heads, *, num_key_heads: int | None = None) -> Extent:
     """Scores of every query with every key.
 
     Args:
-        key: with as many heads as the query.
+        num_key_heads: heads in `key`; as many as in the query if None.
     """
     tokens = query.extent.scaled(1, heads.head_dim)
-    per_sequence = key.extent.scaled(1, heads.num_heads * heads.head_dim)
+    per_sequence = key.extent.scaled(1, (num_key_heads or heads.num_heads) * heads.head_dim)
     return tokens.times(per_sequence._replace(batch=0))
 
 
@@ -111,7 +111,7 @@ def scaled_dot_product(
     compute_capability: tuple[int, int],
     *,
     heads_first: bool = False,
-    causal: bool = True,
+    one_query: bool = False,
 ) -> Value:
     """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without
     flash.
@@ -122,14 +122,15 @@ def scaled_dot_product(
     Args:
         heads_first: whether the query lies in memory head after head: flash gives its output the same layout, and
             `transpose(1, 2).contiguous()` copies it then.
-        causal: whether queries see no key after them, by the kernel's flag; of a longer cache they see as many keys as there are queries.
+        one_query: whether there is one for each sequence, which sees all keys; several see none after them, by the kernel's flag, and of a
+            longer cache as many keys as there are queries.
 
     Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
     """
     if mask is not None:
         return memory_efficient(query, key, value, mask, heads)
     tape = query.tape
-    if causal:
+    if not one_query:
         key, value = (x.view(Extent(x.extent.coefficient, 1, 1)) if x.extent.keys else x for x in (key, value))
     dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
     fits_flash = dtype.is_half and compute_capability >= (8, 0) and heads.head_dim == heads.value_head_dim <= 256
@@ -138,17 +139,17 @@ def scaled_dot_product(
         return clone(output) if heads_first else output
     if heads.groups == 1:
         return memory_efficient(query, key, value, None, heads)
-    return written_out(query, key, value, heads, causal=causal)
+    return written_out(query, key, value, heads, one_query=one_query)
 
 
 def written_out(
-    query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, causal: bool = True, broadcasts: bool = False
+    query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, one_query: bool = False, broadcasts: bool = False
 ) -> Value:
     """sdpa's fallback: everything in float32, scores of S x S per head, keys and values repeated for all heads.
 
     Args:
         mask: boolean; None where the causal flag does, or one query sees all keys.
-        causal: whether that flag is set.
+        one_query: whether there is one for each sequence.
         broadcasts: whether one key/value head is left to broadcasting, instead of being repeated on request (`enable_gqa`).
 
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
@@ -159,14 +160,14 @@ def written_out(
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
     accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
     scaled = scale(accumulated)
-    bias = tape.new(mask.extent, DType.FLOAT32) if mask is not None else _causal_bias(tape) if causal else None
+    bias = tape.new(mask.extent, dtype) if mask is not None else None if one_query else _causal_bias(tape)
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts)
+    weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts, one_query=one_query)
     weights = softmax(weights)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
     returned = cast(weights, dtype)
+    output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
     tape.autocast_enabled = autocasts
     del accumulated, scaled, bias, returned
     return output
@@ -180,10 +181,11 @@ def _causal_bias(tape: Tape) -> Value:
     return bias
 
 
-def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool) -> Value:
+def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool, one_query: bool) -> Value:
     """Queries lie token after token: the batched product needs a copy of them."""
-    key = repeated(key, heads.groups) if broadcasts else key
-    return batched_product(clone(query), key, scores_extent(query, key, heads))
+    extent = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads if broadcasts else None)
+    query = query if one_query else clone(query)
+    return batched_product(query, repeated(key, heads.groups) if broadcasts else key, extent)
 
 
 def repeated(x: Value, groups: int) -> Value:
@@ -203,7 +205,8 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
-    saved = [query, key, value] if mask is None else [query, key, value, tape.new(mask.extent, query.dtype)]
+    converted = None if mask is None else tape.new(mask.extent, query.dtype)
+    saved = [query, key, value] if converted is None else [query, key, value, converted]
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
@@ -218,6 +221,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     tape.save_output(node, output)
     tape.save_output(node, tape.new(per_head, DType.FLOAT32))
     output.node = node
+    del converted  # a local of the operator to its end
     return output
 
 
@@ -256,7 +260,9 @@ def eager(
     weights = scale(product)
     del product
     if softcap:
-        weights = _softcapped(weights)
+        weights = scale(weights)
+        weights = saving_output(weights)
+        weights = scale(weights)
     if mask is not None:
         weights = add(weights, mask)
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
@@ -264,9 +270,3 @@ def eager(
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
     output = batched_product(weights, value if values_first or copied else clone(value), result)
     return (output if one_query else clone(output)), weights
-
-
-def _softcapped(weights: Value) -> Value:
-    weights = scale(weights)
-    weights = saving_output(weights)
-    return scale(weights)

@@ -3,7 +3,7 @@
 Legend: P prompt length, N new tokens, W window, K keys that attention looks at, S tokens of the pass (P for the prompt, then 1).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from estimator.inventory import Inventory
@@ -19,7 +19,9 @@ class Update(StrEnum):
     """How a layer's cache takes up new keys and values."""
 
     JOINED = "joined"
-    """One new tensor of what was there and what is new: old and new stand side by side for a moment."""
+    """One new tensor of what was there and what is new, for keys, then for values: old and new stand side by side for a moment."""
+    JOINED_TOGETHER = "joined together"
+    """The same, but the old keys stay until the new values are there: so do layers with a window."""
     WRITTEN = "written"
     """Into a tensor of fixed length."""
     SHIFTED = "shifted"
@@ -92,7 +94,7 @@ def prefill_spans(inventory: Inventory, recipe: Recipe, inference: Inference) ->
     """
     prompt, window = inference.prompt_length, _window(inventory)
     if inference.cache is CacheKind.DYNAMIC:
-        everything = Span(before=None, stored=QUERIES, attended=QUERIES, update=Update.JOINED)
+        everything = Span(before=None, stored=QUERIES, attended=QUERIES, update=Update.JOINED)  # nothing old is in the way
         return _spans(inventory, recipe, everything, everything, sliding_masked=window is not None and prompt >= window)
     limit = capacity(recipe, inference)
     full = Span(before=None, stored=KEYS, attended=KEYS, update=Update.WRITTEN)
@@ -117,10 +119,13 @@ def decode_spans(inventory: Inventory, recipe: Recipe, inference: Inference, *, 
     if inference.cache is CacheKind.DYNAMIC:
         full = Span(before=_KEYS_BEFORE, stored=KEYS, attended=KEYS, update=Update.JOINED)
         sliding_masked = window is not None and seen >= window
-        if window is None or seen <= window or not recipe.stack.caches_have_windows:
+        if window is None or not recipe.stack.caches_have_windows:
             return _spans(inventory, recipe, full, full, sliding_masked=sliding_masked, decoding=True)
+        if seen <= window:
+            growing = replace(full, update=Update.JOINED_TOGETHER)
+            return _spans(inventory, recipe, full, growing, sliding_masked=sliding_masked, decoding=True)
         held = Extent(window)
-        sliding = Span(before=_KEYS_BEFORE if first else held, stored=held, attended=held, update=Update.JOINED)
+        sliding = Span(before=_KEYS_BEFORE if first else held, stored=held, attended=held, update=Update.JOINED_TOGETHER)
         return _spans(inventory, recipe, full, sliding, sliding_masked=True, decoding=True)
     full = Span(before=KEYS, stored=KEYS, attended=KEYS, update=Update.WRITTEN)
     if window is None or window > capacity(recipe, inference) or not recipe.stack.caches_have_windows:

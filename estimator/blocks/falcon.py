@@ -64,7 +64,7 @@ def _kernel(layer: Layer, query: Value, key: Value, value: Value, heads: Heads, 
     if layer.attention is not Attention.SDPA:
         return flash(query, key, value, heads)
     if heads.groups > 1:
-        return written_out(query, key, value, heads, mask=around.mask, broadcasts=True)
+        return written_out(query, key, value, heads, mask=around.mask, one_query=layer.decoding, broadcasts=True)
     assert around.mask is not None
     return memory_efficient(query, key, value, around.mask, heads)
 

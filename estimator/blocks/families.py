@@ -186,7 +186,8 @@ def mask(frame: Frame, dtype: DType, needed: bool, *, sliding: bool = False) -> 
         return frame.tape.new(Extent(1, 1, 1).times(length), dtype)
     if not needed or frame.attention is not Attention.SDPA:
         return None
-    shared = spans is not None and not (frame.padded or spans.prepared)
+    prepared = spans is not None and spans.prepared and (frame.masked or sliding)
+    shared = spans is not None and not (frame.padded or prepared)
     return frame.tape.new(Extent(1, 0 if shared else 1, 1).times(length), DType.BOOL)
 
 

@@ -5,7 +5,7 @@ Source: transformers, models/gpt_oss/modeling_gpt_oss.py; integrations/moe.py, g
 
 from estimator.attention import Heads, repeated, scores_extent
 from estimator.blocks.layer import Layer, Surroundings
-from estimator.blocks.moe import adapted, experts_per_token, grouped_product, num_experts, summed_over_choices, top
+from estimator.blocks.moe import adapted, experts_copied, experts_per_token, grouped_product, num_experts, summed_over_choices, top
 from estimator.blocks.olmo import rms_norm
 from estimator.dtypes import DType
 from estimator.modules import add_number
@@ -151,6 +151,8 @@ def mixture(layer: Layer, hidden: Value) -> tuple[Value, Value]:
 
 def experts(layer: Layer, hidden: Value, weights: Value, indices: Value) -> Value:
     """Source: integrations/moe.py, grouped_mm_experts_forward, with biases."""
+    if layer.copies_experts:
+        return experts_copied(layer, hidden, weights, layer.integer("intermediate_size"), gate)
     m, tape = layer.modules, hidden.tape
     width, expert_width, chosen = layer.integer("hidden_size"), layer.integer("intermediate_size"), experts_per_token(layer.config)
     pairs = weights.extent

@@ -48,6 +48,11 @@ class Layer:
     handed_out: list[Value] | None = None
     """Where a layer puts what it returns beside the hidden states."""
 
+    @property
+    def copies_experts(self) -> bool:
+        """Whether the weights of the chosen experts are copied for every token."""
+        return self.decoding and self.modules.recipe.stack.decodes_experts_one_by_one
+
     def integer(self, name: str) -> int:
         value = self.config[name]
         assert isinstance(value, int), name
@@ -120,8 +125,7 @@ class Layer:
             else:
                 query, key, value, heads = expanded(query, key, value, heads)
         capability = self.modules.recipe.compute_capability
-        causal = not self.decoding
-        return scaled_dot_product(query, key, value, mask, heads, capability, heads_first=copies_output, causal=causal), None
+        return scaled_dot_product(query, key, value, mask, heads, capability, heads_first=copies_output, one_query=self.decoding), None
 
     def remember(self, key: Value, value: Value) -> tuple[Value, Value]:
         """In inference, keys and values go to the cache, and what attention looks at comes from there.
@@ -137,13 +141,15 @@ class Layer:
         if span.before is None and span.update is not Update.JOINED:
             cache.extend(tape.new(_of(x, span.stored), x.dtype, Item.KV_CACHE) for x in new)
         match span.update:
-            case Update.JOINED:
+            case Update.JOINED | Update.JOINED_TOGETHER:
+                old = list(cache) if span.update is Update.JOINED_TOGETHER else []
                 for index, x in enumerate(new):
                     if span.before is not None:
                         _relabelled(cache[index], Item.TEMPORARY)
                     joined = tape.new(_of(x, span.stored), x.dtype, Item.KV_CACHE)
                     cache[index : index + 1] = [joined]
                     del joined
+                del old
             case Update.WRITTEN:
                 positions = [tape.new(QUERIES, DType.INT64) for _ in range(2)]
                 del positions

@@ -8,7 +8,7 @@ Source: transformers, integrations/moe.py, grouped_mm_experts_forward (the defau
 MixtralTopKRouter and MixtralSparseMoeBlock; models/qwen3_moe/modeling_qwen3_moe.py, models/qwen2_moe/modeling_qwen2_moe.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
@@ -188,6 +188,8 @@ def normalized(x: Value, chosen: int) -> Value:
 
 def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_width: int) -> Value:
     """All experts at once on tokens sorted by expert."""
+    if layer.copies_experts:
+        return experts_copied(layer, hidden, weights, expert_width, gate)
     m = layer.modules
     tape = m.tape
     width, chosen = layer.integer("hidden_size"), experts_per_token(layer.config)
@@ -213,6 +215,43 @@ def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_
     result = cast(final, hidden.dtype)
     del sorted_ids, counted, selected, final, gate_up, down, up_factors, down_factors
     return result
+
+
+def experts_copied(
+    layer: Layer,
+    hidden: Value,
+    weights: Value,
+    expert_width: int,
+    gate: Callable[[Value], Value],
+) -> Value:
+    """The weights of every chosen expert are copied for every token: quick for few tokens, and as large as the experts chosen.
+
+    Source: transformers, integrations/moe.py, batched_mm_experts_forward.
+    """
+    m, tape = layer.modules, layer.modules.tape
+    width, chosen = layer.integer("hidden_size"), experts_per_token(layer.config)
+    pairs = weights.extent
+    selected = tape.new(hidden.extent.scaled(chosen), hidden.dtype)
+    gate_up, up_factors = adapted(m, "mlp.experts.gate_up_proj")
+    copies, bias = _copied_weights(m, "mlp.experts.gate_up_proj", gate_up, pairs, width, 2 * expert_width)
+    projected = gate(tape.new(pairs.scaled(2 * expert_width), copies.dtype))
+    down, down_factors = adapted(m, "mlp.experts.down_proj")
+    # The same local: the copies of the first weights stay until those of the second are there.
+    copies, bias = _copied_weights(m, "mlp.experts.down_proj", down, pairs, expert_width, width)
+    projected = tape.new(pairs.scaled(width), copies.dtype)
+    weighted = multiply(projected, weights)
+    final = summed_over_choices(weighted, chosen)
+    result = cast(final, hidden.dtype)
+    del selected, copies, bias, final, gate_up, down, up_factors, down_factors
+    return result
+
+
+def _copied_weights(m: Modules, name: str, weight: Value, pairs: Extent, fan_in: int, fan_out: int) -> tuple[Value, Value | None]:
+    """The weight, and its bias if there is one, of each pair of a token and an expert. Biases are added in place."""
+    tape = m.tape
+    copies = tape.new(pairs.scaled(fan_in * fan_out), weight.dtype)
+    stored = m.optional(f"{name}_bias")
+    return copies, None if stored is None else tape.new(pairs.scaled(fan_out), stored.dtype)
 
 
 def gate(x: Value) -> Value:

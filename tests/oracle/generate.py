@@ -53,7 +53,8 @@ def generate(
     """
     mode = mode_of(mode)
     with cuda_paths():
-        model, batch = build(family, mode, layers, **options).eval(), Batch.of(B, prompt, padded=padded)
+        whole, batch = build(family, mode, layers, **options).eval(), Batch.of(B, prompt, padded=padded)
+        model: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
         warm_up(model, mode, batch)
         model.config.use_cache = True
         kept: list[int] = []

@@ -19,12 +19,14 @@ _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.f
 
 def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
     """The inventory of a tiny model."""
-    return _inventory(family, layers, tuple(sorted((config or {}).items())))
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in (config or {}).items()}
+    return _inventory(family, layers, tuple(sorted(fields.items())))
 
 
 @lru_cache(maxsize=256)
 def _inventory(family: str, layers: int, config: tuple[tuple[str, object], ...]) -> Inventory:
-    made = FAMILIES[family].config(layers, **dict(config))
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in config}
+    made = FAMILIES[family].config(layers, **fields)
     made.architectures = None
     data = made.to_dict()
     return inspect(data, f"oracle {family} {layers} {config}")
