@@ -172,7 +172,7 @@ class _Step:
     def prefill(self) -> None:
         tape = self.tape
         tape.phase = Phase.PREFILL
-        sampled = self._sampled(())
+        sampled = self.sampled_from([])
         tape.note_peak()
         del sampled
 
@@ -185,24 +185,38 @@ class _Step:
         assert spans is not None
         tape.phase = Phase.DECODE
         for index, cache in enumerate(self.caches):
-            before = self._span(index, spans).before
-            assert before is not None
-            cache.extend(tape.new(row.times(before), dtype, Item.KV_CACHE) for row, dtype in self.rows[self._kind(index)])
-        held = [tape.new(Extent(1, 1).times(KEYS), DType.INT64) for _ in range(3 if self.frame.padded else 2)]
-        position = tape.new(Extent(1, 1), DType.INT64)
-        last = tape.new(Extent(self._vocabulary, 1), DType.FLOAT32, Item.LOGITS)
-        chosen = tape.new(Extent(1, 1), DType.INT64)
-        sampled = self._sampled((position,))
+            cache += self.cached_before(index, spans)
+        held = self.held_by_generate()
+        sampled = self.sampled_from([tape.new(Extent(1, 1), DType.INT64)])
         tape.note_peak()
-        del held, last, chosen, sampled
+        del held, sampled
 
-    def _sampled(self, beside: tuple[Value, ...]) -> Value:
-        """The last position's logits and, when the model has returned, their float32 copy."""
+    def cached_before(self, index: int, spans: Spans) -> list[Value]:
+        """A layer's keys and values of the tokens before."""
+        before = self._span(index, spans).before
+        assert before is not None
+        return [self.tape.new(row.times(before), dtype, Item.KV_CACHE) for row, dtype in self.rows[self._kind(index)]]
+
+    def held_by_generate(self) -> list[Value]:
+        """Ids and positions of all tokens, the mask if there is padding, and what the last token was chosen from."""
+        tape = self.tape
+        held = [tape.new(Extent(1, 1).times(KEYS), DType.INT64) for _ in range(3 if self.frame.padded else 2)]
+        held.append(tape.new(Extent(self._vocabulary, 1), DType.FLOAT32, Item.LOGITS))
+        held.append(tape.new(Extent(1, 1), DType.INT64))
+        return held
+
+    def sampled_from(self, beside: list[Value]) -> Value:
+        """The last position's logits and, when the model has returned, their float32 copy.
+
+        Args:
+            beside: what the model is given beside the ids.
+        """
         tape = self.tape
         unfinished = tape.new(Extent(1, 1), DType.INT64)
         ids = tape.new(Extent(1, 1, 1), DType.INT64)
         logits = self._last_logits()
-        del ids, beside
+        beside.clear()
+        del ids
         copy = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
         del unfinished
         return copy
