@@ -160,7 +160,7 @@ def written_out(
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
     accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
     scaled = scale(accumulated)
-    bias = tape.new(mask.extent, dtype) if mask is not None else None if one_query else _causal_bias(tape)
+    bias = _converted(mask, dtype) if mask is not None else None if one_query else _causal_bias(tape)
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts, one_query=one_query)
@@ -171,6 +171,14 @@ def written_out(
     tape.autocast_enabled = autocasts
     del accumulated, scaled, bias, returned
     return output
+
+
+def _converted(mask: Value, dtype: DType) -> Value:
+    """A boolean mask as numbers to add: of every sequence, even where they share the mask.
+
+    Source: torch, ATen/native/transformers/attention.cpp, convert_boolean_attn_mask.
+    """
+    return mask.tape.new(mask.extent._replace(batch=1), dtype)
 
 
 def _causal_bias(tape: Tape) -> Value:
@@ -205,7 +213,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
-    converted = None if mask is None else tape.new(mask.extent, query.dtype)
+    converted = None if mask is None else _converted(mask, query.dtype)
     saved = [query, key, value] if converted is None else [query, key, value, converted]
 
     def backward(node: Node, gradient: Value) -> Gradients:

@@ -233,11 +233,13 @@ def experts_copied(
     pairs = weights.extent
     selected = tape.new(hidden.extent.scaled(chosen), hidden.dtype)
     gate_up, up_factors = adapted(m, "mlp.experts.gate_up_proj")
-    copies, bias = _copied_weights(m, "mlp.experts.gate_up_proj", gate_up, pairs, width, 2 * expert_width)
+    copies = tape.new(pairs.scaled(2 * expert_width * width), gate_up.dtype)
+    bias = _copied_bias(m, "mlp.experts.gate_up_proj_bias", pairs.scaled(2 * expert_width))
     projected = gate(tape.new(pairs.scaled(2 * expert_width), copies.dtype))
     down, down_factors = adapted(m, "mlp.experts.down_proj")
     # The same local: the copies of the first weights stay until those of the second are there.
-    copies, bias = _copied_weights(m, "mlp.experts.down_proj", down, pairs, expert_width, width)
+    copies = tape.new(pairs.scaled(width * expert_width), down.dtype)
+    bias = _copied_bias(m, "mlp.experts.down_proj_bias", pairs.scaled(width))
     projected = tape.new(pairs.scaled(width), copies.dtype)
     weighted = multiply(projected, weights)
     final = summed_over_choices(weighted, chosen)
@@ -246,12 +248,10 @@ def experts_copied(
     return result
 
 
-def _copied_weights(m: Modules, name: str, weight: Value, pairs: Extent, fan_in: int, fan_out: int) -> tuple[Value, Value | None]:
-    """The weight, and its bias if there is one, of each pair of a token and an expert. Biases are added in place."""
-    tape = m.tape
-    copies = tape.new(pairs.scaled(fan_in * fan_out), weight.dtype)
-    stored = m.optional(f"{name}_bias")
-    return copies, None if stored is None else tape.new(pairs.scaled(fan_out), stored.dtype)
+def _copied_bias(m: Modules, name: str, extent: Extent) -> Value | None:
+    """The bias of each pair of a token and an expert, if there is one. It is added in place."""
+    stored = m.optional(name)
+    return None if stored is None else m.tape.new(extent, stored.dtype)
 
 
 def gate(x: Value) -> Value:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from estimator.engine import Instant, _generation_instants
-from estimator.phases import Phase
+from estimator.phases import Item, Phase
 from estimator.static_memory import static_memory, stored_tensors
-from estimator.step import _Step, regime_of, run_generation, run_step
+from estimator.step import _Step, generation_regimes, regime_of, run_generation, run_step
 from tests.oracle import recipes
 from tests.oracle.models import Mode
 
@@ -69,6 +69,33 @@ def generation_instants(
     return _generation_instants(
         recipe, inventory, lambda regime: run_generation(inventory, recipe, stored, regime, cuda_kernels=False, names=names)
     )
+
+
+def cache_bytes(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    layers: int,
+    *,
+    config: Mapping[str, object] | None = None,
+    **options: Any,
+) -> tuple[int, int]:
+    """Keys and values stored after the prompt and after the last token, as `generate.cache_bytes` counts them [bytes, not rounded]."""
+    inventory, recipe = recipes.inventory(family, layers, config), recipes.generation(family, mode, B, prompt, new, **options)
+    regime, keys = generation_regimes(recipe, inventory)[-1]
+    parts: dict[str, Any] = {"cuda_kernels": False, "names": False}
+    read = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime, spans=regime.prefill, **parts)
+    read.prefill()
+    write = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime, spans=regime.decode, rows=read.rows, **parts)
+    write.decode()
+    return _cached(read, B, prompt, keys), _cached(write, B, 1, keys)
+
+
+def _cached(step: _Step, batch: int, sequence: int, keys: int) -> int:
+    live = step.tape.live.items()
+    return sum(number * extent.at(batch, sequence, keys) for (item, extent), number in live if item is Item.KV_CACHE)
 
 
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
