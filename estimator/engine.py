@@ -13,7 +13,7 @@ from estimator.kv_cache import is_cache_modelled
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, Recipe
 from estimator.static_memory import StaticMemory, static_memory
-from estimator.step import Program, Regime, generation_regimes, regime_of, run_generation, run_step
+from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
@@ -28,6 +28,12 @@ _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEI
 # What follows from shapes and types alone; the rest rests on kernels and on the order of events.
 _EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE)
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
+_COMPILED = Notice(
+    code="compiled_decoding",
+    message="with a static cache generate compiles the decoding of an unquantized model (torch.compile, reduce-overhead): what the compiler "
+    "fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer describes, but "
+    "for keys and values copied for all heads.",
+)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -238,9 +244,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
         batch, length = training.micro_batch_size, training.sequence_length
         return {phase: _largest(peaks[phase], batch, length) for phase in _STEP_PHASES}
     if recipe.inference is not None:
-        return _generation_instants(
-            recipe, inventory, lambda regime: run_generation(inventory, structure, tensors, regime, names=True)
-        )
+        return _generation_instants(recipe, inventory, lambda regime: run_generation(inventory, structure, tensors, regime, names=True))
     return {}
 
 
@@ -275,6 +279,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
         steady_state_bytes=steady,
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        notices=(_COMPILED,) if compiles_decoding(recipe) and Phase.DECODE in instants else (),
     )
 
 

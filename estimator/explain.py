@@ -94,12 +94,10 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     """What a step adds that no tape is needed for."""
     if phase is Phase.LOAD:
         return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
-    texts = {
-        Item.WORKSPACE: f"{2 if recipe.training is not None else 1} cuBLAS workspaces (forward and backward run in threads of their own)"
-    }
     training = recipe.training
     if training is None:
-        return texts | {Item.ACTIVATIONS: "inputs: 3 × 8·B·P B (ids, mask and positions of the prompt's P tokens)"}
+        return {Item.WORKSPACE: "1 cuBLAS workspace"} | {Item.ACTIVATIONS: "inputs: 3 × 8·B·P B (ids, mask and positions of the prompt's P tokens)"}
+    texts = {Item.WORKSPACE: "2 cuBLAS workspaces (forward and backward run in threads of their own)"}
     states = [s for s in static.optimizer if s.residence is Residence.DEVICE]
     raw = sum(s.num_tensors * s.raw_bytes for s in states)
     number = sum(s.num_tensors for s in states)
@@ -126,7 +124,7 @@ def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Instant) -
         name = "input of a checkpointed layer" if item is Item.CHECKPOINTS else "keys or values of a layer" if item is Item.KV_CACHE else ""
         text = _largest(extents, lambda e: e.at(instant.batch, instant.sequence, instant.keys), name)
         before = texts.get((phase, item)) if item is Item.ACTIVATIONS else None
-        keys = f", K={instant.keys}" if any(extent.keys for extent in extents) else ""
+        keys = f", K={instant.keys} keys" if any(extent.keys for extent in extents) else ""
         texts[phase, item] = f"B={instant.batch}, S={instant.sequence}{keys}: {text}" + (f"; {before}" if before else "")
 
 
@@ -192,4 +190,3 @@ def _words(label: str) -> str:
     if operator not in _WORDS and scope.count(" "):
         return label
     return f"{scope} {_WORDS.get(operator, operator.strip('_').replace('_', ' '))}".strip()
-

@@ -18,7 +18,7 @@ from estimator.loss import head_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import scale
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.recipe import Attention, CacheKind, Loss, Recipe, Training
 from estimator.storage import StoredTensor
 from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
 
@@ -382,14 +382,6 @@ class _Step:
         training = self.training
         return training is not None and training.gradient_checkpointing and index % training.checkpoint_every_n_layers == 0
 
-    def _is_compiled(self, spans: Spans) -> bool:
-        """Whether `generate` compiles the pass on its own.
-
-        Source: transformers, generation/utils.py, _valid_auto_compile_criteria; quantizers/base.py, HfQuantizer.is_compileable.
-        """
-        static = spans.prepared and spans.decoding and self.recipe.stack.compiles_static_decoding
-        return static and self.tape.cuda_kernels and self.recipe.quantization is None
-
     def _run_layer(self, index: int, hidden: Value, around: Surroundings) -> Value:
         spans = self.spans
         layer = Layer(
@@ -402,7 +394,7 @@ class _Step:
             span=None if spans is None else self._span(index, spans),
             cache=None if spans is None else self.caches[index],
             decoding=spans is not None and spans.decoding,
-            compiled=spans is not None and self._is_compiled(spans),
+            compiled=spans is not None and spans.decoding and self.tape.cuda_kernels and compiles_decoding(self.recipe),
             handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
         )
 
@@ -497,6 +489,16 @@ class _Copy:
 
         node = tape.node([hidden], backward)
         return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
+
+
+def compiles_decoding(recipe: Recipe) -> bool:
+    """Whether `generate` compiles the passes of one token on its own, on CUDA.
+
+    Source: transformers, generation/utils.py, _valid_auto_compile_criteria; quantizers/base.py, HfQuantizer.is_compileable.
+    """
+    inference = recipe.inference
+    static = inference is not None and inference.cache is CacheKind.STATIC
+    return static and recipe.stack.compiles_static_decoding and recipe.quantization is None
 
 
 def is_padded(recipe: Recipe) -> bool:

@@ -27,7 +27,7 @@ from estimator.operators import (
     split,
     subtract,
 )
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Gradients, Node, Value
 
 
 def _heads(layer: Layer) -> Heads:

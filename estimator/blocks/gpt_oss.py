@@ -44,9 +44,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     weights: Value | None = None
     if layer.attention is Attention.EAGER:
         mask = around.sliding_mask if layer.layer_type == "sliding_attention" else around.mask
-        output, weights = _with_sinks(
-            query, key, value, m.parameter("self_attn.sinks"), mask, heads, probability, one_query=layer.decoding
-        )
+        output, weights = _with_sinks(query, key, value, m.parameter("self_attn.sinks"), mask, heads, probability, one_query=layer.decoding)
     else:
         output, _ = layer.attend_and_weights(query, key, value, heads, around, probability=probability, heads_first=True)
     return m.linear("self_attn.o_proj", output), weights

@@ -140,7 +140,9 @@ LLAMA = "meta-llama/Llama-3.2-1B"
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 
-def asked(batch: int = 1, prompt: int = 1024, new: int = 256, *, cache: CacheKind = CacheKind.DYNAMIC, stack: Stack | None = None) -> Recipe:
+def asked(
+    batch: int = 1, prompt: int = 1024, new: int = 256, *, cache: CacheKind = CacheKind.DYNAMIC, stack: Stack | None = None
+) -> Recipe:
     recipe = inference(batch, prompt, new)
     assert recipe.inference is not None
     return replace(recipe, inference=replace(recipe.inference, cache=cache), stack=stack or recipe.stack)
@@ -187,6 +189,12 @@ def test_decoding_copies_the_weights_of_every_chosen_expert() -> None:
     small, large = (held(estimate(model(mixtral), asked(batch, 64, 64)), Phase.DECODE)[Item.TEMPORARY] for batch in (1, 9))
     per_token = 2 * 3 * 4096 * 14336 * 2  # two experts, three matrices, bfloat16
     assert large - small == pytest.approx(8 * per_token, rel=1e-3)
+
+
+def test_compiled_decoding_is_announced() -> None:
+    static, dynamic = (estimate(model(LLAMA), asked(cache=cache)) for cache in (CacheKind.STATIC, CacheKind.DYNAMIC))
+    assert [notice.code for notice in static.notices] == ["compiled_decoding"]
+    assert not dynamic.notices
 
 
 def test_one_new_token_needs_no_decoding() -> None:
