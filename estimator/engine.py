@@ -30,9 +30,9 @@ _EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Ite
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
 _COMPILED = Notice(
     code="compiled_decoding",
-    message="with a static cache generate compiles the decoding of an unquantized model (torch.compile, reduce-overhead): what the compiler "
-    "fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer describes, but "
-    "for keys and values copied for all heads.",
+    message="with a static cache generate compiles the decoding of an unquantized model (torch.compile, reduce-overhead): what the "
+    "compiler fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer "
+    "describes, but for keys and values copied for all heads.",
 )
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 

@@ -96,7 +96,9 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
         return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
     training = recipe.training
     if training is None:
-        return {Item.WORKSPACE: "1 cuBLAS workspace"} | {Item.ACTIVATIONS: "inputs: 3 × 8·B·P B (ids, mask and positions of the prompt's P tokens)"}
+        return {Item.WORKSPACE: "1 cuBLAS workspace"} | {
+            Item.ACTIVATIONS: "inputs: 3 × 8·B·P B (ids, mask and positions of the prompt's P tokens)"
+        }
     texts = {Item.WORKSPACE: "2 cuBLAS workspaces (forward and backward run in threads of their own)"}
     states = [s for s in static.optimizer if s.residence is Residence.DEVICE]
     raw = sum(s.num_tensors * s.raw_bytes for s in states)

@@ -292,6 +292,30 @@ class Stack:
         """
         return self.transformers >= (4, 54) and self.torch >= (2, 5)
 
+    def reads_all_logits(self, model_type: str) -> bool:
+        """Whether the family makes the logits of the whole prompt where the last token's would do.
+
+        Source: transformers, models/*/modeling_*.py, forward of the head: `num_logits_to_keep` from 4.45 on, later `logits_to_keep`.
+        """
+        since = {"falcon": (4, 47), "granite": (4, 48), "gpt_neox": (4, 50), "gpt2": (4, 53), "gpt_bigcode": (5,)}
+        return self.transformers < since.get(model_type, (4, 45))
+
+    def upcasts_all_logits(self, model_type: str) -> bool:
+        """Whether the family returns its logits in float32, also where there is no loss.
+
+        Source: transformers 4.35–4.45, models/llama/modeling_llama.py, LlamaForCausalLM.forward (`logits = logits.float()`), and its like.
+        """
+        return self.transformers < (4, 46) and model_type not in ("falcon", "gpt2", "gpt_bigcode", "gpt_neox", "stablelm")
+
+    def keeps_earlier_cache(self, model_type: str) -> bool:
+        """Whether all keys and values of the tokens before stay until those with the new token are all there.
+
+        Source: transformers, generation/utils.py: until 4.41 caches were tuples, which the caller holds (4.42 on its change: it "keeps
+        copying the cache thus using much more memory"); models/gpt2/modeling_gpt2.py until 4.52, models/gpt_bigcode/modeling_gpt_bigcode.py
+        until 4.53.
+        """
+        return self.transformers < {"gpt2": (4, 53), "gpt_bigcode": (4, 54)}.get(model_type, (4, 42))
+
     def loss_leaves_half_logits(self, model_type: str) -> bool:
         """Whether the family computed its loss on the logits as they come, without a float32 copy.
 

@@ -14,9 +14,9 @@ from estimator.dtypes import DType
 from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
 from estimator.inventory import Inventory
 from estimator.kv_cache import KEYS, Span, Spans, decode_spans, layer_types, num_keys, prefill_spans
-from estimator.loss import head_logits, stock_loss
+from estimator.loss import head_logits, label_logits, stock_loss
 from estimator.modules import Modules
-from estimator.operators import scale
+from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, CacheKind, Loss, Recipe, Training
 from estimator.storage import StoredTensor
@@ -186,10 +186,12 @@ class _Step:
         tape.phase = Phase.DECODE
         for index, cache in enumerate(self.caches):
             cache += self.cached_before(index, spans)
+        keeps_earlier = self.recipe.stack.keeps_earlier_cache(self.inventory.model_type)
+        earlier = [list(cache) for cache in self.caches] if keeps_earlier else []
         held = self.held_by_generate()
         sampled = self.sampled_from([tape.new(Extent(1, 1), DType.INT64)])
         tape.note_peak()
-        del held, sampled
+        del held, sampled, earlier
 
     def cached_before(self, index: int, spans: Spans) -> list[Value]:
         """A layer's keys and values of the tokens before."""
@@ -217,22 +219,26 @@ class _Step:
         logits = self._last_logits()
         beside.clear()
         del ids
-        copy = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
-        del unfinished
+        copy = tape.new(Extent(self._vocabulary, 1), DType.FLOAT32, Item.LOGITS)
+        del unfinished, logits
         return copy
 
     def _last_logits(self) -> Value:
         hidden = self.hidden_states()
         head = self.inventory.output_embedding
         assert head is not None
-        last = Value(self.tape, Extent(self.frame.width, 1, 0), hidden.dtype, hidden.storage)
-        return head_logits(
+        stack, model_type = self.recipe.stack, self.inventory.model_type
+        read = hidden
+        if not stack.reads_all_logits(model_type):
+            read = Value(self.tape, Extent(self.frame.width, 1, 0), hidden.dtype, hidden.storage)
+        logits = head_logits(
             Modules(self.tape, "", self._head_tensors(head), self.recipe),
             head,
-            last,
+            read,
             scaled=self.family.scales_logits,
             softcap=self._softcaps_logits,
         )
+        return label_logits(cast(logits, DType.FLOAT32)) if stack.upcasts_all_logits(model_type) else logits
 
     @property
     def _vocabulary(self) -> int:

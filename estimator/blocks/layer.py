@@ -144,7 +144,7 @@ class Layer:
             case Update.JOINED | Update.JOINED_TOGETHER:
                 old = list(cache) if span.update is Update.JOINED_TOGETHER else []
                 for index, x in enumerate(new):
-                    if span.before is not None:
+                    if span.before is not None and not self.modules.recipe.stack.keeps_earlier_cache(self.model_type):
                         _relabelled(cache[index], Item.TEMPORARY)
                     joined = tape.new(_of(x, span.stored), x.dtype, Item.KV_CACHE)
                     cache[index : index + 1] = [joined]
