@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from estimator.engine import Instant, _generation_instants
+from estimator.engine import _generation_instants
+from estimator.inventory import Inventory
 from estimator.phases import Item, Phase
+from estimator.recipe import Recipe
 from estimator.static_memory import static_memory, stored_tensors
 from estimator.step import _Step, generation_regimes, regime_of, run_generation, run_step
 from tests.oracle import recipes
@@ -33,57 +35,19 @@ def live_bytes(
     return {phase: max(s.at(B, S) for s in peaks) for phase, peaks in program.peaks.items()}
 
 
-def generation_bytes(
-    family: str,
-    mode: str | Mode,
-    B: int,
-    prompt: int,
-    new: int,
-    layers: int,
-    *,
-    config: Mapping[str, object] | None = None,
-    **options: Any,
-) -> dict[Phase, int]:
+def generation_bytes(family: str, mode: str | Mode, B: int, prompt: int, new: int, layers: int, **options: Any) -> dict[Phase, int]:
     """Peak of each phase above static memory and inputs, kernels' workspaces left out, as `generate.generate` counts it [bytes, not
     rounded]."""
-    instants = generation_instants(family, mode, B, prompt, new, layers, config=config, **options)
+    inventory, recipe = _generation(family, mode, B, prompt, new, layers, **options)
+    stored = stored_tensors(inventory, recipe)
+    instants = _generation_instants(recipe, inventory, lambda regime: run_generation(inventory, recipe, stored, regime, cuda_kernels=False))
     positions = 8 * B * prompt  # those that `generate` holds to its end
     return {phase: instant.num_bytes + positions for phase, instant in instants.items()}
 
 
-def generation_instants(
-    family: str,
-    mode: str | Mode,
-    B: int,
-    prompt: int,
-    new: int,
-    layers: int,
-    *,
-    config: Mapping[str, object] | None = None,
-    names: bool = False,
-    **options: Any,
-) -> Mapping[Phase, Instant]:
-    """The largest instants of generation."""
-    inventory, recipe = recipes.inventory(family, layers, config), recipes.generation(family, mode, B, prompt, new, **options)
-    stored = stored_tensors(inventory, recipe)
-    return _generation_instants(
-        recipe, inventory, lambda regime: run_generation(inventory, recipe, stored, regime, cuda_kernels=False, names=names)
-    )
-
-
-def cache_bytes(
-    family: str,
-    mode: str | Mode,
-    B: int,
-    prompt: int,
-    new: int,
-    layers: int,
-    *,
-    config: Mapping[str, object] | None = None,
-    **options: Any,
-) -> tuple[int, int]:
+def cache_bytes(family: str, mode: str | Mode, B: int, prompt: int, new: int, layers: int, **options: Any) -> tuple[int, int]:
     """Keys and values stored after the prompt and after the last token, as `generate.cache_bytes` counts them [bytes, not rounded]."""
-    inventory, recipe = recipes.inventory(family, layers, config), recipes.generation(family, mode, B, prompt, new, **options)
+    inventory, recipe = _generation(family, mode, B, prompt, new, layers, **options)
     regime, keys = generation_regimes(recipe, inventory)[-1]
     parts: dict[str, Any] = {"cuda_kernels": False, "names": False}
     read = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime, spans=regime.prefill, **parts)
@@ -91,6 +55,20 @@ def cache_bytes(
     write = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime, spans=regime.decode, rows=read.rows, **parts)
     write.decode()
     return _cached(read, B, prompt, keys), _cached(write, B, 1, keys)
+
+
+def _generation(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    layers: int,
+    *,
+    config: Mapping[str, object] | None = None,
+    **options: Any,
+) -> tuple[Inventory, Recipe]:
+    return recipes.inventory(family, layers, config), recipes.generation(family, mode, B, prompt, new, **options)
 
 
 def _cached(step: _Step, batch: int, sequence: int, keys: int) -> int:
