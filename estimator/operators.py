@@ -25,7 +25,7 @@ def promoted(first: DType, second: DType) -> DType:
 
 
 def _larger(first: Extent, second: Extent) -> Extent:
-    return max(first, second, key=lambda e: (e.batch, e.sequence, e.coefficient))
+    return max(first, second, key=lambda e: (e.batch, e.sequence + e.keys, e.coefficient))
 
 
 # -- casts ------------------------------------------------------------------------------------------------------------------------------
@@ -288,11 +288,11 @@ def rsqrt(x: Value) -> Value:
 
 
 def dropout(x: Value, probability: float) -> Value:
-    """On CUDA the mask is one byte an element; with probability 0 nothing happens.
+    """On CUDA the mask is one byte an element; with probability 0, and outside training, nothing happens.
 
     Source: torch, ATen/native/Dropout.cpp, is_fused_kernel_acceptable; derivatives.yaml, native_dropout.
     """
-    if probability == 0.0:
+    if probability == 0.0 or not x.tape.training:
         return x
 
     def backward(node: Node, gradient: Value) -> Gradients:
@@ -362,8 +362,7 @@ def concatenate(parts: Sequence[Value]) -> Value:
 
     tape = parts[0].tape
     node = tape.node(parts, backward)
-    first = extents[0]
-    y = tape.new(Extent(sum(e.coefficient for e in extents), first.batch, first.sequence), dtype)
+    y = tape.new(extents[0]._replace(coefficient=sum(e.coefficient for e in extents)), dtype)
     y.node = node
     return y
 

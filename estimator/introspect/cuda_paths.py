@@ -21,6 +21,7 @@ from bitsandbytes.autograd import _functions as bnb_autograd
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
+from transformers import GenerationMixin
 
 AUTOCAST_KEY = "AutocastCPU"
 
@@ -312,6 +313,17 @@ def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 @contextmanager
+def _optimize_model_for_decode(model: Any) -> Iterator[None]:
+    """Source: transformers 5.23, generation/utils.py, GenerationMixin._optimize_model_for_decode: on the CPU it does nothing."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation({name: "batched_mm" if kind == "grouped_mm" else kind for name, kind in before.items()})
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
 def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tensor] | None = None) -> Iterator[None]:
     """Everything in this file at once, undone on exit.
 
@@ -344,6 +356,9 @@ def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tens
             (bitsandbytes, "matmul_4bit", _matmul_4bit(_gemm_4bit(FUSED_4BIT[fused_4bit]))),
             (bitsandbytes, "matmul", _matmul_8bit),
             (LoraLinear, "get_delta_weight", _delta_weight),
+            # the CPU would pack 4-bit weights anew, in another layout, for inference (bitsandbytes/nn/modules.py, Linear4bit.forward)
+            (bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
+            (GenerationMixin, "_optimize_model_for_decode", _optimize_model_for_decode),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield

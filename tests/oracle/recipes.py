@@ -1,6 +1,7 @@
 """The same tiny model and mode as the estimator is told it: an inventory and a recipe."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from estimator.dtypes import DType
 from estimator.introspect.inventory import inspect
 from estimator.inventory import Inventory
-from estimator.recipe import Adapter, Attention, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.recipe import Adapter, Attention, CacheKind, Inference, Quantization, QuantizationKind, Recipe, Trainer, Training
 from estimator.stack import Stack
 from tests.oracle.models import FAMILIES, Mode
 from tests.oracle.run import mode_of
@@ -18,12 +19,14 @@ _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.f
 
 def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
     """The inventory of a tiny model."""
-    return _inventory(family, layers, tuple(sorted((config or {}).items())))
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in (config or {}).items()}
+    return _inventory(family, layers, tuple(sorted(fields.items())))
 
 
 @lru_cache(maxsize=256)
 def _inventory(family: str, layers: int, config: tuple[tuple[str, object], ...]) -> Inventory:
-    made = FAMILIES[family].config(layers, **dict(config))
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in config}
+    made = FAMILIES[family].config(layers, **fields)
     made.architectures = None
     data = made.to_dict()
     return inspect(data, f"oracle {family} {layers} {config}")
@@ -44,6 +47,39 @@ def recipe(
     attention: str | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
+    trained = Training(
+        micro_batch_size=B,
+        sequence_length=S,
+        gradient_accumulation_steps=accumulation,
+        optimizer=optimizer,
+        autocast_dtype=DType.BFLOAT16 if mode_of(mode).autocast else None,
+        gradient_checkpointing=gc is not None,
+        use_reentrant=bool(gc),
+        checkpoint_every_n_layers=every_n_layers,
+        padded=padded,
+        flattened=flattened,
+    )
+    return replace(loaded(family, mode, attention=attention), training=trained)
+
+
+def generation(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    *,
+    cache: str = "dynamic",
+    padded: bool = False,
+    attention: str | None = None,
+) -> Recipe:
+    """The same for text to be generated; arguments as in `generate.generate`."""
+    asked = Inference(batch_size=B, prompt_length=prompt, max_new_tokens=new, cache=CacheKind(cache), padded=padded)
+    return replace(loaded(family, mode, attention=attention), inference=asked)
+
+
+def loaded(family: str, mode: str | Mode, *, attention: str | None = None) -> Recipe:
+    """The model as it is loaded, before anything runs."""
     mode = mode_of(mode)
     adapter = None
     if mode.adapter is not None:
@@ -72,16 +108,4 @@ def recipe(
         prepare_for_kbit_training=mode.prepared,
         trainer=Trainer.TRL if from_trl else Trainer.TRANSFORMERS,
         stack=Stack(),
-        training=Training(
-            micro_batch_size=B,
-            sequence_length=S,
-            gradient_accumulation_steps=accumulation,
-            optimizer=optimizer,
-            autocast_dtype=DType.BFLOAT16 if mode.autocast else None,
-            gradient_checkpointing=gc is not None,
-            use_reentrant=bool(gc),
-            checkpoint_every_n_layers=every_n_layers,
-            padded=padded,
-            flattened=flattened,
-        ),
     )

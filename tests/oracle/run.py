@@ -46,7 +46,7 @@ class Batch:
             return cls(input_ids=row, attention_mask=None, labels=row.clone(), num_items=torch.tensor(ids.numel()), position_ids=positions)
         mask = torch.ones_like(ids)
         if padded:
-            mask[0, -max(1, length // 5) :] = 0
+            mask[0, : max(1, length // 5)] = 0  # on the left, as generation needs it
         return cls(input_ids=ids, attention_mask=mask, labels=ids.clone(), num_items=torch.tensor(ids.numel()))
 
     def tensors(self) -> list[torch.Tensor]:
@@ -84,7 +84,7 @@ def _loss(forward: Any, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def _warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
+def warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
     """One short forward pass, so that what happens once is over: biases cast in place, int8 states moved, kernels chosen."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints without gradients
@@ -93,7 +93,7 @@ def _warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module, batch: Batch, *, granularity_bytes: int, log: bool = False) -> Iterator[LiveStorages]:
+def watched(model: nn.Module, batch: Batch, *, granularity_bytes: int, log: bool = False) -> Iterator[LiveStorages]:
     live = LiveStorages(granularity_bytes=granularity_bytes, kernels=KERNELS, log=log)
     live.know(stored_tensors(model), "static")
     live.know(batch.tensors(), "inputs")
@@ -136,8 +136,8 @@ def kept(
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
         model, batch = build(family, mode, layers, **options), Batch.of(B, S, padded=padded, flattened=flattened)
-        _warm_up(model, mode, batch)
-        with _watched(model, batch, granularity_bytes=1) as live:
+        warm_up(model, mode, batch)
+        with watched(model, batch, granularity_bytes=1) as live:
             live.begin("forward")
             loss = _loss(_like_accelerate(model, mode), batch)
             garbage.collect()
@@ -253,11 +253,11 @@ def step(
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded, flattened=flattened)
-        _warm_up(model, mode, batch)
+        warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
         update = torch.optim.AdamW(trained, lr=1e-4, **OPTIMIZERS[optimizer])
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with _watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
+        with watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
             forward = _like_accelerate(model, mode)
             kept_bytes, runs = 0, []
@@ -279,7 +279,7 @@ def step(
                 states = [t for s in update.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
                 live.label(states, "optimizer_state")
                 del states
-                runs.append(_worst(live))
+                runs.append(worst(live))
                 for p in trained:
                     p.grad = None
             state_bytes = sum(s.num_bytes for s in live.snapshot() if s.label == "optimizer_state")
@@ -298,13 +298,13 @@ def step(
             )
 
 
-def _worst(live: LiveStorages) -> Mapping[str, PhasePeak]:
+def worst(live: LiveStorages) -> Mapping[str, PhasePeak]:
     known = live.known_bytes.total()
-    worst: dict[str, Peak] = {}
+    largest: dict[str, Peak] = {}
     for peak in live.peaks:
-        if peak.phase not in worst or peak.num_bytes > worst[peak.phase].num_bytes:
-            worst[peak.phase] = peak
+        if peak.phase not in largest or peak.num_bytes > largest[peak.phase].num_bytes:
+            largest[peak.phase] = peak
     return {
         name: PhasePeak(phase=name, live_bytes=p.num_bytes, allocated_bytes=known + p.num_bytes, op=p.op, storages=p.storages)
-        for name, p in worst.items()
+        for name, p in largest.items()
     }
