@@ -13,6 +13,7 @@ from estimator.operators import (
     clone,
     contiguous_copy,
     dropout,
+    expanded_view,
     lower_precision,
     saving_output,
     scale,
@@ -55,7 +56,17 @@ def _rounded_head_dim(head_dim: int) -> int:
 def expanded(query: Value, key: Value, value: Value, heads: Heads) -> tuple[Value, Value, Value, Heads]:
     """Key and value heads repeated for all query heads before the kernel."""
     alone = replace(heads, num_key_value_heads=heads.num_heads)
-    return query, repeated(key, heads.groups), repeated(value, heads.groups), alone
+    return query, _spread(key, heads), _spread(value, heads), alone
+
+
+def _spread(x: Value, heads: Heads) -> Value:
+    """Key or value heads for every query head: several are copied, a single one is seen many times.
+
+    Source: transformers, models/llama/modeling_llama.py, repeat_kv: the reshape of an expanded tensor.
+    """
+    if heads.groups > 1 and heads.num_key_value_heads == 1:
+        return expanded_view(x, x.extent.scaled(heads.groups))
+    return repeated(x, heads.groups)
 
 
 def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
@@ -136,21 +147,21 @@ def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: V
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
     """
     tape = query.tape
-    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
-    dtype = query.dtype
+    arguments = [lower_precision(x) for x in (query, key, value)]  # autocast holds on to its casts until the call returns
+    dtype = arguments[0].dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
-    accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
+    accumulated, key, value = (cast(x, DType.FLOAT32) for x in arguments)
     scaled = scale(accumulated)
-    bias = _causal_bias(tape) if mask is None else tape.new(mask.extent, DType.FLOAT32)
+    bias = _causal_bias(tape) if mask is None else tape.new(mask.extent, dtype)
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts)
     weights = softmax(weights)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
+    returned = cast(weights, dtype)  # the weights are handed back too, and made first
     output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
-    returned = cast(weights, dtype)
     tape.autocast_enabled = autocasts
-    del accumulated, scaled, bias, returned
+    del arguments, accumulated, scaled, bias, returned
     return output
 
 
@@ -179,7 +190,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa; torch, ATen/native/transformers/attention.cpp,
     convert_boolean_attn_mask.
     """
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    query, key, value, heads = expanded(query, key, value, heads)
     tape = query.tape
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
@@ -194,11 +205,11 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
         return results
 
     node = tape.node([query, key, value], backward, saved)
-    del saved
     output = tape.new(per_head.scaled(heads.value_head_dim), query.dtype)
     tape.save_output(node, output)
     tape.save_output(node, tape.new(per_head, DType.FLOAT32))
     output.node = node
+    del saved  # the mask of its own lives as long as the call, where a checkpoint drops what is saved too
     return output
 
 
@@ -224,15 +235,12 @@ def eager(
 
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    # Batched products want heads one after the other: so lie the copies of several key heads, and of others what came heads first.
+    is_copied = heads.groups > 1 and heads.num_key_value_heads > 1
+    fits = is_copied or (heads_first and heads.groups == 1)
+    query, key, value, _ = expanded(query, key, value, heads)
     scores = Extent(heads.num_heads, 1, 2)
-    # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.
-    if heads_first:
-        weights = scale(batched_product(query, key, scores))
-    elif heads.groups == 1:
-        weights = scale(batched_product(clone(query), clone(key), scores))
-    else:
-        weights = scale(batched_product(clone(query), key, scores))
+    weights = scale(batched_product(query if heads_first else clone(query), key if fits else clone(key), scores))
     if softcap:
         weights = _softcapped(weights)
     if mask is not None:
@@ -240,7 +248,7 @@ def eager(
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
+    output = batched_product(weights, value if is_copied else clone(value), result)
     return clone(output), weights
 
 

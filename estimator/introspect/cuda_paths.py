@@ -279,7 +279,37 @@ def _layer_norm_backward_kernel(grad: torch.Tensor, x: torch.Tensor, shape: Any,
     return torch.ops.aten.native_layer_norm_backward.default(grad, x, shape, mean.to(own), rstd.to(own), *rest)
 
 
+def _attention_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> Any:
+    """Without a mask CUDA takes flash, whose output lies in memory as the query does, like the CPU's; with one the memory-efficient
+    kernel, whose output lies token after token whatever the query does.
+
+    Source: torch, ATen/native/transformers/cuda/attention.cu, _efficient_attention_forward (`res` is an empty (B, M, heads, Kv)).
+    """
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, *rest, **named)
+    return (output if named.get("attn_mask") is None else _token_after_token(output)), logsumexp
+
+
+def _attention_backward_kernel(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+) -> Any:
+    """Flash's gradients lie as query, key and value do, the memory-efficient kernel's token after token, like the CPU's.
+
+    Source: torch, ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd (`at::empty_like(q)`); attention_backward.cu,
+    _efficient_attention_backward (`at::empty(query.sizes())`).
+    """
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(grad, query, key, value, *rest, **named)
+    if named.get("attn_mask") is not None:
+        return grads
+    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), grads, strict=True))
+
+
+def _token_after_token(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_kernel,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_kernel,
     torch.ops.aten.native_layer_norm.default: _layer_norm_kernel,
     torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward_kernel,
 }
