@@ -422,13 +422,16 @@ def relaid(x: Value) -> Value:
 
 
 def with_rows(x: Value, rows: Value) -> Value:
-    """`x.index_copy(0, index, rows)` on a constant: a second tensor of its size; the gradient's rows are picked out."""
+    """`x.index_copy(0, index, rows)` on a constant: a second tensor of its size; saves the rows, and picks theirs out of the gradient."""
     extent = rows.extent
 
     def backward(node: Node, gradient: Value) -> Gradients:
-        return [None, gradient.tape.new(extent, gradient.dtype)]
+        saved = node.unpacked()
+        result = gradient.tape.new(extent, gradient.dtype)
+        del saved
+        return [None, result]
 
-    node = x.tape.node([x, rows], backward)
+    node = x.tape.node([x, rows], backward, [rows])
     y = x.tape.new(x.extent, x.dtype)
     y.node = node
     return y

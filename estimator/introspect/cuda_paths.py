@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import bitsandbytes
 import torch
 from bitsandbytes.autograd import _functions as bnb_autograd
+from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
 
@@ -341,6 +343,16 @@ def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     return scaled
 
 
+def _unpacked_weight(module: torch.nn.Module) -> torch.Tensor:
+    """Source: peft 0.21, utils/integrations.py, dequantize_module_weight: on the CPU alone the parameter is made anew, which loses the
+    scales of LLM.int8."""
+    weight: Any = module.weight
+    if not isinstance(weight, bitsandbytes.nn.Params4bit | bitsandbytes.nn.Int8Params):
+        return cast(torch.Tensor, weight)
+    unpacked: torch.Tensor = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    return unpacked
+
+
 @contextmanager
 def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
     """Everything in this file at once, undone on exit."""
@@ -369,6 +381,7 @@ def cuda_paths(*, fused_4bit: str = "never") -> Iterator[None]:
             (bitsandbytes, "matmul_4bit", _matmul_4bit(_gemm_4bit(FUSED_4BIT[fused_4bit]))),
             (bitsandbytes, "matmul", _matmul_8bit),
             (LoraLinear, "get_delta_weight", _delta_weight),
+            (dora, "dequantize_module_weight", _unpacked_weight),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield

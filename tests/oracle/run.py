@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from tests.oracle.live import Event, LiveStorages, Peak, Storage
 from tests.oracle.models import MODES, VOCABULARY, Mode, build, stored_tensors
+from tests.oracle.optimizers import as_on_cuda, made_by_trainer
 
 Multiset = Counter[tuple[tuple[int, ...], torch.dtype]]
 
@@ -66,7 +66,7 @@ def _like_accelerate(model: nn.Module, mode: Mode) -> Any:
     """
     if not mode.autocast:
         return model
-    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.__call__))
+    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=mode.autocast_dtype)(model.__call__))
 
 
 def _loss(forward: Any, batch: Batch) -> torch.Tensor:
@@ -195,12 +195,6 @@ class StepReport:
         return max((*self.first.values(), *self.second.values()), key=lambda p: p.allocated_bytes)
 
 
-OPTIMIZERS: Mapping[str, dict[str, Any]] = MappingProxyType(
-    {"adamw_torch_fused": {"fused": True}, "adamw_torch": {"foreach": True}, "adamw_loop": {"foreach": False, "fused": False}}
-)
-"""Arguments of torch.optim.AdamW; on CUDA `adamw_torch` takes the foreach implementation."""
-
-
 def step(
     family: str,
     mode: str | Mode,
@@ -225,6 +219,7 @@ def step(
         loss: only transformers' own, `stock`.
         accumulation: number of micro-batches per step.
         granularity_bytes: every storage is rounded up to it: 512 as CUDA's allocator counts [bytes].
+        optimizer: a value of transformers' OptimizerNames.
         options: see `models.build`.
 
     Source: transformers 5.23, trainer.py, training_step, _clip_grad_norm, _run_epoch.
@@ -236,7 +231,7 @@ def step(
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded)
         _warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
-        update = torch.optim.AdamW(trained, lr=1e-4, **OPTIMIZERS[optimizer])
+        update = as_on_cuda(made_by_trainer(model, optimizer))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         with _watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
