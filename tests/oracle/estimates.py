@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from estimator.optimizers import SCALAR_BYTES
 from estimator.phases import Phase
 from estimator.static_memory import static_memory, stored_tensors
 from estimator.step import _Step, regime_of, run_step
+from estimator.units import allocated
 from tests.oracle import recipes
 from tests.oracle.models import Mode
 
@@ -35,3 +37,15 @@ def live_bytes(
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
     """Weights, quantization state, buffers and adapter [bytes, each tensor rounded up to 512]."""
     return static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, 1, 8)).loaded_bytes
+
+
+def update_bytes(
+    family: str, mode: str | Mode, B: int, S: int, layers: int, *, config: Mapping[str, object] | None = None, **options: Any
+) -> int:
+    """Peak of the optimizer's second step above loaded tensors and inputs [bytes, each tensor rounded up to 512, scalars left out].
+
+    Paged states count too: without managed memory they lie where the others do.
+    """
+    static = static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, B, S, **options))
+    states = sum(s.num_tensors * allocated(s.raw_bytes) for s in static.optimizer if s.raw_bytes > SCALAR_BYTES)
+    return static.gradients_bytes + states + static.optimizer_temporary_bytes

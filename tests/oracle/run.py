@@ -150,7 +150,8 @@ class PhasePeak:
     """The worst instant of one phase of one optimizer step."""
 
     phase: str
-    """`forward`: up to the head; `loss`: head and loss; `backward`; `optimizer_step`: clipping, update."""
+    """`forward`: up to the head; `loss`: head and loss; `backward`; `clipping` of gradients, one scalar
+    for each of them; `optimizer_step`."""
     live_bytes: int
     """Above weights, quantization state, buffers and inputs [bytes]."""
     allocated_bytes: int
@@ -231,11 +232,11 @@ def step(
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded)
         _warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
-        update = as_on_cuda(made_by_trainer(model, optimizer))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         with _watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
             forward = _like_accelerate(model, mode)
+            update = as_on_cuda(made_by_trainer(model, optimizer))
             kept_bytes, runs = 0, []
             for number in range(2):
                 live.peaks.clear()
@@ -249,8 +250,9 @@ def step(
                     del value
                 live.label((p.grad for p in trained if p.grad is not None), "gradient")
                 gradient_bytes = sum(s.num_bytes for s in live.snapshot() if s.label == "gradient")
-                live.begin("optimizer_step")
+                live.begin("clipping")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+                live.begin("optimizer_step")
                 update.step()
                 states = [t for s in update.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
                 live.label(states, "optimizer_state")
