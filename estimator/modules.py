@@ -305,8 +305,14 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
 
     nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
     unpacked = tape.new(weight, argument.dtype)
-    y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward, stash=[argument] if keeps_input else [])
-    del nested, unpacked
+    dtype = argument.dtype
+    lowered: list[Value] = []
+    if tape.autocast_enabled and tape.autocast_dtype is not None and dtype is not tape.autocast_dtype:
+        # The product inside is one more F.linear, which autocast lowers whatever the compute type is.
+        dtype = tape.autocast_dtype
+        lowered = [tape.new(e, dtype) for e in (extent, weight)]
+    y = custom([argument], extent.scaled(fan_out, fan_in), dtype, backward, stash=[argument] if keeps_input else [])
+    del nested, unpacked, lowered
     return cast(y, before)
 
 

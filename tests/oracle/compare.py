@@ -2,8 +2,9 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from estimator.blocks.families import FAMILIES as BLOCKS
 from estimator.errors import VramplanError
@@ -45,11 +46,17 @@ class Cell:
         mode: Mode = MODES[self.mode]
         if self.dropout:
             mode = mode.with_adapter(dropout=self.dropout)
-        options = {"gc": self.gc, "attention": self.attention, "padded": self.padded}
+        options: dict[str, Any] = {"gc": self.gc, "attention": self.attention, "padded": self.padded}
         try:
             said = live_bytes(self.family, mode, self.B, self.S, self.layers, **options)
         except (VramplanError, NotImplementedError) as error:
             return Outcome(cell=self, refused=f"{type(error).__name__}: {error}")
+        try:
+            return self._compared(mode, said, options)
+        except (ValueError, RuntimeError) as error:  # a kernel that the class refuses, sizes that it cannot be run at
+            return Outcome(cell=self, refused=f"the real step: {error}")
+
+    def _compared(self, mode: Mode, said: Mapping[Phase, int], options: Mapping[str, Any]) -> "Outcome":
         report = step(self.family, mode, self.B, self.S, self.layers, granularity_bytes=1, **options)
         return Outcome(cell=self, peaks=tuple((said[phase], report.first[phase.value].live_bytes) for phase in PHASES))
 
