@@ -176,12 +176,14 @@ def test_autocast_lowers_the_product_of_a_4bit_layer_that_computes_in_float32() 
 RUN_HERE = tuple(name for name in OPTIMIZERS if "paged_ademamix" not in name and name not in ("adamw_torch_4bit", "adamw_torch_8bit"))
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit", "lion_32bit"])
 def test_the_optimizers_step_peaks_where_the_real_one_does(optimizer: str) -> None:
     check_update("lora_bf16_fp32_autocast", optimizer)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", RUN_HERE)
 @pytest.mark.parametrize("mode", ["full_bf16", "full_fp32_autocast", "lora_bf16_fp32_autocast", "qlora_bf16_autocast"])
 def test_every_optimizers_step_peaks_where_the_real_one_does(mode: str, optimizer: str) -> None:
