@@ -14,6 +14,7 @@ from estimator.operators import (
     clone,
     contiguous_copy,
     dropout,
+    expanded_view,
     lower_precision,
     saving_output,
     scale,
@@ -67,7 +68,17 @@ def scores_extent(query: Value, key: Value, heads: Heads, *, num_key_heads: int 
 def expanded(query: Value, key: Value, value: Value, heads: Heads) -> tuple[Value, Value, Value, Heads]:
     """Key and value heads repeated for all query heads before the kernel."""
     alone = replace(heads, num_key_value_heads=heads.num_heads)
-    return query, repeated(key, heads.groups), repeated(value, heads.groups), alone
+    return query, _spread(key, heads), _spread(value, heads), alone
+
+
+def _spread(x: Value, heads: Heads) -> Value:
+    """Key or value heads for every query head: several are copied, a single one is seen many times.
+
+    Source: transformers, models/llama/modeling_llama.py, repeat_kv: the reshape of an expanded tensor.
+    """
+    if heads.groups > 1 and heads.num_key_value_heads == 1:
+        return expanded_view(x, x.extent.scaled(heads.groups))
+    return repeated(x, heads.groups)
 
 
 def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
@@ -158,10 +169,10 @@ def written_out(
     """
     tape = query.tape
     tape.kernels.add(Kernel.WRITTEN_OUT)
-    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
-    dtype = query.dtype
+    arguments = [lower_precision(x) for x in (query, key, value)]  # autocast holds on to its casts until the call returns
+    dtype = arguments[0].dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
-    accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
+    accumulated, key, value = (cast(x, DType.FLOAT32) for x in arguments)
     scaled = scale(accumulated)
     bias = _converted(mask, dtype) if mask is not None else None if one_query else _causal_bias(tape)
     if not broadcasts:
@@ -169,10 +180,10 @@ def written_out(
     weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts, one_query=one_query)
     weights = softmax(weights)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    returned = cast(weights, dtype)
+    returned = cast(weights, dtype)  # the weights are handed back too, and made first
     output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
     tape.autocast_enabled = autocasts
-    del accumulated, scaled, bias, returned
+    del arguments, accumulated, scaled, bias, returned
     return output
 
 
@@ -211,7 +222,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa; torch, ATen/native/transformers/attention.cpp,
     convert_boolean_attn_mask.
     """
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    query, key, value, heads = expanded(query, key, value, heads)
     tape = query.tape
     tape.kernels.add(Kernel.MEMORY_EFFICIENT)
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
@@ -228,12 +239,11 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
         return results
 
     node = tape.node([query, key, value], backward, saved)
-    del saved
     output = tape.new(per_head.scaled(heads.value_head_dim), query.dtype)
     tape.save_output(node, output)
     tape.save_output(node, tape.new(per_head, DType.FLOAT32))
     output.node = node
-    del converted  # a local of the operator to its end
+    del saved, converted  # the mask of its own lives as long as the call, where a checkpoint drops what is saved too
     return output
 
 
@@ -264,12 +274,12 @@ def eager(
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
     query.tape.kernels.add(Kernel.EAGER)
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    copied = heads.groups > 1
-    # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.
-    product = batched_product(
-        query if queries_first else clone(query), key if keys_first or copied else clone(key), scores_extent(query, key, heads)
-    )
+    # Batched products want heads one after the other: so lie the copies of several key heads, and of others what came heads first.
+    copied = heads.groups > 1 and heads.num_key_value_heads > 1
+    alone = heads.groups == 1
+    scores = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads)
+    query, key, value, _ = expanded(query, key, value, heads)
+    product = batched_product(query if queries_first else clone(query), key if copied or (keys_first and alone) else clone(key), scores)
     weights = scale(product)
     del product
     if softcap:
@@ -281,5 +291,5 @@ def eager(
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, value if values_first or copied else clone(value), result)
+    output = batched_product(weights, value if copied or (values_first and alone) else clone(value), result)
     return (output if one_query else clone(output)), weights

@@ -356,10 +356,17 @@ class _Step:
                 raise AssertionError("the stock loss holds all logits")
 
     def _head_tensors(self, head: str) -> dict[str, StoredTensor]:
-        """A tied head works on the embedding's weight."""
+        """A tied head works on the embedding's weight, and on its trained tokens.
+
+        Source: peft, utils/other.py, set_additional_trainable_modules.
+        """
         tensors = dict(self.outside)
-        if f"{head}.weight" not in tensors:
-            tensors[f"{head}.weight"] = tensors[f"{self.inventory.input_embedding}.weight"]
+        if f"{head}.weight" in tensors:
+            return tensors
+        embedding = self.inventory.input_embedding
+        for leaf in ("weight", "trainable_tokens_delta"):
+            if f"{embedding}.{leaf}" in tensors:
+                tensors[f"{head}.{leaf}"] = tensors[f"{embedding}.{leaf}"]
         return tensors
 
     # -- layers ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +429,9 @@ class _Step:
             handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
         )
 
-        own = replace(around, others=())
+        # A checkpointed layer holds on to its arguments: the mask of its own kind alone.
+        is_sliding = layer.layer_type == "sliding_attention"
+        own = replace(around, others=(), mask=None) if is_sliding else replace(around, others=(), sliding_mask=None)
 
         def function(x: Value) -> Value:
             return self.family.layer(layer, x, own)

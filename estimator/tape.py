@@ -133,10 +133,12 @@ class Storage:
 class Value:
     """A tensor: how many elements of which type, on which storage, made by which node."""
 
-    __slots__ = ("dtype", "extent", "node", "storage", "tape")
+    __slots__ = ("dtype", "extent", "has_base", "node", "storage", "tape")
 
     def __init__(self, tape: "Tape", extent: Extent, dtype: DType, storage: Storage | None, node: "Node | Leaf | None" = None) -> None:
         self.tape = tape
+        # Whether a gradient is a view that keeps the tensor it looks at alive.
+        self.has_base = False
         self.extent = extent
         self.dtype = dtype
         self.storage = storage
@@ -148,7 +150,19 @@ class Value:
 
     def view(self, extent: Extent | None = None) -> "Value":
         """The same storage seen as a leaf without history (a gradient passed on, a detached tensor)."""
-        return Value(self.tape, extent or self.extent, self.dtype, self.storage)
+        same = Value(self.tape, extent or self.extent, self.dtype, self.storage)
+        same.has_base = self.has_base
+        return same
+
+    def reshaped(self) -> "Value":
+        """This gradient seen in another shape: as autograd's own views do, it keeps what it looks at alive, so that no other gradient is
+        added into it.
+
+        Source: torch, csrc/autograd/variable.h, DifferentiableViewMeta (`base_`).
+        """
+        same = self.view()
+        same.has_base = True
+        return same
 
 
 class Parameter(Value):
@@ -488,7 +502,7 @@ class Tape:
         Source: torch, autograd/engine.cpp, evaluate_function, and input_buffer.cpp, accumulate.
         """
         waiting = _dependencies(root)
-        buffers: dict[Node, Value] = {root: gradient}
+        buffers: dict[Node | str, Value] = {root: gradient}
         collected: dict[Node, list[Value]] = {}
         del gradient
         ready = [(-root.sequence, 0, root)]
@@ -507,24 +521,30 @@ class Tape:
                 # Popped, so that no name here keeps a gradient alive through the next node.
                 self._deliver(edges.pop(0), results.pop(0), buffers, collected)
             for following, _, _ in node.inputs:
-                if isinstance(following, Node):
-                    waiting[following] -= 1
-                    if waiting[following] == 0:
-                        ties += 1
-                        heapq.heappush(ready, (-following.sequence, ties, following))
+                key = _key(following)
+                if key is None:
+                    continue
+                waiting[key] -= 1
+                if waiting[key]:
+                    continue
+                if isinstance(following, AccumulateGrad) and following.name in buffers:
+                    following.receive(buffers.pop(following.name))
+                elif isinstance(following, Node):
+                    ties += 1
+                    heapq.heappush(ready, (-following.sequence, ties, following))
 
     def _deliver(
         self,
         following: "Node | Leaf | None",
         gradient: Value | None,
-        buffers: dict[Node, Value],
+        buffers: "dict[Node | str, Value]",
         collected: dict[Node, list[Value]],
     ) -> None:
         if gradient is None or following is None:
             return
         match following:
             case AccumulateGrad():
-                following.receive(gradient)
+                _accumulate(self, buffers, following.name, gradient)
             case _Arrival():
                 following.add(self, gradient)
             case Node() if following.collects:
@@ -569,22 +589,29 @@ class _Arrival(Leaf):
             self.gradient = _sum(tape, self.gradient, gradient)
 
 
-def _dependencies(root: Node) -> dict[Node, int]:
-    """How many gradients each node waits for."""
-    waiting: dict[Node, int] = {}
+def _key(following: "Node | Leaf | None") -> "Node | str | None":
+    """What gradients wait under: a node, or the name of a parameter, which every use of it leads to."""
+    return following.name if isinstance(following, AccumulateGrad) else following if isinstance(following, Node) else None
+
+
+def _dependencies(root: Node) -> dict[Node | str, int]:
+    """How many gradients each node and each parameter waits for."""
+    waiting: dict[Node | str, int] = {}
     stack = [root]
     seen = {root}
     while stack:
         for following, _, _ in stack.pop().inputs:
-            if isinstance(following, Node):
-                waiting[following] = waiting.get(following, 0) + 1
-                if following not in seen:
-                    seen.add(following)
-                    stack.append(following)
+            key = _key(following)
+            if key is None:
+                continue
+            waiting[key] = waiting.get(key, 0) + 1
+            if isinstance(following, Node) and following not in seen:
+                seen.add(following)
+                stack.append(following)
     return waiting
 
 
-def _accumulate(tape: Tape, buffers: dict[Node, Value], node: Node, gradient: Value) -> None:
+def _accumulate(tape: Tape, buffers: dict[Node | str, Value], node: Node | str, gradient: Value) -> None:
     if node in buffers:
         buffers[node] = _sum(tape, buffers.pop(node), gradient)
     else:
@@ -592,9 +619,11 @@ def _accumulate(tape: Tape, buffers: dict[Node, Value], node: Node, gradient: Va
 
 
 def _sum(tape: Tape, first: Value, second: Value) -> Value:
-    """In place where one of the two belongs to nobody else, else a third tensor."""
-    for value in (first, second):
-        # Two references: the attribute of this Value, and getrefcount's own argument.
-        if value.storage is not None and getrefcount(value.storage) <= 2:
-            return value
+    """In place of the first where nobody else holds it, else a third tensor.
+
+    Source: torch, csrc/autograd/input_buffer.cpp, can_accumulate_inplace and accumulate.
+    """
+    # Two references: the attribute of this Value, and getrefcount's own argument.
+    if first.storage is not None and not first.has_base and getrefcount(first.storage) <= 2:
+        return first
     return tape.new(first.extent, first.dtype)

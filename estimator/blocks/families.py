@@ -9,7 +9,7 @@ from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
 from estimator.kv_cache import QUERIES, Spans
 from estimator.modules import Modules
-from estimator.operators import add, dropout, embedding, scale
+from estimator.operators import add, dropout
 from estimator.recipe import Attention
 from estimator.tape import Extent, Tape, Value
 
@@ -64,12 +64,12 @@ class Family:
 
 
 def embed_tokens(frame: Frame) -> Value:
-    return embedding(frame.modules.parameter("embed_tokens.weight"), Extent(frame.width, 1, 1))
+    return frame.modules.embedding("embed_tokens", Extent(frame.width, 1, 1))
 
 
 def embed_scaled(frame: Frame) -> Value:
     """Gemma's embedding multiplies its output by a number."""
-    return scale(embed_tokens(frame))
+    return frame.modules.embedding("embed_tokens", Extent(frame.width, 1, 1), scaled=True)
 
 
 def head_dim(config: Mapping[str, object]) -> int:
@@ -231,7 +231,7 @@ def number(config: Mapping[str, object], name: str) -> float:
 
 def embedded_as(name: str) -> Callable[[Frame], Value]:
     def embed(frame: Frame) -> Value:
-        return embedding(frame.modules.parameter(f"{name}.weight"), Extent(frame.width, 1, 1))
+        return frame.modules.embedding(name, Extent(frame.width, 1, 1))
 
     return embed
 
@@ -242,7 +242,7 @@ def masks_alone(frame: Frame, hidden: Value) -> Surroundings:
 
 def _enter_gpt2(frame: Frame, embedded: Value, beside: list[Value]) -> Value:
     """Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Model.forward."""
-    positions = embedding(frame.modules.parameter("wpe.weight"), frame.positions(frame.width))
+    positions = frame.modules.embedding("wpe", frame.positions(frame.width))
     beside.append(positions)
     return dropout(add(embedded, positions), number(frame.config, "embd_pdrop"))
 

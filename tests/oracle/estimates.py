@@ -5,10 +5,12 @@ from typing import Any
 
 from estimator.engine import _generation_instants
 from estimator.inventory import Inventory
+from estimator.optimizers import SCALAR_BYTES
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import static_memory, stored_tensors
 from estimator.step import _Step, generation_regimes, regime_of, run_generation, run_step
+from estimator.units import allocated
 from tests.oracle import recipes
 from tests.oracle.models import Mode
 
@@ -97,3 +99,15 @@ def settled_bytes(family: str, mode: str | Mode, layers: int) -> tuple[int, int]
     tensors = static_memory(recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)).tensors
     gradients = sum(t.num_copies * t.num_elements * t.dtype.itemsize for t in tensors if t.trainable)
     return sum(t.num_copies * t.raw_bytes for t in tensors), gradients
+
+
+def update_bytes(
+    family: str, mode: str | Mode, B: int, S: int, layers: int, *, config: Mapping[str, object] | None = None, **options: Any
+) -> int:
+    """Peak of the optimizer's second step above loaded tensors and inputs [bytes, each tensor rounded up to 512, scalars left out].
+
+    Paged states count too: without managed memory they lie where the others do.
+    """
+    static = static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, B, S, **options))
+    states = sum(s.num_tensors * allocated(s.raw_bytes) for s in static.optimizer if s.raw_bytes > SCALAR_BYTES)
+    return static.gradients_bytes + states + static.optimizer_temporary_bytes

@@ -52,7 +52,7 @@ def recipe(
         sequence_length=S,
         gradient_accumulation_steps=accumulation,
         optimizer=optimizer,
-        autocast_dtype=DType.BFLOAT16 if mode_of(mode).autocast else None,
+        autocast_dtype=_DTYPES[mode_of(mode).autocast_dtype] if mode_of(mode).autocast else None,
         gradient_checkpointing=gc is not None,
         use_reentrant=bool(gc),
         checkpoint_every_n_layers=every_n_layers,
@@ -90,22 +90,24 @@ def loaded(family: str, mode: str | Mode, *, attention: str | None = None) -> Re
             target_parameters=mode.adapter.target_parameters,
             dropout=mode.adapter.dropout,
             use_dora=mode.adapter.dora,
+            use_rslora=mode.adapter.rslora,
+            lora_bias=mode.adapter.lora_bias,
             bias=mode.adapter.bias,
-            autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
+            modules_to_save=mode.adapter.modules_to_save,
+            trainable_token_indices=mode.adapter.trained_tokens,
+            autocast_adapter_dtype=mode.autocasts_adapter,
         )
     quantization = None
     if mode.quant is not None:
         quantization = Quantization(
             kind=QuantizationKind(mode.quant), double_quant=mode.double_quant, compute_dtype=_DTYPES[mode.compute_dtype]
         )
-    # quantized models get 16-bit adapters from TRL alone
-    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
     return Recipe(
         dtype=_DTYPES[mode.load_dtype],
         attention=Attention(attention or FAMILIES[family].attention),
         quantization=quantization,
         adapter=adapter,
         prepare_for_kbit_training=mode.prepared,
-        trainer=Trainer.TRL if from_trl else Trainer.TRANSFORMERS,
+        trainer=Trainer.TRL if mode.is_cast_by_trl else Trainer.TRANSFORMERS,
         stack=Stack(),
     )

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from tests.oracle.live import Event, LiveStorages, Peak, Storage
 from tests.oracle.models import MODES, VOCABULARY, Mode, build, stored_tensors
+from tests.oracle.optimizers import as_on_cuda, made_by_trainer
 
 Multiset = Counter[tuple[tuple[int, ...], torch.dtype]]
 
@@ -74,7 +74,7 @@ def _like_accelerate(model: nn.Module, mode: Mode) -> Any:
     """
     if not mode.autocast:
         return model
-    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.__call__))
+    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=mode.autocast_dtype)(model.__call__))
 
 
 def _loss(forward: Any, batch: Batch) -> torch.Tensor:
@@ -168,7 +168,8 @@ class PhasePeak:
     """The worst instant of one phase of one optimizer step."""
 
     phase: str
-    """`forward`: up to the head; `loss`: head and loss; `backward`; `optimizer_step`: clipping, update."""
+    """`forward`: up to the head; `loss`: head and loss; `backward`; `clipping` of gradients, one scalar
+    for each of them; `optimizer_step`."""
     live_bytes: int
     """Above weights, quantization state, buffers and inputs [bytes]."""
     allocated_bytes: int
@@ -213,12 +214,6 @@ class StepReport:
         return max((*self.first.values(), *self.second.values()), key=lambda p: p.allocated_bytes)
 
 
-OPTIMIZERS: Mapping[str, dict[str, Any]] = MappingProxyType(
-    {"adamw_torch_fused": {"fused": True}, "adamw_torch": {"foreach": True}, "adamw_loop": {"foreach": False, "fused": False}}
-)
-"""Arguments of torch.optim.AdamW; on CUDA `adamw_torch` takes the foreach implementation."""
-
-
 def step(
     family: str,
     mode: str | Mode,
@@ -244,6 +239,7 @@ def step(
         loss: only transformers' own, `stock`.
         accumulation: number of micro-batches per step.
         granularity_bytes: every storage is rounded up to it: 512 as CUDA's allocator counts [bytes].
+        optimizer: a value of transformers' OptimizerNames.
         options: see `models.build`.
 
     Source: transformers 5.23, trainer.py, training_step, _clip_grad_norm, _run_epoch.
@@ -255,11 +251,11 @@ def step(
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded, flattened=flattened)
         warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
-        update = torch.optim.AdamW(trained, lr=1e-4, **OPTIMIZERS[optimizer])
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         with watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
             forward = _like_accelerate(model, mode)
+            update = as_on_cuda(made_by_trainer(model, optimizer))
             kept_bytes, runs = 0, []
             for number in range(2):
                 live.peaks.clear()
@@ -273,8 +269,9 @@ def step(
                     del value
                 live.label((p.grad for p in trained if p.grad is not None), "gradient")
                 gradient_bytes = sum(s.num_bytes for s in live.snapshot() if s.label == "gradient")
-                live.begin("optimizer_step")
+                live.begin("clipping")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+                live.begin("optimizer_step")
                 update.step()
                 states = [t for s in update.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
                 live.label(states, "optimizer_state")
