@@ -1,6 +1,5 @@
 """Which storages are alive, and which were when most bytes were."""
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from estimator.introspect.gradient_sums import ADD_IN_PLACE, sums_in_place
 
 Kernel = Callable[..., Any]
 
@@ -73,38 +74,6 @@ class _Known:
 
     num_bytes: int
     label: str
-
-
-_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
-# References to a gradient that only the engine holds, and to its storage, seen from `__torch_dispatch__`: the engine's buffer, the
-# arguments on their way here and the Python objects around them. A view is known by the base that it keeps alive.
-_PRIVATE_TENSOR, _PRIVATE_STORAGE = 4, 2
-
-
-def _sums_in_place(func: Any, args: Any) -> bool:
-    """Whether this is the engine summing two gradients, and would do so in the first one were no dispatch mode around.
-
-    Under any mode the engine takes every tensor for a subclass and makes a third one.
-
-    Source: torch, csrc/autograd/input_buffer.cpp, can_accumulate_inplace (subclass-like; last reference to tensor and storage; dense).
-    """
-    if func is not _ADD or len(args) != 2 or torch.is_grad_enabled() or not _is_called_by_engine():
-        return False
-    old = args[0]
-    storage = old.untyped_storage()
-    return bool(
-        isinstance(args[1], torch.Tensor)
-        and old.shape == args[1].shape
-        and old._use_count() == _PRIVATE_TENSOR
-        and torch._C._storage_Use_Count(storage._cdata) == _PRIVATE_STORAGE  # type: ignore[attr-defined]
-    )
-
-
-def _is_called_by_engine() -> bool:
-    frame = sys._getframe(3)
-    while frame.f_back is not None and frame.f_code.co_name in ("_fn", "inner"):  # torch's wrappers around dispatch modes
-        frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"
 
 
 class LiveStorages(TorchDispatchMode):
@@ -185,7 +154,7 @@ class LiveStorages(TorchDispatchMode):
         return seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kernel = _ADD_IN_PLACE if _sums_in_place(func, args) else self.kernels.get(func, func)
+        kernel = ADD_IN_PLACE if sums_in_place(func, args) else self.kernels.get(func, func)
         result = kernel(*args, **(kwargs or {}))
         op = str(func).removeprefix("aten.").removesuffix(".default")
         self.order += 1

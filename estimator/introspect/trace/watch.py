@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from estimator.introspect.gradient_sums import ADD_IN_PLACE, sums_in_place
 from estimator.introspect.trace import known
 from estimator.phases import Item, Phase
 from estimator.timeline import Allocation, Mark, Segment, Timeline
@@ -188,7 +189,7 @@ class Watch(TorchDispatchMode):
             self._leaving = False
             self.mark(Segment.OUTSIDE)
         self.deepest = self.names[-1] if self.names else self.deepest
-        kernel = self.kernels.get(func, func)
+        kernel = ADD_IN_PLACE if sums_in_place(func, args) else self.kernels.get(func, func)
         result = kernel(*args, **kwargs)
         results = [result] if isinstance(result, torch.Tensor) else [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         known.follow(func, args, kwargs, results)
