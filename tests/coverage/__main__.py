@@ -1,7 +1,7 @@
 """`python -m tests.coverage`: traces every causal language model that transformers builds, and writes docs/coverage.md.
 
 --only A,B      these model types alone
---passes P,Q    of `first` (checkpointing, the class's own attention), `rest`, `reach`, `splice`
+--passes P,Q    of `qlora`, `full`, `lora` (checkpointing, attention as fused as the class has it), `splice`, `reach`, `rest`
 --seconds N     start nothing new after N seconds
 --keep          take results of other versions of our own code
 --retry         trace again what was not traced
@@ -24,7 +24,7 @@ from tests.coverage.architectures import Architecture
 from tests.coverage.cells import ATTENTIONS, Cell, SlowError, cells, limit, outcome, reach, splice_difference
 from tests.coverage.records import Records
 
-PASSES = ("first", "reach", "splice", "rest")
+PASSES = ("qlora", "full", "lora", "splice", "reach", "rest")
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +58,7 @@ def _trace(architecture: Architecture, chosen: str, records: Records, *, retry: 
         known = records.results.get(key)
         if known is not None and not (retry and known.get("outcome") not in ("traced", "refused")):
             continue
-        result = asdict(outcome(architecture, cell)) if chosen in ("first", "rest") else _checked(architecture, cell, chosen)
+        result = _checked(architecture, cell, chosen) if chosen in ("reach", "splice") else asdict(outcome(architecture, cell))
         records.add(key, result)
         print(key, result, flush=True)
 
@@ -71,7 +71,7 @@ def _wanted(architecture: Architecture, chosen: str) -> Iterator[tuple[str, Cell
         if chosen in ("reach", "splice"):
             if is_first and cell.method == "full":
                 yield f"{architecture.name}/{chosen}", cell
-        elif is_first == (chosen == "first"):
+        elif (is_first and cell.method == chosen) or (not is_first and chosen == "rest"):
             yield f"{architecture.name}/{cell.key}", cell
 
 

@@ -12,8 +12,11 @@ from estimator.introspect.errors import BuildError
 from estimator.introspect.inventory import inspect
 from estimator.inventory import Inventory
 
+LONGEST = 2048
+
 # What a default leaves open and the model needs; values of the checkpoint named.
 COMPLETED: Mapping[str, Mapping[str, Any]] = {
+    "xmod": {"default_language": "en_XX"},  # facebook/xmod-base
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},  # deepseek-ai/DeepSeek-V2-Lite
 }
 
@@ -25,6 +28,13 @@ class Architecture:
     name: str
     config: Mapping[str, Any]
     inventory: Inventory
+
+    @property
+    def length(self) -> int:
+        """A power of two that leaves room in the model's positions, 2,048 at most [tokens]."""
+        places = [self.inventory.config.get(name) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
+        most = min((place for place in places if isinstance(place, int) and place > 1), default=LONGEST + 1)
+        return min(LONGEST, 1 << ((most - 1).bit_length() - 1))
 
 
 def names() -> tuple[str, ...]:

@@ -12,10 +12,29 @@ from estimator.introspect.trace.routing import Routing
 
 # Masks, positions and choices of experts; a larger tensor has no known value.
 _LARGEST = 2**26
+_LARGEST_FLOAT = 64
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _INDEX = torch.ops.aten.index.Tensor
 _TOPK = torch.ops.aten.topk.default
+
+# Their results depend on the shape of what they are given alone.
+_CONTENT_FREE = (
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+)
+
+# What they return has no values yet.
+_EMPTY = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+)
 
 # Operations whose results have as many elements as the values say.
 _SIZED_BY_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
@@ -107,10 +126,15 @@ class Values:
         if func is _TOPK and value_of(args[0]) is None:
             self._choose(args, results)
             return
+        if func in _CONTENT_FREE and _is_worth_knowing(results[0]):
+            with _disable_current_modes():
+                like = torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
+                give(results[0], func(like, *args[1:], **kwargs).contiguous())
+            return
         if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
             _forget(func, args, results)
             return
-        if not given and torch.Tag.nondeterministic_seeded in func.tags:
+        if func in _EMPTY or (not given and torch.Tag.nondeterministic_seeded in func.tags):
             return
         for result, value in zip(results, _computed(func, args, kwargs), strict=False):
             give(result, value)
@@ -151,7 +175,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _is_worth_knowing(tensor: torch.Tensor) -> bool:
-    return tensor.numel() <= (1 if tensor.dtype.is_floating_point else _LARGEST)
+    return tensor.numel() <= (_LARGEST_FLOAT if tensor.dtype.is_floating_point else _LARGEST)
 
 
 def _forget(func: Any, args: tuple[Any, ...], results: Sequence[torch.Tensor]) -> None:

@@ -90,7 +90,7 @@ def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
     if recipe.quantization is not None:
         loop = _Loop(model, recipe, mode, Values(Routing.BALANCED))
         with loop.guarded(), mode, loop.watch, torch.no_grad():
-            loop.forward()(input_ids=torch.empty((1, 4), dtype=torch.int64))
+            loop.forward()(input_ids=loop.tokens((1, 4)))
 
 
 class _Loop:
@@ -151,7 +151,7 @@ class _Loop:
         training = self.recipe.training
         assert training is not None
         shape = (training.micro_batch_size, training.sequence_length)
-        batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels")}
+        batch = {name: self.tokens(shape) for name in ("input_ids", "labels")}
         mask = torch.ones(shape, dtype=torch.int64)
         value = known.value_of(mask)
         assert value is not None
@@ -168,6 +168,11 @@ class _Loop:
             self.watch.call(tensor, Item.ACTIVATIONS.value)
             self.watch.rename(tensor, name)
         return batch
+
+    def tokens(self, shape: tuple[int, int]) -> Tensor:
+        """Ordinary text: no token that stands for padding, an image or the end of a text, all of which lie at the ends of vocabularies."""
+        size = getattr(self.model.base.config.get_text_config(), "vocab_size", None) or self.model.base.config.vocab_size
+        return torch.full(shape, size // 2)
 
     def _accepts_loss_arguments(self) -> bool:
         """Source: transformers, trainer.py, Trainer.__init__, model_accepts_loss_kwargs."""
