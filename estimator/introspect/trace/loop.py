@@ -1,6 +1,7 @@
 """The trainer's loop over fake tensors, watched from the first weight to the end of the last step."""
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,10 @@ from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace import known
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.routing import Routing
 from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
@@ -54,17 +57,29 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
         yield
 
 
-def run(model: TracedModel, recipe: Recipe, mode: FakeTensorMode, *, with_update: bool = True, num_steps: int = 1) -> Timeline:
+def run(
+    model: TracedModel,
+    recipe: Recipe,
+    mode: FakeTensorMode,
+    *,
+    with_update: bool = True,
+    num_steps: int = 1,
+    values: Values | None = None,
+    longest_loop: int | None = None,
+) -> Timeline:
     """Watch whole optimizer steps.
 
     Args:
+        values: told what the run looks at; routing is balanced if None.
+        longest_loop: see `Watch.longest_loop`.
         with_update: whether the optimizer runs too.
         num_steps: optimizer steps; its states exist from the second on.
 
     Raises:
-        NotTraceableError: if the program looks at what has no content.
+        NotTraceableError: if the program looks at what has no content, or loops for longer.
     """
-    loop = _Loop(model, recipe, mode)
+    loop = _Loop(model, recipe, mode, values or Values(Routing.BALANCED))
+    loop.watch.longest_loop = longest_loop
     with loop.guarded():
         loop.run(num_steps, with_update=with_update)
     return loop.watch.timeline(getattr(model.base.config.get_text_config(), "vocab_size", None))
@@ -79,17 +94,17 @@ def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
         NotTraceableError: if the program looks at what has no content.
     """
     if recipe.quantization is not None:
-        loop = _Loop(model, recipe, mode)
+        loop = _Loop(model, recipe, mode, Values(Routing.BALANCED))
         with loop.guarded(), mode, loop.watch, torch.no_grad():
-            loop.forward()(input_ids=torch.empty((1, 4), dtype=torch.int64))
+            loop.forward()(input_ids=loop.tokens((1, 4)))
 
 
 class _Loop:
-    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
+    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, values: Values) -> None:
         self.model = model
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch({**KERNELS, **UPDATE_KERNELS})
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS}, values)
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
         self.optimizer: Any = None
@@ -102,9 +117,9 @@ class _Loop:
         except MemoryError:
             raise
         except NotTraceableError as error:
-            raise NotTraceableError(f"{self._where()}: {error}") from error
+            raise type(error)(f"{self._where()}: {error.args[0]}") from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NotTraceableError(f"{self._where()}: sizes depend on values ({error})") from error
+            raise NeedsValuesError(f"{self._where()}: sizes depend on values ({error})") from error
         except Exception as error:  # the border to a model's own code
             raise NotTraceableError(f"{self._where()}: {type(error).__name__}: {str(error)[:300]}") from error
 
@@ -146,19 +161,34 @@ class _Loop:
         training = self.recipe.training
         assert training is not None
         shape = (training.micro_batch_size, training.sequence_length)
-        batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
+        batch = {name: self.tokens(shape) for name in ("input_ids", "labels")}
         mask = torch.ones(shape, dtype=torch.int64)
         value = known.value_of(mask)
         assert value is not None
         if training.padded:
             value = value.clone()
             value[0, -1] = 0
-        known.give(batch["attention_mask"], value)
-        batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+        accepted = inspect.signature(self.model.base.forward).parameters
+        # Source: transformers, trainer.py, Trainer._set_signature_columns_if_needed: other columns are not handed on.
+        if "attention_mask" in accepted:
+            batch["attention_mask"] = known.give(torch.empty(shape, dtype=torch.int64), value)
+        if self._accepts_loss_arguments():
+            batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
         for name, tensor in batch.items():
             self.watch.call(tensor, Item.ACTIVATIONS.value)
             self.watch.rename(tensor, name)
         return batch
+
+    def tokens(self, shape: tuple[int, int]) -> Tensor:
+        """Ordinary text: no token that stands for padding, an image or the end of a text, all of which lie at the ends of vocabularies."""
+        size = getattr(self.model.base.config.get_text_config(), "vocab_size", None) or self.model.base.config.vocab_size
+        return torch.full(shape, size // 2)
+
+    def _accepts_loss_arguments(self) -> bool:
+        """Source: transformers, trainer.py, Trainer.__init__, model_accepts_loss_kwargs."""
+        declared = getattr(self.model.base, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self.model.base.forward).parameters.values()
+        return bool(declared) if declared is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     def forward(self) -> Any:
         """The forward that accelerate installs.
@@ -211,10 +241,10 @@ class _Loop:
         watch = self.watch
 
         def enter(module: nn.Module, _: Any) -> None:
-            watch.names.append(self.names.get(id(module), ""))
+            watch.enter(self.names.get(id(module), ""))
 
         def leave(module: nn.Module, _: Any, __: Any) -> None:
-            watch.names.pop()
+            watch.leave()
             if not watch.names and watch.phase == Phase.BACKWARD:
                 watch.settle()
 
