@@ -8,7 +8,7 @@ import torch
 from estimator.dtypes import DType
 from estimator.introspect.inventory import inspect
 from estimator.inventory import Inventory
-from estimator.recipe import Adapter, Attention, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.recipe import Adapter, Attention, Loss, Objective, Quantization, QuantizationKind, Recipe, Trainer, Training
 from estimator.stack import Stack
 from tests.oracle.models import FAMILIES, Mode
 from tests.oracle.run import mode_of
@@ -41,6 +41,8 @@ def recipe(
     optimizer: str = "adamw_torch_fused",
     padded: bool = False,
     attention: str | None = None,
+    loss: Loss = Loss.STOCK,
+    objective: Objective | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
     mode = mode_of(mode)
@@ -80,5 +82,7 @@ def recipe(
             use_reentrant=bool(gc),
             checkpoint_every_n_layers=every_n_layers,
             padded=padded,
+            loss=loss,
+            objective=objective or Objective(),
         ),
     )

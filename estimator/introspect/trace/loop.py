@@ -9,22 +9,23 @@ from unittest import mock
 
 import torch
 import transformers
-from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
-from estimator.introspect.prepared import TORCH_DTYPES
-from estimator.introspect.trace import known
+from estimator.introspect.trace import masks
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.objectives import Batch, Task, accelerated, task
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
-from estimator.recipe import Recipe
+from estimator.recipe import Loss, ObjectiveKind, Recipe
+from estimator.scoring import Rows, rows_of
 from estimator.timeline import Segment, Timeline
 
+_REFERENCE = "ref_model."
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -48,19 +49,33 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
         yield
 
 
-def run(model: TracedModel, recipe: Recipe, mode: FakeTensorMode, *, with_update: bool = True, num_steps: int = 1) -> Timeline:
+def run(
+    model: TracedModel,
+    recipe: Recipe,
+    mode: FakeTensorMode,
+    *,
+    with_update: bool = True,
+    num_steps: int = 1,
+    rows: Rows | None = None,
+    reference: TracedModel | None = None,
+) -> Timeline:
     """Watch whole optimizer steps.
 
     Args:
+        rows: the passes of a fused loss; those of the recipe's size if None.
+        reference: the second model of an objective that has one.
         with_update: whether the optimizer runs too.
         num_steps: optimizer steps; its states exist from the second on.
 
     Raises:
         NotTraceableError: if the program looks at what has no content.
     """
-    loop = _Loop(model, recipe, mode)
-    with loop.guarded():
-        loop.run(num_steps, with_update=with_update)
+    assert recipe.training is not None
+    if rows is None:
+        rows = rows_of(recipe.training, model.base.config.get_text_config().to_dict())
+    loop = _Loop(model, recipe, mode, reference)
+    with loop.guarded(), task(model, recipe, rows, reference=reference) as work:
+        loop.run(work, num_steps, with_update=with_update)
     return loop.watch.timeline()
 
 
@@ -75,17 +90,21 @@ def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
     if recipe.quantization is not None:
         loop = _Loop(model, recipe, mode)
         with loop.guarded(), mode, loop.watch, torch.no_grad():
-            loop.forward()(input_ids=torch.empty((1, 4), dtype=torch.int64))
+            assert recipe.training is not None
+            accelerated(model.whole.__call__, recipe.training)(input_ids=torch.empty((1, 4), dtype=torch.int64))
 
 
 class _Loop:
-    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
+    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, reference: TracedModel | None = None) -> None:
         self.model = model
+        self.reference = reference
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch(KERNELS)
+        self.watch = Watch(KERNELS | masks.KERNELS)
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
+        if reference is not None:
+            self.names |= {id(module): f"{_REFERENCE}{name}" for name, module in reference.base.named_modules()}
         self.optimizer: Any = None
 
     @contextmanager
@@ -105,7 +124,7 @@ class _Loop:
     def _where(self) -> str:
         return self.watch.deepest or "outside the model"
 
-    def run(self, num_steps: int, *, with_update: bool) -> None:
+    def run(self, work: Task, num_steps: int, *, with_update: bool) -> None:
         training = self.recipe.training
         assert training is not None
         watch = self.watch
@@ -113,15 +132,15 @@ class _Loop:
         try:
             with self.mode, ExitStack() as stack:
                 watch.begin(Phase.LOAD.value)
-                for name, tensor in self.model.stored.items():
+                for name, tensor in self._stored():
                     watch.take_in(tensor, _stored_item(name, tensor), name)
                 stack.enter_context(watch)
                 for hook in self._hooks():
                     stack.callback(hook.remove)
                 for _ in range(num_steps):
-                    batches = [self._batch() for _ in range(training.gradient_accumulation_steps)]
+                    batches = [self._named(work.inputs()) for _ in range(training.gradient_accumulation_steps)]
                     for batch in batches:
-                        self._micro_batch(batch, training.gradient_accumulation_steps)
+                        self._micro_batch(work, batch, training.gradient_accumulation_steps)
                     if with_update:
                         self._update()
                     else:
@@ -131,55 +150,26 @@ class _Loop:
         finally:
             gc.enable()
 
-    def _batch(self) -> dict[str, Tensor]:
-        """Inputs as a data collator makes them, their values known where they decide about masks."""
-        training = self.recipe.training
-        assert training is not None
-        shape = (training.micro_batch_size, training.sequence_length)
-        batch = {name: torch.empty(shape, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
-        mask = torch.ones(shape, dtype=torch.int64)
-        value = known.value_of(mask)
-        assert value is not None
-        if training.padded:
-            value = value.clone()
-            value[0, -1] = 0
-        known.give(batch["attention_mask"], value)
-        batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.stored.items()
+        if self.reference is not None:
+            yield from ((f"{_REFERENCE}{name}", tensor) for name, tensor in self.reference.stored.items())
+
+    def _named(self, batch: Batch) -> Batch:
         for name, tensor in batch.items():
             self.watch.call(tensor, Item.ACTIVATIONS.value)
             self.watch.rename(tensor, name)
         return batch
 
-    def forward(self) -> Any:
-        """The forward that accelerate installs.
-
-        Source: accelerate 1.15, accelerator.py, prepare_model: autocast inside, conversion of the outputs to float32 outside.
-        """
-        training = self.recipe.training
-        assert training is not None
-        plain: Callable[..., Any] = self.model.whole
-        if training.autocast_dtype is None:
-            return plain
-        cast: Callable[..., Any] = convert_outputs_to_fp32(
-            torch.autocast("cpu", dtype=TORCH_DTYPES[training.autocast_dtype])(plain.__call__)
-        )
-        return cast
-
-    def _micro_batch(self, batch: dict[str, Tensor], accumulation: int) -> None:
+    def _micro_batch(self, work: Task, batch: Batch, accumulation: int) -> None:
         self.watch.begin(Phase.FORWARD.value)
-        value = self._loss(batch) / accumulation
+        value = work.loss(batch) / accumulation
         self.watch.settle()
         self.watch.begin(Phase.BACKWARD.value)
         value.backward()
         for parameter in self.trained:
             if parameter.grad is not None:
                 self.watch.call(parameter.grad, Item.GRADIENTS.value)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        # The outputs die with this frame, before the backward pass. Source: transformers, trainer.py, compute_loss.
-        outputs = self.forward()(**batch)
-        loss: Tensor = outputs["loss"]
-        return loss
 
     def _update(self) -> None:
         self.watch.begin(Phase.OPTIMIZER_STEP.value)
@@ -201,12 +191,25 @@ class _Loop:
 
         yield nn.modules.module.register_module_forward_pre_hook(enter)
         yield nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        for position, layer in enumerate(self.model.layers):
-            yield layer.register_forward_pre_hook(self._layer_enters(position), with_kwargs=True)
-            yield layer.register_forward_hook(self._layer_leaves(position))
+        for model in filter(None, (self.model, self.reference)):
+            for position, layer in enumerate(model.layers):
+                yield layer.register_forward_pre_hook(self._layer_enters(position), with_kwargs=True)
+                yield layer.register_forward_hook(self._layer_leaves(position))
+        yield self._loss_begins()
+
+    def _loss_begins(self) -> Any:
+        """The loss begins with the head, or where there are no logits with the end of the layers; a reference's pass is no beginning."""
+
+        def begin(*_: Any) -> None:
+            if torch.is_grad_enabled() and self.watch.phase == Phase.FORWARD:
+                self.watch.begin(Phase.LOSS.value)
+
+        training = self.recipe.training
+        assert training is not None
         head = self.model.base.get_output_embeddings()
-        if head is not None:
-            yield head.register_forward_pre_hook(lambda *_: watch.begin(Phase.LOSS.value))
+        if training.loss is Loss.STOCK and training.objective.kind is ObjectiveKind.SFT and head is not None:
+            return head.register_forward_pre_hook(begin)
+        return self.model.base.base_model.register_forward_hook(begin)
 
     def _layer_enters(self, position: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
