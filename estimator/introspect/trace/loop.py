@@ -43,7 +43,7 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
-        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", return_value=False))
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
