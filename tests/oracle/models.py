@@ -15,7 +15,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -33,6 +33,10 @@ class AdapterSpec:
     dropout: float = 0.0
     dora: bool = False
     target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    trained_tokens: tuple[tuple[str, int], ...] = ()
+    """(module name, number of tokens) of `trainable_token_indices`."""
+    task_type: str = "CAUSAL_LM"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +219,7 @@ def build(
     every_n_layers: int = 1,
     input_grads: bool | None = None,
     config: Mapping[str, object] | None = None,
+    labels: int | None = None,
 ) -> nn.Module:
     """A model ready to train.
 
@@ -224,12 +229,15 @@ def build(
         gc: gradient checkpointing: None off, False non-reentrant, True reentrant.
         input_grads: whether the embedding's output requires gradients; by default with an adapter under checkpointing.
         config: fields of the config to override.
+        labels: of a classification head in place of the vocabulary.
     """
     kind = FAMILIES[family]
     torch.manual_seed(0)
     extra = {"experts_implementation": experts} if experts else {}
-    model = AutoModelForCausalLM.from_config(
-        kind.config(layers, **(config or {})), dtype=mode.load_dtype, attn_implementation=attention or kind.attention, **extra
+    auto = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    classes = {} if labels is None else {"num_labels": labels, "pad_token_id": 0}
+    model = auto.from_config(
+        kind.config(layers, **(dict(config or {}) | classes)), dtype=mode.load_dtype, attn_implementation=attention or kind.attention, **extra
     )
     model.config.use_cache = False
     _no_dead_rows(model)
@@ -265,7 +273,9 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         target_parameters=list(spec.target_parameters) or None,
         lora_dropout=spec.dropout,
         use_dora=spec.dora,
-        task_type="CAUSAL_LM",
+        modules_to_save=list(spec.modules_to_save) or None,
+        trainable_token_indices={name: list(range(count)) for name, count in spec.trained_tokens} or None,
+        task_type=spec.task_type,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go
@@ -277,8 +287,11 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
         adapted = get_peft_model(model, lora)
     for name, parameter in adapted.named_parameters():
-        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes
-        if parameter.requires_grad and mode.adapter_dtype is not None and "lora_magnitude_vector" not in name:
+        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes; PEFT itself leaves
+        # whole modules in the base's type
+        from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
+        spared = "lora_magnitude_vector" in name or ("modules_to_save" in name and not from_trl)
+        if parameter.requires_grad and mode.adapter_dtype is not None and not spared:
             parameter.data = parameter.data.to(mode.adapter_dtype)
     whole: nn.Module = adapted
     return whole

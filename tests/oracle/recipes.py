@@ -15,6 +15,9 @@ from tests.oracle.run import mode_of
 
 _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
 
+# Source: peft 0.21, peft_model.py, PeftModelForSequenceClassification.__init__.
+_ADDED = {"SEQ_CLS": ("classifier", "score")}
+
 
 def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
     """The inventory of a tiny model."""
@@ -55,6 +58,8 @@ def recipe(
             target_parameters=mode.adapter.target_parameters,
             dropout=mode.adapter.dropout,
             use_dora=mode.adapter.dora,
+            modules_to_save=mode.adapter.modules_to_save + _ADDED.get(mode.adapter.task_type, ()),
+            trainable_token_indices=mode.adapter.trained_tokens,
             autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
         )
     quantization = None

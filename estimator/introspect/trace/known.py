@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -22,7 +23,9 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The value of a tensor where it is known."""
+    """The value of a tensor where it is known; a constant of the program, made outside of it, is its own."""
+    if not isinstance(tensor, FakeTensor) and not tensor.is_meta:
+        return tensor
     return getattr(tensor, "_vramplan_value", None)
 
 

@@ -4,9 +4,9 @@ Legend: B micro-batch, S sequence length, P prompt, C completion, S = P + C.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType, SimpleNamespace
 from typing import Any, assert_never
 from unittest import mock
@@ -14,13 +14,14 @@ from unittest import mock
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace import known
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.heads import chunked_forward, forward_replaced, liger_forward, trl_head
-from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.model import TracedModel, traced_model
 from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Trainer, Training
 from estimator.scoring import Rows
 
@@ -56,6 +57,24 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
             yield Task(inputs=lambda: _labelled(training), loss=lambda batch: _own_loss(model, training, batch))
             return
         yield stack.enter_context(_trl_task(model, training, rows, reference))
+
+
+def reference_model(
+    base: Callable[[], Any], recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None, mode: FakeTensorMode
+) -> TracedModel | None:
+    """The second model of an objective that has one: loaded like the first, without adapter, not trained.
+
+    Args:
+        base: builds it on meta.
+        layers_prefix, kept_layers, mode: as for `traced_model`.
+
+    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__: create_model_from_path with the policy's type.
+    """
+    training = recipe.training
+    if training is None or training.objective.reference is not Reference.MODEL:
+        return None
+    alone = replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None)
+    return traced_model(base(), alone, layers_prefix, kept_layers, mode)
 
 
 _FORWARDS: Mapping[Loss, Callable[[Rows], Any]] = {Loss.TRL_CHUNKED: chunked_forward, Loss.LIGER: liger_forward}
@@ -164,16 +183,17 @@ class _OneProcess:
         self._dtype = training.autocast_dtype
 
     def gather(self, tensor: Tensor) -> Tensor:
+        """One row is enough for a metric, and small enough for its value to be followed."""
+        return self.reduce(tensor[:1] if tensor.dim() else tensor)
+
+    gather_for_metrics = gather
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         if known.value_of(tensor) is not None:
             return tensor
         with _disable_current_modes():
             content = torch.zeros(tensor.shape, dtype=tensor.dtype)
         return known.give(tensor.detach(), content)
-
-    gather_for_metrics = gather
-
-    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        return self.gather(tensor)
 
     def unwrap_model(self, model: Any) -> Any:
         return model
@@ -311,11 +331,10 @@ def _bare(trainer_class: Any, model: TracedModel, training: Training, **argument
 
 
 def _grpo_loss(trainer: Any, model: TracedModel, training: Training, reference: TracedModel | None, batch: Batch) -> Tensor:
-    """What GRPO does between the generation and the backward pass, of one micro-batch.
+    """What GRPO does between the generation and the backward pass, of one micro-batch; the batch keeps what was computed.
 
     Source: trl 1.16, trainer/grpo_trainer.py, GRPOTrainer._generate_and_score_completions and _compute_loss.
     """
-    inputs = dict(batch)
     objective = training.objective
     if objective.old_log_probs or objective.reference is not Reference.NONE:
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -328,12 +347,12 @@ def _grpo_loss(trainer: Any, model: TracedModel, training: Training, reference: 
 
         with torch.no_grad(), _without_checkpointing(model.whole):
             if objective.old_log_probs:
-                inputs["old_per_token_logps"] = log_probs(model)
+                batch["old_per_token_logps"] = log_probs(model)
             if reference is not None:
-                inputs["ref_per_token_logps"] = log_probs(reference)
+                batch["ref_per_token_logps"] = log_probs(reference)
             elif objective.reference is Reference.ADAPTER_OFF:
                 with model.whole.disable_adapter():
-                    inputs["ref_per_token_logps"] = log_probs(model)
+                    batch["ref_per_token_logps"] = log_probs(model)
         del ids, mask
-    loss: Tensor = trainer.compute_loss(model.whole, inputs)
+    loss: Tensor = trainer.compute_loss(model.whole, dict(batch))
     return loss

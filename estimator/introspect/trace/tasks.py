@@ -7,13 +7,16 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.layers import Sample, sample
 from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
+from estimator.introspect.trace.objectives import reference_model
 from estimator.recipe import Recipe
+from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.timeline import Timeline, encode_timeline
 from estimator.traced_step import NotOneProgramError, Point, encode_program, points, program
@@ -22,7 +25,7 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
-    """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest]}` → the step's candidates for the peak.
+    """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest], "rows"}` → the step's candidates for the peak.
 
     Raises:
         BuildError: if transformers cannot build the model.
@@ -61,14 +64,22 @@ class _Session:
         self.recipe: Recipe = _RECIPE.validate_python(payload["recipe"])
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         prefix = payload["layers_prefix"]
-        config = payload["config"]
-        _, model = build(config, TORCH_DTYPES[self.recipe.dtype])
+        training = self.recipe.training
+        assert training is not None
+        config = with_head(payload["config"], training.objective)
+        self.rows = Rows(**payload["rows"]) if "rows" in payload else None
+        kind, model = build(config, TORCH_DTYPES[self.recipe.dtype])
+        if training.objective.kind.is_classification and kind != "sequence_classification":
+            raise NotTraceableError(f"{type(model).__name__} is no model for sequence classification")
         layers = list(model.get_submodule(prefix)) if prefix else []
         every_n = self.recipe.training.checkpoint_every_n_layers if self.recipe.training is not None else 1
         whole = range(len(layers))
         self.sample = Sample(kept=tuple(whole), stands_for=tuple(whole)) if payload.get("all_layers") else sample(layers, every_n)
         with cuda_program(self.recipe, cuda_kernels=True):
             self.model = traced_model(model, self.recipe, prefix, self.sample.kept, self.mode)
+            self.reference = reference_model(
+                lambda: build(config, TORCH_DTYPES[self.recipe.dtype])[1], self.recipe, prefix, self.sample.kept, self.mode
+            )
             warm_up(self.model, self.recipe, self.mode)
 
     def run(self, point: Point) -> Timeline:
@@ -76,4 +87,4 @@ class _Session:
         assert training is not None
         recipe = replace(self.recipe, training=replace(training, micro_batch_size=point[0], sequence_length=point[1]))
         with cuda_program(recipe, cuda_kernels=True):
-            return run(self.model, recipe, self.mode, with_update=False)
+            return run(self.model, recipe, self.mode, with_update=False, rows=self.rows, reference=self.reference)
