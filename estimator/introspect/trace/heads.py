@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from estimator.fused_loss import CHUNK_ROWS
 from estimator.scoring import Rows
 
 Forward = Callable[..., Any]
@@ -65,9 +66,9 @@ def tiles(rows: Rows) -> type[torch.autograd.Function]:
             for _ in _passes(rows):
                 chunk = _slice(hidden, rows).to(dtype)
                 for start in range(0, vocabulary, chunk_size):
-                    columns = weight[start : start + chunk_size].to(dtype)
-                    added = None if bias is None else bias[start : start + chunk_size].to(dtype)
-                    del columns, added
+                    for part in (weight, bias):
+                        columns = None if part is None else part[start : start + chunk_size].to(dtype)
+                        del columns
             running_max, sum_exp, x_sum_exp, sq_sum_exp, z_sum, before_target, target_logit = statistics
             log_z = running_max + torch.log(sum_exp)
             logprobs = target_logit - log_z
@@ -101,7 +102,7 @@ def tiles(rows: Rows) -> type[torch.autograd.Function]:
                         added = bias[start : start + chunk_size].to(dtype)
                         del added
                     if sums[2] is not None:
-                        summed = buffer[:, :chunk_size].sum(dim=0, dtype=torch.float32)
+                        summed = buffer[:, : weight.shape[0] - start].sum(dim=0, dtype=torch.float32)
                         del summed
             results = [None if s is None or t is None else s.to(t.dtype) for s, t in zip(sums, inputs, strict=True)]
             del buffer, contiguous, columns, chunk
@@ -140,9 +141,10 @@ def chunked_forward(rows: Rows) -> Forward:
         hidden = hidden_states[..., :-1, :].reshape(-1, hidden_states.size(-1))
         labels = labels[..., 1:].reshape(-1)
         valid = labels != -100
-        num_valid = valid.sum()
+        counts = [valid.sum()]
         order = valid.to(torch.int8).argsort(descending=True, stable=True)
         hidden, labels = hidden[order], labels[order]
+        counts.append((counts[0] / CHUNK_ROWS).ceil().to(torch.int64) * CHUNK_ROWS)
         loss, correct, entropy = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
         config = self.config.get_text_config()
         scale, cap = getattr(config, "logit_scale", 1.0), getattr(config, "final_logit_softcapping", None)
@@ -151,7 +153,7 @@ def chunked_forward(rows: Rows) -> Forward:
             chunk, targets = (t[start : start + rows.in_pass] if rows.in_pass else t[:] for t in (hidden, labels))
             results = checkpoint(_chunk, chunk, head.weight, head.bias, targets, scale, cap, use_reentrant=False)
             loss, correct, entropy = loss + results[0], correct + results[1], entropy + results[2]
-        del num_valid
+        del counts
         return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
 
     return forward
@@ -189,7 +191,8 @@ def liger_forward(rows: Rows) -> Forward:
     def forward(self: Any, *, labels: Tensor, num_items_in_batch: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         hidden = self.base_model(**kwargs)[0]
         head = self.get_output_embeddings()
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+        labels = nn.functional.pad(labels, (0, 1), value=-100)
+        shifted = labels[..., 1:].contiguous().view(-1)
         loss = function.apply(hidden.view(-1, hidden.shape[-1]), head.weight, shifted, head.bias)
         return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
 
