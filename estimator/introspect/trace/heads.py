@@ -211,6 +211,7 @@ def _liger_function(rows: Rows) -> Any:
             losses = torch.zeros(hidden.shape[0], dtype=torch.float32)
             mask = target != -100
             count = mask.sum()
+            del count  # read at once
             grad_logits = None
             for _ in _passes(rows):
                 chunk = _slice(hidden, rows)
@@ -228,7 +229,7 @@ def _liger_function(rows: Rows) -> Any:
                     del summed
             loss = torch.sum(losses)
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-            del mask, count, grad_logits, logits
+            del mask, grad_logits, logits
             return loss
 
         @staticmethod
