@@ -237,7 +237,10 @@ def build(
     auto = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     classes = {} if labels is None else {"num_labels": labels, "pad_token_id": 0}
     model = auto.from_config(
-        kind.config(layers, **(dict(config or {}) | classes)), dtype=mode.load_dtype, attn_implementation=attention or kind.attention, **extra
+        kind.config(layers, **(dict(config or {}) | classes)),
+        dtype=mode.load_dtype,
+        attn_implementation=attention or kind.attention,
+        **extra,
     )
     model.config.use_cache = False
     _no_dead_rows(model)

@@ -29,6 +29,14 @@ class _Launch:
         return lambda *args, **kwargs: None
 
 
+def _yes(_: object) -> bool:  # mocks would keep their arguments, tensors among them
+    return True
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
 @contextmanager
 def triton_paths() -> Iterator[None]:
     """TRL's head takes the path of a card with Triton; only what the kernels compute is missing.
@@ -37,10 +45,10 @@ def triton_paths() -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in (trl_utils, chunked_logprob):
-            stack.enter_context(mock.patch.object(module, "_use_triton", lambda device: True))
+            stack.enter_context(mock.patch.object(module, "_use_triton", _yes))
         for name in ("_forward_kernel", "_backward_kernel"):
             stack.enter_context(mock.patch.object(chunked_logprob, name, _Launch()))
-        stack.enter_context(mock.patch.object(chunked_logprob, "_addmm_fp32", lambda acc, a, b: None))
+        stack.enter_context(mock.patch.object(chunked_logprob, "_addmm_fp32", _nothing))
         cdiv = types.SimpleNamespace(cdiv=lambda a, b: -(-a // b))
         stack.enter_context(mock.patch.object(chunked_logprob, "triton", cdiv, create=True))
         yield

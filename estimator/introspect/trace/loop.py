@@ -29,6 +29,10 @@ _REFERENCE = "ref_model."
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
+def _no(_: object) -> bool:  # a mock would keep its arguments, tensors among them
+    return False
+
+
 @contextmanager
 def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
     """Everything that makes libraries take the paths they take on the recipe's card.
@@ -43,7 +47,7 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
-        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", _no))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield

@@ -22,7 +22,7 @@ from estimator.introspect.trace import known
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.heads import chunked_forward, forward_replaced, liger_forward, trl_head
 from estimator.introspect.trace.model import TracedModel, traced_model
-from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Trainer, Training
+from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.scoring import Rows
 
 Batch = dict[str, Tensor]
@@ -51,7 +51,7 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
     training = recipe.training
     assert training is not None
     with ExitStack() as stack:
-        if not _is_trl(training, recipe):
+        if not _is_trl(training):
             if training.loss in _FORWARDS:
                 stack.enter_context(forward_replaced(model.base, _FORWARDS[training.loss](rows)))
             yield Task(inputs=lambda: _labelled(training), loss=lambda batch: _own_loss(model, training, batch))
@@ -80,10 +80,10 @@ def reference_model(
 _FORWARDS: Mapping[Loss, Callable[[Rows], Any]] = {Loss.TRL_CHUNKED: chunked_forward, Loss.LIGER: liger_forward}
 
 
-def _is_trl(training: Training, recipe: Recipe) -> bool:
-    if training.objective.kind is ObjectiveKind.SFT:
-        return training.loss is Loss.TRL_TILED
-    return training.objective.kind is not ObjectiveKind.CLASSIFICATION or recipe.trainer is Trainer.TRL
+def _is_trl(training: Training) -> bool:
+    """Whether one of TRL's trainers makes the loss; SFTTrainer, where it does what the Trainer does, is left out."""
+    kind = training.objective.kind
+    return training.loss is Loss.TRL_TILED if kind is ObjectiveKind.SFT else kind is not ObjectiveKind.CLASSIFICATION
 
 
 def accelerated(plain: Callable[..., Any], training: Training) -> Callable[..., Any]:
@@ -263,7 +263,7 @@ def _task_of(kind: ObjectiveKind, model: TracedModel, training: Training, refere
 
     whole = model.whole
     match kind:
-        case ObjectiveKind.SFT | ObjectiveKind.CLASSIFICATION:
+        case ObjectiveKind.SFT:
             sft = _bare(SFTTrainer, model, training, loss_type="nll", average_tokens_across_devices=True)
             sft.__dict__.update(compute_loss_func=None, label_smoother=None, get_tp_size=lambda: 1)
 
@@ -304,6 +304,8 @@ def _task_of(kind: ObjectiveKind, model: TracedModel, training: Training, refere
                 _entropy_bonus_enabled=False,
             )
             return Task(inputs=lambda: _completions(training), loss=lambda batch: _grpo_loss(grpo, model, training, reference, batch))
+        case ObjectiveKind.CLASSIFICATION:
+            raise AssertionError("classification is trained by the Trainer")
         case _:
             assert_never(kind)
 
