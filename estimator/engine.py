@@ -11,7 +11,7 @@ from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import decode_items, is_cache_modelled
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Attention, Loss, Recipe
+from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program, Regime, regime_of, run_prefill, run_step
 from estimator.tape import Snapshot
@@ -71,6 +71,8 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
 
 
 def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
+    if recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT:
+        return f"The step of objective {recipe.training.objective.kind.value!r}"
     family = FAMILIES.get(inventory.model_type)
     if family is None or inventory.output_embedding is None:
         return f"The step of {inventory.model_class} ({inventory.model_type})"
@@ -117,6 +119,8 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     }
     if training is not None:
         stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
+        if training.objective.reference is Reference.MODEL:
+            _add_reference(stored, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
@@ -125,6 +129,17 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _add_reference(stored: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
+    """The second model: loaded like the first, without its adapter.
+
+    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__ (create_model_from_path with the policy's type).
+    """
+    second = static_memory(inventory, replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None))
+    stored[Item.WEIGHTS] += second.weights_bytes
+    stored[Item.QUANTIZATION_STATE] += second.quantization_state_bytes
+    stored[Item.BUFFERS] += second.buffers_bytes
 
 
 def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:

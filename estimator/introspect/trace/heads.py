@@ -1,8 +1,8 @@
 """Heads that never hold the logits of all tokens, in the operations that CUDA's kernels consist of.
 
 One pass over a tile of positions allocates what every pass does, so two are run where there are more: the second begins while variables of
-the first are still alive. How many rows a pass has is told by the regime (`scoring.Rows`) and not by the tensors, since a program that is
-traced at a few small sizes has to hold at all sizes.
+the first are still alive, and the last one is taken to be full. How many rows a pass has is told by the regime (`scoring.Rows`) and not by
+the tensors, since a program that is traced at a few small sizes has to hold at all sizes.
 
 Legend: N scored positions, V vocabulary, h hidden size.
 """
