@@ -41,7 +41,8 @@ def render_estimate(
             "quantized": estimate.parameters.quantized,
         },
         "recipe": render_recipe(recipe),
-        "engine": "analytic",
+        "engine": estimate.engine.value,
+        "engine_reason": estimate.engine_reason,
         "stack": render_stack(recipe.stack),
         "peak": _peak(estimate, interval) if modelled else None,
         "steady_state_bytes": estimate.steady_state_bytes,
@@ -188,6 +189,7 @@ def _training(training: Training) -> Json:
         },
         "loss": training.loss.value,
         "padded": training.padded,
+        "padding_free": training.flattened,
     }
 
 

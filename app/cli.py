@@ -58,8 +58,43 @@ def plan(model: str | None, request: str | None, as_json: bool, options: Json) -
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
+def trace(
+    model: str | None,
+    request: str | None,
+    as_json: bool,
+    options: Json,
+    svg: Annotated[Path | None, typer.Option(help="write memory over time as a picture")] = None,
+    snapshot: Annotated[Path | None, typer.Option(help="write a pickle that pytorch.org/memory_viz opens")] = None,
+    alloc_conf: Annotated[str, typer.Option(help="PYTORCH_CUDA_ALLOC_CONF of the run")] = "",
+    all_layers: Annotated[bool, typer.Option(help="run every layer, instead of a few of each kind")] = False,
+) -> None:
+    """Every allocation of a training step, seen in the libraries' own code on tensors without content."""
+    from app.trace import answer_trace, snapshot_of, svg_of
+    from app.trace import trace as run_trace
+
+    run = run_trace(_payload(model, request, options), settings=alloc_conf, all_layers=all_layers)
+    if svg is not None:
+        _write(svg, svg_of(run).encode())
+    if snapshot is not None:
+        _write(snapshot, snapshot_of(run))
+    if as_json:
+        _print_json(answer_trace(run))
+    else:
+        from app.terminal import print_trace
+
+        print_trace(_console(), answer_trace(run))
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 cli.command("estimate")(with_options(estimate, OPTIONS))
 cli.command("plan")(with_options(plan, PLAN_OPTIONS, OPTIONS))
+cli.command("trace")(with_options(trace, OPTIONS))
 
 
 @cli.command()

@@ -63,3 +63,5 @@ PLAN: dict[str, Json] = {
     "qlora": {"summary": "The largest micro-batch of a global batch of 16", "value": {**QLORA, "global_batch_size": 16}},
     "length": {"summary": "The longest sequence", "value": {**QLORA, "objective": "longest_sequence"}},
 }
+
+TRACE: dict[str, Json] = {"qlora": ESTIMATE["qlora"], "full": ESTIMATE["full"]}

@@ -58,17 +58,6 @@ SFT_CONFIG = _names("""
 
 TRAINING = TRAINING_ARGUMENTS | SFT_CONFIG
 
-# Fields that do change memory when they are truthy, but that no formula of ours knows: they are reported, never passed over.
-UNMODELLED_TRAINING = _names("""
-    activation_offloading auto_find_batch_size deepspeed fsdp neftune_noise_alpha optim_target_modules parallelism_config torch_compile
-    torchdynamo tp_size
-""")
-UNMODELLED_LORA = _names("""
-    alora_invocation_tokens arrow_config kasa_config layer_replication loftq_config lora_ga_config megatron_config monteclora_config
-    use_bdlora use_qalora velora_config
-""")
-UNMODELLED_QUANTIZATION = _names("llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight")
-
 # Source: transformers 4.45–5.23, training_args.py, OptimizerNames (`adamw_hf` until 4.x, `adamw_apex_fused` until 5.0).
 OPTIMIZERS = _names("""
     adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_apex_fused adamw_bnb_8bit adamw_hf adamw_torch adamw_torch_4bit

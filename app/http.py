@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import orjson
 from anyio import CapacityLimiter, to_thread
@@ -20,7 +20,10 @@ from app.reading import MAX_BODY_BYTES, read_json
 from app.request import PlanRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
+from app.trace import answer_trace, snapshot_of, svg_of, trace
 from estimator.errors import FieldError, VramplanError
+
+Result = TypeVar("Result")
 
 # Estimates are arithmetic that holds the interpreter's lock: a few threads keep the loop free, more would only queue there.
 MAX_THREADS = 8
@@ -73,6 +76,12 @@ def create_app() -> FastAPI:
         _estimate
     )
     app.post("/v1/plan", summary="What fits a card", openapi_extra=_documented(PlanRequest, examples.PLAN))(_plan)
+    app.post(
+        "/v1/trace",
+        summary="Every allocation of a training step",
+        description="`format`: `json`; `svg`, memory over time; `snapshot`, a pickle that pytorch.org/memory_viz opens.",
+        openapi_extra=_documented(EstimateRequest, examples.TRACE),
+    )(_trace)
     app.get("/v1/models", summary="Bundled models")(_models)
     app.get("/v1/models/{model_id:path}", summary="One model, tensor by tensor")(_model)
     app.get("/v1/gpus", summary="Known GPUs")(_gpus)
@@ -87,6 +96,20 @@ async def _estimate(request: Request) -> Response:
 
 async def _plan(request: Request) -> Response:
     return await _answered(request, plan)
+
+
+async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = "json", alloc_conf: str = "") -> Response:
+    payload = read_json(await body_of(request))
+    run = partial(trace, payload, settings=alloc_conf)
+    match format:
+        case "json":
+            return Reply(await in_thread(request, lambda: answer_trace(run())))
+        case "svg":
+            return Response(await in_thread(request, lambda: svg_of(run())), media_type="image/svg+xml")
+        case "snapshot":
+            content = await in_thread(request, lambda: snapshot_of(run()))
+            disposition = {"content-disposition": 'attachment; filename="vramplan-snapshot.pickle"'}
+            return Response(content, media_type="application/octet-stream", headers=disposition)
 
 
 async def _models(request: Request, q: str | None = None) -> Response:
@@ -123,7 +146,7 @@ async def body_of(request: Request) -> bytes:
     return bytes(body)
 
 
-async def in_thread(request: Request, call: Callable[[], Json]) -> Json:
+async def in_thread(request: Request, call: Callable[[], Result]) -> Result:
     """The result of a blocking call, off the event loop."""
     return await to_thread.run_sync(call, limiter=request.app.state.threads)
 

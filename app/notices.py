@@ -1,19 +1,19 @@
 """Warnings for what users trip over: each a stable code and one plain sentence with the numbers of this very run."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
 
+from app import left_out
 from app.answer import is_modelled
-from app.card import MARGIN_WITHOUT_INTERVAL, Card
-from app.request import Request
+from app.answered import Answered, Rule
+from app.card import MARGIN_WITHOUT_INTERVAL
 from app.training import positions
 from app.versions import shown
+from estimator.correction import MIN_RESIDUALS, class_of
 from estimator.dtypes import DType
-from estimator.estimate import Estimate, Notice
-from estimator.inventory import Inventory
+from estimator.estimate import Notice
+from estimator.kernels import Kernel
 from estimator.phases import Item
-from estimator.recipe import Attention, Recipe, Trainer, Training
+from estimator.recipe import Attention, Trainer, Training
 from estimator.storage import StoredTensor
 from estimator.units import gib
 
@@ -23,42 +23,10 @@ NOTEWORTHY_SHARE = 0.10
 MIN_PAGED_ELEMENTS = 100_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """Everything a warning may look at."""
-
-    request: Request
-    inventory: Inventory
-    recipe: Recipe
-    estimate: Estimate
-    stored: tuple[StoredTensor, ...]
-    """What lies on the device between steps."""
-    card: Card | None
-    unmodelled: tuple[str, ...]
-    has_own_code: bool
-    """Whether the model's repository brings code, which is never run."""
-    has_interval: bool
-    without_quantization: Estimate | None
-    """The same run as plain 16-bit LoRA; None when it was not asked for or is not modelled."""
-
-    @cached_property
-    def base(self) -> tuple[StoredTensor, ...]:
-        """The frozen or full base weights, packed or not."""
-        return tuple(tensor for tensor in self.stored if tensor.item is Item.WEIGHTS)
-
-    @cached_property
-    def unquantized(self) -> tuple[StoredTensor, ...]:
-        return tuple(tensor for tensor in self.base if tensor.quantization is None)
-
-    def peak_bytes(self, *items: Item) -> int:
-        """The most that these items take together in any phase [bytes]."""
-        return max(sum(line.num_bytes for line in phase.items if line.item in items) for phase in self.estimate.phases)
-
-
 def notices(answered: Answered) -> tuple[Notice, ...]:
     """The estimator's own notices, then those of the border, each code once unless it names different fields."""
     own = tuple(answered.estimate.notices)
-    return own + tuple(Notice(code=code, message=message) for rule, code in RULES for message in rule(answered))
+    return own + tuple(Notice(code=code, message=message) for rule, code in (*left_out.RULES, *RULES) for message in rule(answered))
 
 
 def _bytes(tensors: Iterable[StoredTensor]) -> int:
@@ -85,7 +53,65 @@ def _no_bfloat16(a: Answered) -> Iterable[str]:
     if uses:
         yield (
             f"{a.card.name} has compute capability {capability[0]}.{capability[1]} and bfloat16 needs 8.0: {', '.join(uses)} would be "
-            "emulated slowly or refused; use fp16=True and float16."
+            f"emulated slowly or refused; use fp16=True instead, with {_fp16_advice(a)}."
+        )
+
+
+def _fp16_advice(a: Answered) -> str:
+    if a.recipe.adapter is not None or a.recipe.training is None:
+        return "float16 for the frozen weights"
+    return "weights loaded in float32, since trained weights in float16 are refused by the GradScaler"
+
+
+def _scaled_gradients(a: Answered) -> Iterable[str]:
+    """Source: torch, amp/grad_scaler.py, _unscale_grads_; for bfloat16 ATen/native/cuda/AmpKernels.cu, pytorch issue 127176."""
+    training = a.recipe.training
+    if training is None or training.autocast_dtype is not DType.FLOAT16:
+        return
+    half = [t for t in a.stored if t.trainable and t.dtype.is_half]
+    if not half:
+        return
+    names = " and ".join(sorted({t.dtype.value for t in half}))
+    number = sum(t.num_copies for t in half)
+    error = "Attempting to unscale FP16 gradients" if any(t.dtype is DType.FLOAT16 for t in half) else "not implemented for 'BFloat16'"
+    extra = gib(2 * _num_elements(half))
+    yield (
+        f"fp16=True scales the loss, and the GradScaler refuses 16-bit gradients ({error!r}): {number:,} trained "
+        f"tensors are {names}, so that the first step would fail; trained weights have to be float32, here {extra} more for the weights "
+        "alone, beside gradients and optimizer states in float32."
+    )
+
+
+def _written_out(a: Answered) -> Iterable[str]:
+    """Source: see `estimator.attention.scaled_dot_product`."""
+    recipe = a.recipe
+    heads = a.number("num_attention_heads", "n_head")
+    if Kernel.WRITTEN_OUT not in a.estimate.kernels or heads is None:
+        return
+    training, inference = recipe.training, recipe.inference
+    batch, length = training.shape if training else (inference.batch_size, inference.prompt_length) if inference else (0, 0)
+    major, minor = recipe.compute_capability
+    if recipe.compute_capability < (8, 0):
+        why = f"compute capability {major}.{minor} has no flash attention"
+    elif not recipe.dtype.is_half and not _autocasts(training):
+        why = f"flash attention does not take {recipe.dtype.value}"
+    else:
+        why = "flash attention does not take these heads"
+    yield (
+        f"{why}, and the other kernel of sdpa takes no grouped key/value heads: attention is written out, and each float32 tensor of "
+        f"scores takes {heads} heads × {batch:,} × {length:,}² × 4 B = {gib(4 * heads * batch * length * length)} while a layer runs."
+    )
+
+
+def _int8_inputs(a: Answered) -> Iterable[str]:
+    """Source: bitsandbytes, autograd/_functions.py, MatMul8bitLt.forward (`ctx.tensors`); torch, utils/checkpoint.py, _checkpoint_hook."""
+    if a.with_reentry is None:
+        return
+    saved = a.estimate.peak.allocated_bytes - a.with_reentry.peak.allocated_bytes
+    if saved > 0:
+        yield (
+            "layers of LLM.int8 keep their inputs where non-reentrant checkpointing cannot drop them, through the whole step: "
+            f'gradient_checkpointing_kwargs={{"use_reentrant": True}} peaks {gib(saved)} lower.'
         )
 
 
@@ -140,18 +166,30 @@ def _above_lora(a: Answered) -> Iterable[str]:
     if quantized > plain:
         yield (
             f"the quantized run peaks at {gib(quantized)}, above the {gib(plain)} of the same LoRA run with a plain bfloat16 base: "
-            "what is upcast or stays unquantized outweighs what quantization saves."
+            "what is upcast, stays unquantized or is kept by quantized layers outweighs what quantization saves."
         )
 
 
-def _string_model(a: Answered) -> Iterable[str]:
+def _loaded_in_float32(a: Answered) -> Iterable[str]:
     recipe = a.recipe
-    if recipe.trainer is Trainer.TRL and recipe.training and a.request.dtype is None and recipe.stack.sft_loads_ids_in_float32:
-        extra = 2 * _num_elements(t for t in a.base if t.dtype is DType.FLOAT32)
+    asked = a.request.dtype
+    if recipe.dtype is not DType.FLOAT32 or asked not in (None, "auto"):
+        return
+    extra = gib(2 * _num_elements(t for t in a.base if t.dtype is DType.FLOAT32))
+    if asked is None and recipe.trainer is Trainer.TRL and recipe.training and recipe.stack.sft_loads_ids_in_float32:
         yield (
-            f"dtype is not given: SFTTrainer of TRL {shown(recipe.stack.trl)} loads a model id in float32, {gib(extra)} more than "
+            f"dtype is not given: SFTTrainer of TRL {shown(recipe.stack.trl)} loads a model id in float32, {extra} more than "
             'bfloat16; pass a loaded model or model_init_kwargs={"dtype": "bfloat16"}.'
         )
+        return
+    how = 'dtype is "auto"' if asked == "auto" else "dtype is not given"
+    if asked is None and not recipe.stack.loads_checkpoint_dtype_by_default:
+        why = f"transformers {shown(recipe.stack.transformers)} loads float32 then, whatever the checkpoint holds"
+    elif a.inventory.checkpoint_dtype is None:
+        why = "the config names no type, which means float32"
+    else:
+        why = "the checkpoint's own type is float32"
+    yield f'{how}: {why}, {extra} more than with dtype="bfloat16".'
 
 
 def _nvidia_smi(a: Answered) -> Iterable[str]:
@@ -219,22 +257,14 @@ def _beyond_positions(a: Answered) -> Iterable[str]:
 
 
 def _no_interval(a: Answered) -> Iterable[str]:
-    if not a.has_interval and is_modelled(a.estimate):
+    runs = a.recipe.training is not None or a.recipe.inference is not None
+    if runs and not a.has_interval and is_modelled(a.estimate):
+        kind = class_of(a.recipe, a.estimate.kernels)
         yield (
-            "no interval can be given yet: fewer than 9 published measurements of this class were left aside as a test; "
-            f"'fits' therefore asks for {MARGIN_WITHOUT_INTERVAL:.0%} above the estimate."
+            f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "
+            f"constant, too few for an interval: 'fits' asks for {100 * MARGIN_WITHOUT_INTERVAL:.0f} % above the estimate instead, and "
+            "what fits with less is 'tight'."
         )
-
-
-def _unmodelled_fields(a: Answered) -> Iterable[str]:
-    for field in a.unmodelled:
-        yield f"{field} changes memory, and how is not modelled: the answer is for the run without it."
-    training = a.request.training
-    kwargs = training.gradient_checkpointing_kwargs if training else None
-    for name in ("offload", "selective"):
-        if kwargs is not None and getattr(kwargs, name):
-            field = f"training.gradient_checkpointing_kwargs.{name}"
-            yield f"{field} changes memory, and how is not modelled: the answer is for the run without it."
 
 
 def _checkpoint_quantization(a: Answered) -> Iterable[str]:
@@ -242,15 +272,6 @@ def _checkpoint_quantization(a: Answered) -> Iterable[str]:
     method = own.get("quant_method") if isinstance(own, dict) else None
     if method not in (None, "bitsandbytes") and a.recipe.quantization is None:
         yield f"the checkpoint is stored quantized with {method}: this answer is for its weights dequantized to {a.recipe.dtype.value}."
-
-
-def _label_smoothing(a: Answered) -> Iterable[str]:
-    training = a.request.training
-    if training and training.label_smoothing_factor > 0 and a.recipe.trainer is Trainer.TRL and a.recipe.stack.sft_tiles_loss:
-        yield (
-            "label_smoothing_factor makes SFTTrainer run the model a second time for the full logits: "
-            "the answer counts one pass with full logits."
-        )
 
 
 def _flash_attention(a: Answered) -> Iterable[str]:
@@ -286,23 +307,22 @@ def _load_only(a: Answered) -> Iterable[str]:
         yield "neither training nor inference is given: the answer is for loading the weights alone."
 
 
-Rule = Callable[[Answered], Iterable[str]]
-
 RULES: tuple[tuple[Rule, str], ...] = (
     (_load_only, "load_only"),
     (_own_code, "own_code_not_run"),
-    (_unmodelled_fields, "field_not_modelled"),
     (_no_bfloat16, "no_bfloat16"),
+    (_scaled_gradients, "fp16_gradients_refused"),
     (_flash_attention, "flash_attention_unsupported"),
+    (_written_out, "attention_written_out"),
+    (_int8_inputs, "int8_keeps_inputs"),
     (_compute_dtype, "compute_dtype_float32"),
     (_unquantized, "weights_not_quantized"),
     (_upcast, "float32_upcast"),
     (_above_lora, "qlora_above_lora"),
-    (_string_model, "model_loaded_in_float32"),
+    (_loaded_in_float32, "model_loaded_in_float32"),
     (_checkpoint_quantization, "checkpoint_quantization"),
     (_kbit_checkpointing, "kbit_checkpointing_default"),
     (_beyond_positions, "beyond_max_position_embeddings"),
-    (_label_smoothing, "label_smoothing_extra_forward"),
     (_paging, "paging_is_partial"),
     (_merge, "merge_needs_dequantized_copy"),
     (_nvidia_only, "bitsandbytes_needs_nvidia"),

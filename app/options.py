@@ -87,6 +87,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("training.gradient_checkpointing_kwargs.use_reentrant", "flag", "variant of checkpointing"),
         _option("training.use_liger_kernel", "flag", "Liger's fused loss"),
         _option("training.loss_type", "str", "SFTConfig's loss"),
+        _option("training.packing", "flag", "SFTConfig: samples packed to max_length"),
+        _option("training.padding_free", "flag", "SFTConfig: samples end to end in one row"),
         _option("padded", "flag", "batches carry padding"),
     ),
     _INFERENCE: (
@@ -99,7 +101,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
-        _option("engine", "str", "auto or analytic"),
+        _option("engine", "str", "auto, analytic or trace"),
     ),
 }
 
@@ -116,12 +118,18 @@ _TYPES: dict[Kind, type] = {"str": str, "int": int, "float": float, "flag": bool
 def with_options(
     command: Callable[[str | None, str | None, bool, Json], None], *panels: dict[str, tuple[Option, ...]]
 ) -> Callable[..., None]:
-    """A Typer command with MODEL, `--request`, `--json` and every option of the panels; it passes the request on as one mapping."""
+    """A Typer command with MODEL, `--request`, `--json` and every option of the panels; it passes the request on as one mapping.
+
+    Options of the command's own stand beside them.
+    """
     options = {option.parameter: (panel, option) for table in panels for panel, group in table.items() for option in group}
 
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("model", "request", "as_json", "options")]
+
     def called(model: str | None, request: str | None, as_json: bool, **values: Any) -> None:
+        extra = {p.name: values.pop(p.name) for p in own}
         given = {options[name][1].path: value for name, value in values.items() if value is not None}
-        command(model, request, as_json, _nested(given, {o.path: o for _, o in options.values()}))
+        command(model, request, as_json, _nested(given, {o.path: o for _, o in options.values()}), **extra)
 
     parameters = [
         _parameter(
@@ -131,6 +139,7 @@ def with_options(
             "request", str, typer.Option("--request", "-f", help="a JSON or YAML request, - for standard input", show_default=False)
         ),
         _parameter("as_json", bool, typer.Option("--json", help="print the answer as JSON"), default=False),
+        *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own),
         *(
             _parameter(
                 name, _TYPES[option.kind], typer.Option(*option.declarations, help=option.help, rich_help_panel=panel, show_default=False)

@@ -21,7 +21,7 @@ from app.plan import plan
 from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES, read_json
 from app.service import answer
-from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
+from app.wording import plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -124,6 +124,7 @@ def _template() -> Any:
         loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["gib"] = gib
+    environment.filters["setting"] = setting_sentence
     return environment.get_template("page.html")
 
 

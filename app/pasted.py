@@ -6,6 +6,7 @@ from typing import Any
 
 from app import fields
 from app.request import PeftFields, QuantizationFields, TrainingFields
+from app.unmodelled import EVALUATION, LORA, QUANTIZATION, TRAINING, Unmodelled, changes_memory, evaluates
 from estimator.errors import RequestError, UnknownNameError
 
 _TOP_ALIASES = {"torch_dtype": "dtype", "quantization_config": "quantization", "peft_config": "peft"}
@@ -15,6 +16,8 @@ _TRAINING_ALIASES = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "evaluation_strategy": "eval_strategy",
     "use_liger": "use_liger_kernel",
 }
 # Keys of SFTConfig(model_init_kwargs=…) that are fields of the request itself.
@@ -31,6 +34,8 @@ class Pasted:
     """Known fields without a bearing on memory."""
     unmodelled: list[str] = field(default_factory=list)
     """Fields that have a bearing on memory which no formula covers."""
+    evaluation: list[str] = field(default_factory=list)
+    """Fields of an evaluation during training; empty without one."""
 
 
 def canonical(payload: Mapping[str, Any]) -> Pasted:
@@ -121,7 +126,7 @@ def _quantization(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
         "quantization",
         frozenset(QuantizationFields.model_fields),
         fields.BITS_AND_BYTES_CONFIG,
-        fields.UNMODELLED_QUANTIZATION,
+        QUANTIZATION,
         pasted,
     )
 
@@ -131,7 +136,7 @@ def _peft(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     if str(peft_type).rpartition(".")[2].upper() != "LORA":
         raise UnknownNameError.of("peft.peft_type", peft_type, ["LORA"])
     values = {k: v for k, v in values.items() if v is not None}
-    return _split(values, "peft", frozenset(PeftFields.model_fields), fields.LORA_CONFIG, fields.UNMODELLED_LORA, pasted)
+    return _split(values, "peft", frozenset(PeftFields.model_fields), fields.LORA_CONFIG, LORA, pasted)
 
 
 def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
@@ -141,17 +146,25 @@ def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     for key in ("gradient_checkpointing_kwargs", "liger_kernel_config"):
         if isinstance(values.get(key), dict):
             values[key] = {k: v for k, v in values[key].items() if v is not None}
-    return _split(values, "training", frozenset(TrainingFields.model_fields), fields.TRAINING, fields.UNMODELLED_TRAINING, pasted)
+    if evaluates(values):
+        pasted.evaluation = sorted(f"training.{name}" for name in values if name in EVALUATION)
+        values = {k: v for k, v in values.items() if k not in EVALUATION - set(TrainingFields.model_fields)}
+    elif values.pop("per_device_eval_batch_size", None) is not None:
+        pasted.ignored.append("training.per_device_eval_batch_size")
+    for name in ("offload", "selective"):
+        if isinstance(kwargs := values.get("gradient_checkpointing_kwargs"), dict) and kwargs.get(name) is True:
+            pasted.unmodelled.append(f"training.gradient_checkpointing_kwargs.{name}")
+    return _split(values, "training", frozenset(TrainingFields.model_fields), fields.TRAINING, TRAINING, pasted)
 
 
 def _split(
-    values: dict[str, Any], section: str, read: frozenset[str], known: frozenset[str], unmodelled: frozenset[str], pasted: Pasted
+    values: dict[str, Any], section: str, read: frozenset[str], known: frozenset[str], unmodelled: Mapping[str, Unmodelled], pasted: Pasted
 ) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in values.items():
         if key in read or key not in known:
             kept[key] = value  # an unknown name is left for the model of the section to refuse
-        elif key in unmodelled and value and value != "":
+        elif changes_memory(unmodelled.get(key), value):
             pasted.unmodelled.append(f"{section}.{key}")
         else:
             pasted.ignored.append(f"{section}.{key}")

@@ -7,18 +7,22 @@ from typing import Any
 from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
 from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
+from app.resolution import resolve_recipe
 from app.service import Case, interval_of, prepare, render
 from app.training import positions
 from estimator.dtypes import DType
-from estimator.engine import estimate as run_engine
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
 from estimator.planner import divisors, largest_of, largest_up_to
-from estimator.recipe import Loss, Quantization, QuantizationKind, Recipe, Training
+from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.step import needs_mask
 
 # Sequence lengths are searched in steps of this: kernels pad to it anyway.
 LENGTH_STEP = 64
 NUM_ALTERNATIVES = 4
+# Compute capability from which bfloat16 is not emulated.
+NATIVE_BFLOAT16 = (8, 0)
+_LORA = {"r": 16, "target_modules": "all-linear"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,7 @@ class _Search:
         return replace(self.case.recipe, training=replace(self.training(), **changes))
 
     def fits(self, recipe: Recipe) -> bool:
-        return self.missing_bytes(recipe, run_engine(self.case.inventory, recipe)) <= 0
+        return self.missing_bytes(recipe, self.case.answerer.estimate(recipe)) <= 0
 
     def missing_bytes(self, recipe: Recipe, estimate: Estimate) -> int:
         """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
@@ -57,7 +61,7 @@ def plan(payload: Mapping[str, Any]) -> Json:
     if case.card is None:
         raise RequestError("hardware: a plan needs a card; give gpu or capacity_gib", field="hardware")
     search = _Search(case=case, request=question.request)
-    if not is_modelled(run_engine(case.inventory, case.recipe)):
+    if not is_modelled(case.answerer.estimate(case.recipe)):
         raise RequestError(
             f"model: the training step of {case.inventory.model_class} is not modelled, so nothing can be planned", field="model"
         )
@@ -76,7 +80,7 @@ def _completed(question: Question[PlanRequest]) -> Question[Request]:
     if request.training.max_length is None and request.objective == "longest_sequence":
         fields["max_length"] = LENGTH_STEP
     training: TrainingFields = request.training.model_copy(update=fields)
-    return Question(request=request.model_copy(update={"training": training}), ignored=question.ignored, unmodelled=question.unmodelled)
+    return replace(question, request=request.model_copy(update={"training": training}))
 
 
 def _found(search: _Search) -> Training | None:
@@ -131,12 +135,31 @@ def _varied(training: Training) -> Json:
 
 def _rendered(search: _Search, training: Training) -> Json:
     recipe = search.recipe(**_varied(training))
-    estimate = run_engine(search.case.inventory, recipe)
+    estimate = search.case.answerer.estimate(recipe)
+    rendered = render(replace(search.case, recipe=recipe), estimate)
+    changed = [{"code": "global_batch_changed", "message": text} for text in _global_batch_changed(search.request, training)]
+    rendered["warnings"] = changed + rendered["warnings"]
     return {
         **_sizes(search, training, estimate),
-        "estimate": render(replace(search.case, recipe=recipe), estimate),
+        "estimate": rendered,
         "alternatives": list(_alternatives(search, training)),
     }
+
+
+def _global_batch_changed(request: PlanRequest, training: Training) -> Iterator[str]:
+    asked = request.training
+    if request.global_batch_size is not None or asked is None:
+        return
+    batch, steps = asked.per_device_train_batch_size, asked.gradient_accumulation_steps
+    planned = training.micro_batch_size * training.gradient_accumulation_steps
+    if batch is None or batch * (steps or 1) == planned:
+        return
+    total = batch * (steps or 1)
+    yield (
+        f"the request asks for {batch} × {steps or 1} = {total} samples per optimizer step, the plan has {training.micro_batch_size} × "
+        f"{training.gradient_accumulation_steps} = {planned}: without global_batch_size the micro-batch is what the objective finds, at as "
+        f"many steps as asked; give global_batch_size {total} to keep it."
+    )
 
 
 def _sizes(search: _Search, training: Training, estimate: Estimate) -> Json:
@@ -156,7 +179,7 @@ def _alternatives(search: _Search, training: Training) -> Iterator[Json]:
     smaller = [size for size in divisors(total) if size < training.micro_batch_size]
     for size in reversed(smaller[-NUM_ALTERNATIVES:]):
         other = replace(training, micro_batch_size=size, gradient_accumulation_steps=total // size)
-        yield _sizes(search, other, run_engine(search.case.inventory, search.recipe(**_varied(other))))
+        yield _sizes(search, other, search.case.answerer.estimate(search.recipe(**_varied(other))))
 
 
 def _shortfall(search: _Search) -> Json:
@@ -165,9 +188,12 @@ def _shortfall(search: _Search) -> Json:
     if search.request.objective == "longest_sequence":
         smallest = replace(smallest, micro_batch_size=(asked.per_device_train_batch_size if asked else None) or 1)
     recipe = search.recipe(**_varied(smallest))
-    estimate = run_engine(search.case.inventory, recipe)
-    changes = [_change(search, estimate, *lever) for lever in _levers(recipe)]
+    estimate = search.case.answerer.estimate(recipe)
+    levers = list(_levers(search.request, recipe))
+    changes = [_change(search, recipe, estimate, *lever) for lever in levers]
     useful = [change for change in changes if change is not None and change["saves_bytes"] > 0]
+    if not any(change["fits"] for change in useful):
+        useful += _together(search, recipe, estimate, levers)
     useful.sort(key=lambda change: (not change["fits"], -change["saves_bytes"]))
     return {
         "missing_bytes": search.missing_bytes(recipe, estimate),
@@ -177,47 +203,104 @@ def _shortfall(search: _Search) -> Json:
     }
 
 
-def _levers(recipe: Recipe) -> Iterator[tuple[Json, Recipe, str]]:
-    """Single changes that save memory: what to set, the recipe with it, and what it costs."""
+def _levers(request: Request, recipe: Recipe) -> Iterator[tuple[Json, str]]:
+    """Single changes that can save memory: the fields to set, and what it costs."""
     training = recipe.training
     assert training is not None
+    half = DType.BFLOAT16 if recipe.compute_capability >= NATIVE_BFLOAT16 else DType.FLOAT16
     if not training.gradient_checkpointing:
-        on = replace(training, gradient_checkpointing=True, use_reentrant=recipe.stack.trainer_checkpoints_reentrantly)
-        yield {"training.gradient_checkpointing": True}, replace(recipe, training=on), "about 30 % slower"
+        yield {"training.gradient_checkpointing": True}, "about 30 % slower"
+    elif recipe.quantization is not None and not recipe.quantization.kind.is_4bit and not training.use_reentrant:
+        yield {"training.gradient_checkpointing_kwargs.use_reentrant": True}, "inputs of the layers must require gradients"
     if "8bit" not in training.optimizer and "4bit" not in training.optimizer:
-        yield (
-            {"training.optim": "paged_adamw_8bit"},
-            replace(recipe, training=replace(training, optimizer="paged_adamw_8bit")),
-            "8-bit optimizer states",
-        )
+        yield {"training.optim": "paged_adamw_8bit"}, "8-bit optimizer states"
     if training.loss is Loss.STOCK:
-        yield {"training.use_liger_kernel": True}, replace(recipe, training=replace(training, loss=Loss.LIGER)), "needs liger-kernel"
+        yield {"training.use_liger_kernel": True}, "needs liger-kernel"
+    if request.attn_implementation == Attention.EAGER:
+        yield {"attn_implementation": "sdpa"}, "attention weights are not returned"
+    if training.flattened and needs_mask(recipe) and recipe.compute_capability >= NATIVE_BFLOAT16:
+        yield {"attn_implementation": "flash_attention_2"}, "needs flash-attn"
     if recipe.prepare_for_kbit_training:
-        yield {"prepare_model_for_kbit_training": False}, replace(recipe, prepare_for_kbit_training=False), "norms and head stay in 16 bits"
-    if not recipe.dtype.is_half:
-        yield {"dtype": "bfloat16"}, replace(recipe, dtype=DType.BFLOAT16), "16-bit weights"
-    if recipe.adapter is not None and (recipe.quantization is None or not recipe.quantization.kind.is_4bit):
-        quantization = Quantization(kind=QuantizationKind.NF4, double_quant=True, compute_dtype=DType.BFLOAT16)
-        setting = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": "bfloat16",
-        }
-        yield {"quantization": setting}, replace(recipe, quantization=quantization), "slower steps, 4-bit base weights"
+        yield {"prepare_model_for_kbit_training": False}, "norms and head stay in 16 bits"
+    if not recipe.dtype.is_half and (recipe.adapter is not None or half is DType.BFLOAT16):  # trained float16 weights are refused
+        yield {"dtype": half.value}, "16-bit weights"
+    if recipe.adapter is None:
+        yield {"peft": _LORA}, "trains an adapter, not the model"
+        yield {"peft": _LORA, "quantization": _nf4(half)}, "trains an adapter on 4-bit base weights, slower steps"
+    elif recipe.quantization is None or not recipe.quantization.kind.is_4bit:
+        yield {"quantization": _nf4(half)}, "slower steps, 4-bit base weights"
     if training.sequence_length > LENGTH_STEP:
-        half = training.sequence_length // 2
-        yield {"training.max_length": half}, replace(recipe, training=replace(training, sequence_length=half)), "longer samples are cut"
+        yield {"training.max_length": training.sequence_length // 2}, "longer samples are cut"
 
 
-def _change(search: _Search, estimate: Estimate, setting: Json, changed: Recipe, costs: str) -> Json | None:
+def _nf4(compute_dtype: DType) -> Json:
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute_dtype.value,
+    }
+
+
+def _change(search: _Search, before: Recipe, estimate: Estimate, setting: Json, costs: str) -> Json | None:
+    """What a change saves: the request with it, asked anew."""
+    assert before.training is not None
     try:
-        after = run_engine(search.case.inventory, changed)
+        changed = resolve_recipe(_with(search.request, before.training, setting), search.case.inventory, search.case.card)
+        if changed == before:
+            return None
+        after = search.case.answerer.estimate(changed)
     except VramplanError:  # a lever that this model cannot pull is not offered
         return None
     return {
         "set": setting,
         "saves_bytes": device_bytes(estimate) - device_bytes(after),
-        "fits": search.missing_bytes(changed, after) <= 0,
+        "fits": is_modelled(after) and search.missing_bytes(changed, after) <= 0,
         "costs": costs,
     }
+
+
+def _together(search: _Search, before: Recipe, estimate: Estimate, levers: list[tuple[Json, str]]) -> list[Json]:
+    """As many changes as it takes, the cheapest first, less those that turn out not to be needed; none where all of them do not do."""
+    chosen: list[tuple[Json, str]] = []
+    found, saved = None, 0
+    for lever in levers:
+        change = _change(search, before, estimate, *_joined([*chosen, lever]))
+        if change is not None and change["saves_bytes"] > saved:
+            chosen.append(lever)
+            found, saved = change, change["saves_bytes"]
+            if change["fits"]:
+                break
+    if found is None or not found["fits"]:
+        return []
+    for lever in list(chosen):
+        fewer = [other for other in chosen if other is not lever]
+        change = _change(search, before, estimate, *_joined(fewer)) if len(fewer) > 1 else None
+        if change is not None and change["fits"]:
+            chosen, found = fewer, change
+    return [found]
+
+
+def _joined(levers: list[tuple[Json, str]]) -> tuple[Json, str]:
+    setting: Json = {}
+    for part, _ in levers:
+        setting |= part
+    return setting, "; ".join(costs for _, costs in levers)
+
+
+def _with(request: PlanRequest, training: Training, setting: Json) -> Request:
+    """The request for these sizes, with some fields set."""
+    payload = request.model_dump(exclude_unset=True, exclude={"global_batch_size", "objective"})
+    sizes = {
+        "training.per_device_train_batch_size": training.micro_batch_size,
+        "training.gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "training.max_length": training.sequence_length,
+    }
+    for path, value in (sizes | setting).items():
+        *sections, name = path.split(".")
+        target = payload
+        for section in sections:
+            target[section] = target.get(section) or {}
+            target = target[section]
+        target[name] = value
+    return Request.model_validate(payload)

@@ -38,6 +38,8 @@ class Question(Generic[RequestT_co]):
     request: RequestT_co
     ignored: tuple[str, ...]
     unmodelled: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    """Fields of an evaluation during training; empty without one."""
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def _read(payload: Mapping[str, Any], kind: type[RequestT]) -> Question[RequestT
         request = kind.model_validate(pasted.payload)
     except ValidationError as error:
         raise _request_error(error, kind) from None
-    return Question(request=request, ignored=tuple(pasted.ignored), unmodelled=tuple(pasted.unmodelled))
+    return Question(
+        request=request, ignored=tuple(pasted.ignored), unmodelled=tuple(pasted.unmodelled), evaluation=tuple(pasted.evaluation)
+    )
 
 
 def _check_depth(payload: object) -> None:

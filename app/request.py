@@ -77,7 +77,7 @@ class LigerFields(Border):
 
     model_config = ConfigDict(extra="ignore")
 
-    fused_linear_cross_entropy: bool = True
+    fused_linear_cross_entropy: bool | None = None
 
 
 class TrainingFields(Border):
@@ -97,7 +97,10 @@ class TrainingFields(Border):
     loss_type: Name | None = None
     label_smoothing_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
     packing: bool = False
+    packing_strategy: Name | None = None
     padding_free: bool = False
+    per_device_eval_batch_size: Batch | None = None
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | Literal["auto"] | None = None
 
 

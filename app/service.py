@@ -5,20 +5,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app.answer import Json, device_bytes, is_modelled, render_estimate
+from app.answered import Answered
 from app.card import Card, card_of
-from app.notices import Answered, notices
+from app.engine import Answerer
+from app.notices import notices
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
+from app.unmodelled import bears
 from estimator.correction import interval
 from estimator.dtypes import DType
-from estimator.engine import estimate as run_engine
-from estimator.errors import RequestError, VramplanError
-from estimator.estimate import Estimate, Interval
+from estimator.errors import VramplanError
+from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
+from estimator.sources.tracing import Subject
 from estimator.static_memory import stored_tensors
 
 
@@ -30,10 +33,21 @@ class Case:
     model: ResolvedModel
     recipe: Recipe
     card: Card | None
+    answerer: Answerer
 
     @property
     def inventory(self) -> Inventory:
         return self.model.inventory
+
+    def model_json(self) -> Json:
+        """The model in the contract's words."""
+        return {
+            "id": self.model.id,
+            "revision": self.model.revision,
+            "model_type": self.inventory.model_type,
+            "source": self.model.source,
+            "num_parameters": self.inventory.num_parameters,
+        }
 
 
 def answer(payload: Mapping[str, Any]) -> Json:
@@ -43,18 +57,18 @@ def answer(payload: Mapping[str, Any]) -> Json:
         VramplanError: if the request or the model cannot be answered for.
     """
     case = prepare(read_estimate(payload))
-    return render(case, run_engine(case.inventory, case.recipe))
+    return render(case, case.answerer.estimate(case.recipe))
 
 
 def prepare(question: Question[Request]) -> Case:
     """Find the model and the card, and resolve every default."""
     request = question.request
-    if request.engine == "trace":
-        raise RequestError("engine: 'trace' is not available yet; accepted: 'auto', 'analytic'", field="engine")
     card = card_of(request.hardware)
     model = find_model(request)
     recipe = resolve_recipe(request, model.inventory, card)
-    return Case(question=question, model=model, recipe=recipe, card=card)
+    subject = Subject(config=model.config, inventory=model.inventory, is_public=model.is_public)
+    answerer = Answerer(engine=request.engine, subject=subject)
+    return Case(question=question, model=model, recipe=recipe, card=card, answerer=answerer)
 
 
 def find_model(request: Request) -> ResolvedModel:
@@ -66,34 +80,32 @@ def find_model(request: Request) -> ResolvedModel:
 def render(case: Case, estimate: Estimate) -> Json:
     """The answer in the contract's words, with explanations and warnings."""
     bounds = interval_of(case.recipe, estimate)
+    question = case.question
+    unmodelled = tuple(field for field in question.unmodelled if bears(field, case.recipe))
     return render_estimate(
-        model={
-            "id": case.model.id,
-            "revision": case.model.revision,
-            "model_type": case.inventory.model_type,
-            "source": case.model.source,
-            "num_parameters": case.inventory.num_parameters,
-        },
+        model=case.model_json(),
         recipe=case.recipe,
         estimate=estimate,
-        explanations=explain(case.inventory, case.recipe),
+        explanations=explain(case.inventory, case.recipe, case.answerer.program(case.recipe) if estimate.engine is Engine.TRACE else None),
         card=case.card,
         interval=bounds,
         notices=notices(
             Answered(
-                request=case.question.request,
+                request=question.request,
                 inventory=case.inventory,
                 recipe=case.recipe,
                 estimate=estimate,
                 stored=tuple(stored_tensors(case.inventory, case.recipe)),
                 card=case.card,
-                unmodelled=case.question.unmodelled,
+                unmodelled=unmodelled,
+                evaluation=question.evaluation,
                 has_own_code=case.model.has_own_code,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
+                with_reentry=_with_reentry(case, estimate),
             )
         ),
-        ignored=case.question.ignored,
+        ignored=sorted({*question.ignored, *question.unmodelled} - {*unmodelled}),
     )
 
 
@@ -101,7 +113,9 @@ def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
     """How wrong the estimate may be, as far as published measurements tell."""
     if not is_modelled(estimate):
         return None
-    return interval(recipe=recipe, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate))
+    return interval(
+        recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)
+    )
 
 
 def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
@@ -111,6 +125,17 @@ def _without_quantization(case: Case, estimate: Estimate) -> Estimate | None:
         return None
     plain = replace(recipe, quantization=None, prepare_for_kbit_training=False, dtype=DType.BFLOAT16)
     try:
-        return run_engine(case.inventory, plain)
+        return case.answerer.estimate(plain)
     except VramplanError:  # a comparison that cannot be made is left out, the answer stands without it
         return None
+
+
+def _with_reentry(case: Case, estimate: Estimate) -> Estimate | None:
+    """The same run of LLM.int8 with reentrant checkpointing."""
+    recipe = case.recipe
+    training, quantization = recipe.training, recipe.quantization
+    if training is None or quantization is None or quantization.kind.is_4bit or not is_modelled(estimate):
+        return None
+    if not training.gradient_checkpointing or training.use_reentrant:
+        return None
+    return case.answerer.estimate(replace(recipe, training=replace(training, use_reentrant=True)))

@@ -8,12 +8,15 @@ from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
-from app.wording import plan_sentence, shortfall_sentence, verdict_sentence
+from app.wording import plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
 # Characters of the phase table without its bars.
-_TABLE_WIDTH = 75
+_TABLE_WIDTH = 80
+_EXACT, _NOT_EXACT = " ", "~"
+_STORED = ("weights", "quantization_state", "buffers", "adapter_weights")
+_EIGHTHS_UP = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -24,6 +27,7 @@ def print_estimate(console: Console, answer: Json) -> None:
     console.print(_context(answer), style="dim", highlight=False)
     console.print()
     console.print(_phase_table(answer, bar_width=max(4, min(24, console.width - _TABLE_WIDTH))))
+    console.print("~ modelled; all else is exact to the byte", style="dim", highlight=False)
     _print_warnings(console, answer)
 
 
@@ -43,13 +47,56 @@ def print_plan(console: Console, answer: Json) -> None:
         return
     shortfall = answer["shortfall"]
     console.print(f"[bold red]{escape(shortfall_sentence(shortfall))}[/]", highlight=False)
+    if not any(change["fits"] for change in shortfall["changes"]):
+        console.print("None of these changes is enough:", highlight=False)
     for change in shortfall["changes"]:
-        mark = "[green]fits[/]" if change["fits"] else "saves"
+        mark = "[green]fits[/], saves" if change["fits"] else "saves"
         console.print(
-            f"  {mark} {gib(change['saves_bytes'])}: {escape(_setting(change['set']))} ({escape(change['costs'])})", highlight=False
+            f"  {mark} {gib(change['saves_bytes'])}: {escape(setting_sentence(change['set']))} ({escape(change['costs'])})", highlight=False
         )
     console.print()
     print_estimate(console, shortfall["estimate"])
+
+
+def print_trace(console: Console, answer: Json) -> None:
+    """Memory over time, each phase's peak with what is alive in it, and the allocator."""
+    peak, allocator, timeline = answer["peak"], answer["allocator"], answer["timeline"]
+    console.print(
+        f"[bold cyan]Peak {gib(peak['allocated_bytes'])} allocated in {peak['phase']}[/]; the allocator holds "
+        f"{gib(allocator['reserved_at_peak_bytes'])} then, {gib(allocator['max_reserved_bytes'])} at most",
+        highlight=False,
+    )
+    number, steps = timeline["num_allocations"], "the loaded model and two optimizer steps"
+    console.print(f"{number:,} allocations: {steps}", style="dim", highlight=False)
+    console.print()
+    _print_skyline(console, timeline["columns"])
+    for phase in answer["phases"]:
+        console.print(f"\n[bold]{phase['phase']}[/] {gib(phase['allocated_bytes'])}", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1, 0, 2))
+        for justify in ("right", "left", "right", "left"):
+            table.add_column(justify="right" if justify == "right" else "left", overflow="fold")
+        # beside what is stored all the time, which `load` shows
+        rows = [row for row in phase["largest"] if phase["phase"] == "load" or row["item"] not in _STORED]
+        for row in rows[:5]:
+            kind = f"{row['dtype']} {row['shape']}"
+            table.add_row(gib(row["bytes"]), row["item"], f"{row['count']} ×", escape(f"{kind}  {row['module']} {row['operator']}"))
+        console.print(table)
+
+
+def _print_skyline(console: Console, columns: Iterable[Json]) -> None:
+    """One character a stretch of events, eight rows high, phases named below."""
+    width, height = max(20, min(console.width - 10, 100)), 8
+    shown = list(columns)
+    groups = [shown[len(shown) * n // width : max(len(shown) * (n + 1) // width, len(shown) * n // width + 1)] for n in range(width)]
+    tops = [max((c["allocated_bytes"] for c in group), default=0) for group in groups]
+    highest = max(tops, default=0) or 1
+    for row in range(height, 0, -1):
+        line = "".join(_EIGHTHS_UP[max(0, min(8, round((top / highest * height - row + 1) * 8)))] for top in tops)
+        label = gib(highest) if row == height else ""
+        console.print(f"{label:>9} [cyan]{line}[/]", highlight=False)
+    phases = [group[0]["phase"] for group in groups]
+    marks = "".join(phase[0] if n == 0 or phases[n - 1] != phase else "·" for n, phase in enumerate(phases))
+    console.print(f"{'':>9} {marks}   l load, f forward, l loss, b backward, o optimizer_step", style="dim", highlight=False)
 
 
 def print_models(console: Console, models: Iterable[Json]) -> None:
@@ -105,21 +152,22 @@ def _phase_table(answer: Json, *, bar_width: int) -> RenderableType:
     peak = max(phase["allocated_bytes"] for phase in phases)
     items = list(dict.fromkeys(item["name"] for phase in phases for item in phase["items"]))
     bytes_of = {(phase["phase"], item["name"]): item["bytes"] for phase in phases for item in phase["items"]}
-    basis_of = {item["name"]: item["basis"] for phase in phases for item in phase["items"]}
+    # a tilde marks what is not exact to the byte
+    marks = {
+        (phase["phase"], item["name"]): _EXACT if item["basis"] == "exact" else _NOT_EXACT for phase in phases for item in phase["items"]
+    }
     table = Table(box=None, pad_edge=False, show_footer=True, padding=(0, 1, 0, 0))
     table.add_column("item", footer=Text("allocated", style="bold"), no_wrap=True)
     for phase in phases:
         is_peak = phase["allocated_bytes"] == peak
-        footer = Text(gib(phase["allocated_bytes"]), style="bold red" if is_peak else "bold")
+        footer = Text(gib(phase["allocated_bytes"]) + _EXACT, style="bold red" if is_peak else "bold")
         table.add_column(phase["phase"], justify="right", footer=footer, no_wrap=True)
     table.add_column("", no_wrap=True)
     for name in items:
         sizes = [bytes_of.get((phase["phase"], name)) for phase in phases]
         largest = max(size or 0 for size in sizes)
-        cells = [gib(size) if size else "–" for size in sizes]
-        # a tilde marks what is not exact to the byte
-        label = name if basis_of[name] == "exact" else f"{name} ~"
-        table.add_row(label, *cells, Text(bar(largest / peak if peak else 0.0, bar_width), style="cyan"))
+        cells = [f"{gib(size)}{marks[phase['phase'], name]}" if size else f"–{_EXACT}" for phase, size in zip(phases, sizes, strict=True)]
+        table.add_row(name, *cells, Text(bar(largest / peak if peak else 0.0, bar_width), style="cyan"))
     return table
 
 
@@ -138,7 +186,3 @@ def _context(answer: Json) -> str:
         f"{model['id'] or model['model_type']}: {counts['total']:,} parameters, {counts['trainable']:,} trainable; "
         f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}"
     )
-
-
-def _setting(setting: Json) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in setting.items())

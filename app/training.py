@@ -1,10 +1,12 @@
 """Defaults of `TrainingArguments` and `SFTConfig`, as the asked versions resolve them."""
 
 from app import fields
-from app.request import CheckpointingFields, Request, TrainingFields
+from app.request import CheckpointingFields, LigerFields, Request, TrainingFields
+from app.versions import shown
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
 from estimator.inventory import Inventory, ModuleKind
+from estimator.liger import fuses_loss
 from estimator.recipe import Loss, Training
 from estimator.stack import Stack
 from estimator.units import ceil_div
@@ -28,6 +30,7 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
     if checkpointing is None:
         checkpointing = sft and stack.sft_checkpoints_by_default
     kwargs = asked.gradient_checkpointing_kwargs or CheckpointingFields()
+    packs = asked.padding_free or (asked.packing and sft)
     return Training(
         micro_batch_size=asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE,
         sequence_length=_length(asked, inventory, sft=sft),
@@ -38,8 +41,9 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         gradient_checkpointing=checkpointing,
         use_reentrant=checkpointing and _reentrant(kwargs, stack, sft=sft, prepared=prepared),
         checkpoint_every_n_layers=kwargs.every_n_layers,
-        loss=_loss(asked, stack, sft=sft),
-        padded=request.padded,
+        loss=_loss(asked, inventory, stack, sft=sft),
+        padded=request.padded and not packs,
+        flattened=packs and _flattens(asked, stack),
     )
 
 
@@ -129,8 +133,21 @@ def _reentrant(kwargs: CheckpointingFields, stack: Stack, *, sft: bool, prepared
     return stack.trainer_checkpoints_reentrantly and not (sft and stack.sft_checkpoints_without_reentry)
 
 
-def _loss(asked: TrainingFields, stack: Stack, *, sft: bool) -> Loss:
-    fused = asked.use_liger_kernel and (asked.liger_kernel_config is None or asked.liger_kernel_config.fused_linear_cross_entropy)
+def _flattens(asked: TrainingFields, stack: Stack) -> bool:
+    """Whether samples lie end to end in one row; packed by the strategy `wrapped`, or by an older TRL, each row is one full sample.
+
+    Source: trl, trainer/sft_trainer.py, SFTTrainer.__init__ and DataCollatorForLanguageModeling; transformers, data/data_collator.py,
+    DataCollatorWithFlattening.
+    """
+    return asked.padding_free or (stack.sft_packs_without_padding and asked.packing_strategy != "wrapped")
+
+
+def _loss(asked: TrainingFields, inventory: Inventory, stack: Stack, *, sft: bool) -> Loss:
+    config = asked.liger_kernel_config or LigerFields()
+    if sft and stack.sft_tiles_loss and asked.use_liger_kernel and config.fused_linear_cross_entropy:
+        field = "training.liger_kernel_config.fused_linear_cross_entropy"
+        raise RequestError(f"{field}: SFTTrainer of TRL {shown(stack.trl)} refuses true, since it has a fused loss of its own", field=field)
+    fused = asked.use_liger_kernel and fuses_loss(inventory) and config.fused_linear_cross_entropy is not False
     if not sft:
         return Loss.LIGER if fused else Loss.STOCK
     return _sft_loss(asked, stack, fused=fused)

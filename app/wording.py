@@ -1,5 +1,7 @@
 """The sentences that the terminal and the page share."""
 
+from collections.abc import Iterator
+
 from app.answer import Json
 from estimator.units import gib
 
@@ -14,7 +16,8 @@ def verdict_sentence(answer: Json) -> str:
         return f"{need[0].upper()}{need[1:]}."
     card = fit["gpu"] or "the card"
     free = fit["free_bytes"]
-    rest = f"{gib(free)} to spare" if free >= 0 else f"{gib(-free)} missing"
+    headroom = f"with {gib(fit['headroom_bytes'])} kept free"
+    rest = f"{gib(free)} to spare, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
     when = f" in {peak['phase']}" if peak else ""
     return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
 
@@ -41,4 +44,20 @@ def plan_sentence(plan: Json) -> str:
 
 def shortfall_sentence(shortfall: Json) -> str:
     """What is missing, in one sentence."""
-    return f"Nothing fits: the smallest batch misses {gib(shortfall['missing_bytes'])} in {shortfall['phase']}."
+    fit, missing = shortfall["estimate"]["fit"], gib(shortfall["missing_bytes"])
+    if fit is not None and fit["verdict"] == "tight":
+        return f"Nothing fits for sure: the smallest batch is tight, {missing} short of its margin in {shortfall['phase']}."
+    return f"Nothing fits: the smallest batch is {missing} short in {shortfall['phase']}, the margin for errors included."
+
+
+def setting_sentence(setting: Json) -> str:
+    """The fields of a change, one by one, as Python writes their values."""
+    return ", ".join(f"{name} = {value!r}" for name, value in _flat(setting))
+
+
+def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in setting.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -42,6 +42,8 @@ class Comparison:
     run: Run
     figures: Mapping[str, Pair]
     """By name: `resting`, `allocated`, `device`."""
+    residual_class: str | None
+    """Whose residuals the row belongs to."""
 
     def judges(self, figure: str) -> bool:
         """Whether the row may judge a figure: it was published, and set no constant of it."""
@@ -63,7 +65,8 @@ def compare(run: Run) -> Comparison:
         figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=estimated.peak.allocated_bytes)
     if row.device_bytes is not None and estimated.device_bytes is not None:
         figures["device"] = Pair(measured=row.device_bytes, predicted=estimated.device_bytes)
-    return Comparison(run=run, figures=MappingProxyType(figures))
+    residual_class = correction.class_of(run.recipe, estimated.kernels)
+    return Comparison(run=run, figures=MappingProxyType(figures), residual_class=residual_class)
 
 
 def compare_all(published: Iterable[Row] | None = None) -> tuple[tuple[Comparison, ...], tuple[NotModelled, ...]]:
@@ -126,26 +129,14 @@ def _print_left_out(left_out: Sequence[NotModelled], *, every: bool) -> None:
 
 
 def residual_classes(compared: Sequence[Comparison]) -> dict[str, Any]:
-    """Residuals of the rows that may judge, by class of recipe: what intervals are made of.
-
-    A class with too few device residuals of its own takes those of all training runs: what lies between allocated and device memory
-    depends little on the method.
-    """
-    classes: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    """Residuals of the rows that may judge, by class: what intervals are made of. No class borrows from another."""
+    members: dict[str, list[Comparison]] = {}
     for found in compared:
-        name = correction.class_of(found.run.recipe)
-        if name is not None:
-            entry = classes.setdefault(name, {figure: [] for figure in _JUDGED})
-            for figure in _JUDGED:
-                entry[figure] += _residuals(found, figure)
-    pooled = [row for entry in classes.values() for row in entry["device"]]
+        if found.residual_class is not None:
+            members.setdefault(found.residual_class, []).append(found)
     written = {
-        name: {
-            "evidence": _evidence(entry["allocated"]),
-            "allocated": entry["allocated"],
-            "device": entry["device"] if len(entry["device"]) >= correction.MIN_RESIDUALS else pooled,
-        }
-        for name, entry in classes.items()
+        name: {"evidence": _evidence(found), **{figure: [row for one in found for row in _residuals(one, figure)] for figure in _JUDGED}}
+        for name, found in members.items()
     }
     constants = {figure: {name: list(ids) for name, ids in of.items()} for figure, of in CONSTANTS.items()}
     return {"schema_version": 1, "constants": constants, "classes": written}
@@ -158,9 +149,14 @@ def _residuals(found: Comparison, figure: str) -> list[dict[str, Any]]:
     return [{"id": found.run.row.id, "residual": round(correction.residual(pair.measured, pair.predicted), 6)}]
 
 
-def _evidence(allocated: Sequence[Mapping[str, Any]]) -> str:
-    sources = sorted({str(row["id"]).rpartition("-")[0] for row in allocated})
-    return f"published rows of {', '.join(sources)} that set no constant (calibration/measurements/published)"
+def _evidence(compared: Sequence[Comparison]) -> str:
+    runs = [found.run for found in compared]
+    sources = ", ".join(sorted({run.row.source for run in runs}))
+    models = ", ".join(sorted({run.model.rpartition("/")[2] for run in runs}))
+    cards = ", ".join(sorted({run.gpu.name for run in runs}))
+    versions = sorted({run.recipe.stack.transformers for run in runs})
+    oldest, newest = (".".join(map(str, versions[end][:2])) for end in (0, -1))
+    return f"rows of {sources} that set no constant of the figure ({models} on {cards}, transformers {oldest} to {newest})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

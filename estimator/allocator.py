@@ -5,13 +5,13 @@ from enum import StrEnum
 from estimator.units import MIB, allocated
 
 # Source: torch, c10/core/AllocatorConfig.h: kSmallSize, kSmallBuffer, kMinLargeAlloc, kLargeBuffer, kRoundLarge.
-_SMALL_REQUEST_BYTES = 1 * MIB
-_SMALL_SEGMENT_BYTES = 2 * MIB
-_LARGE_REQUEST_BYTES = 10 * MIB
-_LARGE_SEGMENT_BYTES = 20 * MIB
-_SEGMENT_GRANULARITY_BYTES = 2 * MIB
+SMALL_REQUEST_BYTES = 1 * MIB
+SMALL_SEGMENT_BYTES = 2 * MIB
+LARGE_REQUEST_BYTES = 10 * MIB
+LARGE_SEGMENT_BYTES = 20 * MIB
+SEGMENT_GRANULARITY_BYTES = 2 * MIB
 # A large block is split only when more than this would remain; a small one when at least 512 bytes would.
-_UNSPLIT_REMAINDER_BYTES = 1 * MIB
+UNSPLIT_REMAINDER_BYTES = 1 * MIB
 
 
 class Head(StrEnum):
@@ -27,25 +27,26 @@ class Head(StrEnum):
 _IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
 
 
-def segment_bytes(request_bytes: int) -> int:
+def segment_bytes(request_bytes: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
     """Size of the segment that the allocator asks the driver for when nothing cached fits.
 
     Args:
         request_bytes: size of one tensor [bytes].
+        large_segment_bytes: option `large_segment_size_mb` [bytes].
 
     Returns:
-        2 MiB up to 1 MiB, 20 MiB below 10 MiB, else the request rounded up to 2 MiB [bytes].
+        2 MiB up to 1 MiB, 20 MiB (or what the option says) below 10 MiB, else the request rounded up to 2 MiB [bytes].
 
     Source: torch, c10/cuda/CUDACachingAllocator.cpp, get_allocation_size.
     """
     size = allocated(request_bytes)
     if size == 0:
         return 0
-    if size <= _SMALL_REQUEST_BYTES:
-        return _SMALL_SEGMENT_BYTES
-    if size < _LARGE_REQUEST_BYTES:
-        return _LARGE_SEGMENT_BYTES
-    return -(-size // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
+    if size <= SMALL_REQUEST_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if size < LARGE_REQUEST_BYTES:
+        return large_segment_bytes
+    return -(-size // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
 
 
 def fresh_block_bytes(request_bytes: int) -> int:
@@ -63,7 +64,7 @@ def fresh_block_bytes(request_bytes: int) -> int:
     """
     size = allocated(request_bytes)
     segment = segment_bytes(size)
-    splits = segment > size if size <= _SMALL_REQUEST_BYTES else segment - size > _UNSPLIT_REMAINDER_BYTES
+    splits = segment > size if size <= SMALL_REQUEST_BYTES else segment - size > UNSPLIT_REMAINDER_BYTES
     return size if splits else segment
 
 
@@ -80,9 +81,9 @@ def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL
     """
     moving = max(0, peak_bytes - steady_bytes)
     held = peak_bytes + round(moving * _IDLE_SHARE[head])
-    return -(-held // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
+    return -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
 
 
 def reserved_loaded_bytes(loaded_bytes: int) -> int:
     """Segments held once a model is loaded: weights stay, so that little lies idle [bytes]."""
-    return -(-loaded_bytes // _SEGMENT_GRANULARITY_BYTES) * _SEGMENT_GRANULARITY_BYTES
+    return -(-loaded_bytes // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES

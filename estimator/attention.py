@@ -6,6 +6,7 @@ Legend: B micro-batch, S sequence length, T = B·S tokens, a heads, k key/value 
 from dataclasses import dataclass, replace
 
 from estimator.dtypes import DType
+from estimator.kernels import Kernel
 from estimator.operators import (
     add,
     batched_product,
@@ -66,6 +67,7 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
     Source: torch, ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd; flash-attention 2, flash_api.cpp.
     """
     tape = query.tape
+    tape.kernels.add(Kernel.FLASH)
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     tokens = query.extent.scaled(1, heads.num_heads * heads.head_dim)
@@ -136,6 +138,7 @@ def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: V
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
     """
     tape = query.tape
+    tape.kernels.add(Kernel.WRITTEN_OUT)
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     dtype = query.dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
@@ -181,6 +184,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     """
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     tape = query.tape
+    tape.kernels.add(Kernel.MEMORY_EFFICIENT)
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
@@ -224,6 +228,7 @@ def eager(
 
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
+    query.tape.kernels.add(Kernel.EAGER)
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     scores = Extent(heads.num_heads, 1, 2)
     # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from estimator.estimate import Interval
+from estimator.kernels import Kernel
 from estimator.recipe import Recipe
 
 _RESIDUALS = Path(__file__).with_name("data") / "residuals.json"
@@ -18,6 +19,9 @@ COVERAGE = 0.9
 
 # Below this many residuals no finite interval covers 90 %: ceil(0.9 · (n + 1)) > n.
 MIN_RESIDUALS = 9
+
+# From here on cards have bfloat16 and the flash kernels.
+_NEWER_KERNELS = (8, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +59,44 @@ def conformal_radius(residuals: Sequence[float], coverage: float = COVERAGE) -> 
     return sorted(map(abs, residuals))[rank - 1]
 
 
-def class_of(recipe: Recipe) -> str | None:
+def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     """The class whose residuals speak for a recipe; None for inference, of which nothing was compared yet.
 
-    All training is one class: the published rows come from few models and one script, so that within a method they agree with each other
-    far better than the next stranger's run would.
+    Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
+    kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
+
+    Args:
+        recipe: of the run.
+        kernels: that its step runs.
     """
-    return None if recipe.training is None else "training"
+    training = recipe.training
+    if training is None:
+        return None
+    return ", ".join(
+        (
+            _method(recipe),
+            "16-bit load" if recipe.dtype.is_half else "32-bit load",
+            f"{training.loss.value.replace('_', ' ')} loss",
+            " and ".join(sorted(kernel.value for kernel in kernels)),
+            "checkpointing" if training.gradient_checkpointing else "no checkpointing",
+            *(("padding",) if training.padded else ()),
+            f"compute capability {'8.0 or more' if recipe.compute_capability >= _NEWER_KERNELS else 'below 8.0'}",
+        )
+    )
+
+
+def _method(recipe: Recipe) -> str:
+    if recipe.adapter is None:
+        return "full"
+    quantization = recipe.quantization
+    kind = "LoRA" if quantization is None else "QLoRA" if quantization.kind.is_4bit else "int8 LoRA"
+    return f"{kind} with DoRA" if recipe.adapter.use_dora else kind
 
 
 def interval(
     *,
     recipe: Recipe,
+    kernels: Collection[Kernel],
     allocated_bytes: int,
     device_bytes: int,
     coverage: float = COVERAGE,
@@ -75,7 +105,8 @@ def interval(
     """Bounds around an estimate.
 
     Args:
-        recipe: decides the class.
+        recipe: decides the class, together with
+        kernels: that its step runs.
         allocated_bytes: the estimated peak [bytes].
         device_bytes: what nvidia-smi would show [bytes].
         coverage: of the interval.
@@ -84,7 +115,7 @@ def interval(
     Returns:
         The interval, or None when the class holds fewer than nine residuals of either kind.
     """
-    name = class_of(recipe)
+    name = class_of(recipe, kernels)
     known = (classes if classes is not None else shipped()).get(name or "")
     if known is None:
         return None
@@ -100,7 +131,7 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of class {name}: {known.evidence}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}",
     )
 
 

@@ -7,9 +7,10 @@ from functools import lru_cache
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Estimate, LineItem, Notice, PhaseEstimate
+from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import decode_items, is_cache_modelled
+from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference
 from estimator.static_memory import StaticMemory, static_memory
@@ -22,8 +23,12 @@ _INDEX_BYTES = 8  # token ids, labels and masks are int64
 _NUM_INPUTS = 3
 
 _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
-# What follows from shapes and types alone; the rest rests on kernels and on the order of events.
-_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.GRADIENTS, Item.CHECKPOINTS, Item.LOGITS, Item.KV_CACHE)
+# What follows from shapes and types alone, in every phase; the rest rests on kernels and on the order of events.
+_EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.CHECKPOINTS, Item.KV_CACHE)
+# Between steps all gradients are there, or none, and of the activations the inputs alone; at a phase's worst instant a part of them.
+_EXACT_BETWEEN_STEPS = (*_EXACT, Item.GRADIENTS, Item.ACTIVATIONS)
+# Of the last position, all there at once.
+_EXACT_DECODING = (*_EXACT, Item.LOGITS)
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
@@ -38,23 +43,32 @@ class Prepared:
     accumulates: bool
     load: PhaseEstimate
     workspace_bytes: int
+    unsplit_bytes: int
+    """Of blocks larger than the weights in them [bytes]."""
     context_bytes: int
 
 
-def estimate(inventory: Inventory, recipe: Recipe) -> Estimate:
+def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None) -> Estimate:
     """Memory of one run, phase by phase.
+
+    Args:
+        inventory: of the model.
+        recipe: of the run.
+        traced: the training step as a trace saw it; it then stands for the closed forms.
 
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
-    reason = why_not_modelled(inventory, recipe)
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
+    if traced is not None:
+        return replace(_training(recipe, prepared, traced, _BASIS_TRACED), engine=Engine.TRACE)
+    reason = why_not_modelled(inventory, recipe)
     if reason is not None:
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(inventory, recipe, structure, prepared)
+            return _training(recipe, prepared, _step_program(inventory, structure, regime_of(recipe, inventory)), _BASIS)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -125,8 +139,9 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         static=static,
         stored=stored,
         accumulates=training is not None and training.gradient_accumulation_steps > 1,
-        load=_phase(Phase.LOAD, {**{item: stored[item] for item in _STATIC}, Item.TEMPORARY: _load_temporary_bytes(static, recipe)}),
+        load=_phase(Phase.LOAD, _loaded(static, recipe)),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
+        unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
 
@@ -140,6 +155,16 @@ def _add_reference(stored: dict[Item, int], inventory: Inventory, recipe: Recipe
     stored[Item.WEIGHTS] += second.weights_bytes
     stored[Item.QUANTIZATION_STATE] += second.quantization_state_bytes
     stored[Item.BUFFERS] += second.buffers_bytes
+
+
+def _loaded(static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
+    return {
+        Item.WEIGHTS: static.loaded_weights_bytes,
+        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
+        Item.BUFFERS: static.buffers_bytes,
+        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
+        Item.TEMPORARY: _load_temporary_bytes(static, recipe),
+    }
 
 
 def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
@@ -160,11 +185,28 @@ def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
     return allocated(largest * width)
 
 
-_BASIS = {item: Basis.EXACT if item in _EXACT else Basis.MODELLED for item in Item}
+def _between(prepared: Prepared, program: Program) -> dict[Item, int]:
+    """What stays from one step to the next, inputs left out [bytes]."""
+    between = dict(prepared.stored)
+    between[Item.WEIGHTS] += program.weights_growth_bytes
+    between[Item.WORKSPACE] = prepared.workspace_bytes + prepared.unsplit_bytes
+    return between
 
 
-def _phase(phase: Phase, held: Mapping[Item, int]) -> PhaseEstimate:
-    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in _BASIS.items() if held.get(item))
+def _bases(exact: tuple[Item, ...]) -> dict[Item, Basis]:
+    return {item: Basis.EXACT if item in exact else Basis.MODELLED for item in Item}
+
+
+_BASIS = _bases(_EXACT)
+_BASIS_TRACED = {item: Basis.TRACED if basis is Basis.MODELLED else basis for item, basis in _BASIS.items()} | {
+    Item.WORKSPACE: Basis.MODELLED
+}
+_BASIS_BETWEEN_STEPS = _bases(_EXACT_BETWEEN_STEPS)
+_BASIS_DECODING = _bases(_EXACT_DECODING)
+
+
+def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
+    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in basis_of.items() if held.get(item))
     return PhaseEstimate(phase=phase, items=items)
 
 
@@ -184,29 +226,28 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 # -- training ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
+def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
     training = recipe.training
     assert training is not None
-    batch, length = training.micro_batch_size, training.sequence_length
-    program = _step_program(inventory, structure, regime_of(recipe, inventory))
+    batch, length = training.shape
     static = prepared.static
     inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
-    between = dict(prepared.stored)
-    between[Item.WORKSPACE] = prepared.workspace_bytes
+    between = _between(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
         held = dict(between)
         if prepared.accumulates:
+            # Those of earlier micro-batches wait, all of them, and later ones are added in place.
             held[Item.GRADIENTS] = static.gradients_bytes
         worst = largest(program.peaks[phase], batch, length)
         for item, num_bytes in worst.items(batch, length).items():
             held[item] = held.get(item, 0) + num_bytes
-        phases.append(_phase(phase, held))
+        phases.append(_phase(phase, held, {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of))
     update = dict(between)
     update[Item.GRADIENTS] = static.gradients_bytes
     update[Item.TEMPORARY] = static.optimizer_temporary_bytes
-    phases.append(_phase(Phase.OPTIMIZER_STEP, update))
+    phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
     head = Head.FULL_LOGITS if training.loss is Loss.STOCK else Head.FUSED
@@ -218,6 +259,7 @@ def _training(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared:
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
         paged_bytes=static.paged_bytes,
+        kernels=program.kernels,
     )
 
 
@@ -231,11 +273,19 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snaps
     training, inference = recipe.training, recipe.inference
     if training is not None:
         peaks = run_step(inventory, structure, tensors, regime, names=True).peaks
-        return {phase: largest(peaks[phase], training.micro_batch_size, training.sequence_length) for phase in _STEP_PHASES}
+        return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if inference is not None:
         peaks = run_prefill(inventory, structure, tensors, regime, names=True).peaks
         return {Phase.PREFILL: largest(peaks[Phase.PREFILL], inference.batch_size, inference.prompt_length)}
     return {}
+
+
+def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
+    """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
+    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    if recipe.training is not None:
+        return _step_program(inventory, structure, regime).weights_growth_bytes
+    return _prefill_program(inventory, structure, regime).weights_growth_bytes if recipe.inference is not None else 0
 
 
 def largest(snapshots: tuple[Snapshot, ...], batch: int, length: int) -> Snapshot:
@@ -256,15 +306,14 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     assert inference is not None
     batch, length = inference.batch_size, inference.prompt_length
     program = _prefill_program(inventory, structure, regime_of(recipe, inventory))
-    between = dict(prepared.stored)
-    between[Item.WORKSPACE] = prepared.workspace_bytes
+    between = _between(prepared, program)
     held = dict(between)
     for item, num_bytes in largest(program.peaks[Phase.PREFILL], batch, length).items(batch, length).items():
         held[item] = held.get(item, 0) + num_bytes
     decode = dict(between)
     for item, num_bytes in decode_items(inventory, recipe, inference).items():
         decode[item] = decode.get(item, 0) + num_bytes
-    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode))
+    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode, _BASIS_DECODING))
     peak = max(p.allocated_bytes for p in phases)
     steady = sum(between.values())
     reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED)
@@ -274,6 +323,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
         steady_state_bytes=steady,
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        kernels=program.kernels,
     )
 
 

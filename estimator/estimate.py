@@ -1,8 +1,17 @@
 """The answer: what is alive in each phase, and the peak."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from estimator.kernels import Kernel
 from estimator.phases import Basis, Item, Phase
+
+
+class Engine(StrEnum):
+    """What the step was worked out with."""
+
+    ANALYTIC = "analytic"  # closed forms of the architecture
+    TRACE = "trace"  # the libraries' own step on tensors without content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +81,11 @@ class Estimate:
     paged_bytes: int = 0
     """Managed memory of paged optimizers, outside allocated and reserved [bytes]."""
     notices: tuple[Notice, ...] = ()
+    engine: Engine = Engine.ANALYTIC
+    engine_reason: str = ""
+    """Why this engine answered."""
+    kernels: frozenset[Kernel] = frozenset()
+    """What the step runs, where it is modelled."""
 
     @property
     def peak(self) -> PhaseEstimate:

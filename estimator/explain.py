@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from estimator.engine import why_not_modelled, worst_instants
+from estimator.engine import largest, weights_growth_bytes, why_not_modelled, worst_instants
 from estimator.inventory import Inventory
 from estimator.kv_cache import cached_tokens, elements_per_token
+from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
+from estimator.step import Program
 from estimator.storage import StoredTensor
 from estimator.tape import Polynomial, Size, Snapshot
 from estimator.units import gib
@@ -42,26 +44,66 @@ _SOURCES = {
     Item.LOGITS: "transformers, loss/loss_utils.py; torch, log_softmax and nll_loss; TRL and Liger for their fused losses",
     Item.TEMPORARY: "tensors alive inside the operator that makes the phase's largest instant",
     Item.KV_CACHE: "transformers, cache_utils.py",
-    Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread",
+    Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread; "
+    "c10/cuda/CUDACachingAllocator.cpp, should_split",
 }
 
 
+_TRACE = "seen in a trace of the installed libraries' own step on tensors without content; kernels of CUDA as their sources have them"
+_TRACED_SOURCES = dict.fromkeys((Item.ACTIVATIONS, Item.LOGITS, Item.TEMPORARY), _TRACE)
+
+
+def explain(inventory: Inventory, recipe: Recipe, traced: Program | None = None) -> Explanations:
+    """Formula and source of every item of every phase.
+
+    Args:
+        traced: the step as a trace saw it, if that was the answer.
+    """
+    if traced is None:
+        return _of_closed_forms(inventory, recipe)
+    assert recipe.training is not None
+    instants = {phase: largest(snapshots, *recipe.training.shape) for phase, snapshots in traced.peaks.items()}
+    return _explained(_texts(inventory, recipe, _phases(recipe, True), instants), _SOURCES | _TRACED_SOURCES)
+
+
 @lru_cache(maxsize=64)
-def explain(inventory: Inventory, recipe: Recipe) -> Explanations:
-    """Formula and source of every item of every phase."""
-    static = static_memory(inventory, recipe)
+def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
     instants = worst_instants(inventory, recipe) if modelled else {}
+    texts = _texts(inventory, recipe, _phases(recipe, modelled), instants)
+    if modelled:
+        _add_what_stays(texts, inventory, recipe)
+    if recipe.inference is not None and modelled:
+        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
+    return _explained(texts, _SOURCES)
+
+
+def _explained(texts: Mapping[tuple[Phase, Item], str], sources: Mapping[Item, str]) -> Explanations:
+    return {key: Explanation(formula=text, source=sources.get(key[1], "")) for key, text in texts.items() if text}
+
+
+def _texts(
+    inventory: Inventory, recipe: Recipe, phases: Iterable[Phase], instants: Mapping[Phase, Snapshot]
+) -> dict[tuple[Phase, Item], str]:
+    static = static_memory(inventory, recipe)
     texts: dict[tuple[Phase, Item], str] = {}
-    for phase in _phases(recipe, modelled):
+    for phase in phases:
         for item, formula in _stored(static).items():
             texts[phase, item] = formula
         texts |= {(phase, item): text for item, text in _step(static, recipe, phase).items()}
         if phase in instants:
             _add(texts, phase, instants[phase], recipe)
-    if recipe.inference is not None and modelled:
-        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
-    return {key: Explanation(formula=text, source=_SOURCES.get(key[1], "")) for key, text in texts.items() if text}
+    return texts
+
+
+def _add_what_stays(texts: dict[tuple[Phase, Item], str], inventory: Inventory, recipe: Recipe) -> None:
+    """What the sizes of the loaded tensors do not tell: biases in another type, and blocks larger than their tensors."""
+    grown, unsplit = weights_growth_bytes(inventory, recipe), unsplit_bytes(inventory, recipe)
+    for phase, item in texts:
+        if phase is not Phase.LOAD and item is Item.WEIGHTS and grown:
+            texts[phase, item] += f"; {grown:+,} B: the first forward pass casts the biases of quantized layers for good"
+        if item is Item.WORKSPACE and unsplit:
+            texts[phase, item] += f" + {unsplit:,} B: blocks larger than the weights in them, from which the allocator splits nothing off"
 
 
 def _phases(recipe: Recipe, modelled: bool) -> tuple[Phase, ...]:
@@ -115,7 +157,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     )
     trained = [t for t in static.tensors if t.trainable]
     texts[Item.GRADIENTS] = _by_width(trained).replace(" tensors", " gradients")
-    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask)"
+    inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask or positions)"
     texts[Item.ACTIVATIONS] = inputs
     if phase is Phase.OPTIMIZER_STEP:
         texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step()"
@@ -128,11 +170,7 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
 def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, recipe: Recipe) -> None:
     training, inference = recipe.training, recipe.inference
     batch, length = (
-        (training.micro_batch_size, training.sequence_length)
-        if training is not None
-        else (inference.batch_size, inference.prompt_length)
-        if inference is not None
-        else (1, 1)
+        training.shape if training is not None else (inference.batch_size, inference.prompt_length) if inference is not None else (1, 1)
     )
     by_item: dict[Item, Counter[Size]] = {}
     for (item, extent), number in instant.held:

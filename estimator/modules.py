@@ -88,9 +88,24 @@ class Modules:
             return product if bias is None else add(product, bias)
         if stored.quantization is None or quantization is None:
             return linear(x, self.parameter(f"{name}.weight"), self.optional(f"{name}.bias"), fan_in, fan_out)
-        if stored.quantization is QuantizationKind.INT8:
-            return linear_8bit(x, fan_in, fan_out)
-        return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype, keeps_input=self.recipe.stack.linear_4bit_keeps_input)
+        is_8bit = stored.quantization is QuantizationKind.INT8
+        follows_input = is_8bit or self.recipe.stack.linear_4bit_casts_bias_to_input
+        bias = self._cast_bias(name, x.dtype if follows_input else quantization.compute_dtype)
+        if is_8bit:
+            return linear_8bit(x, fan_in, fan_out, bias=bias)
+        keeps_input = self.recipe.stack.linear_4bit_keeps_input
+        return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype, bias=bias, keeps_input=keeps_input)
+
+    def _cast_bias(self, name: str, dtype: DType) -> Parameter | None:
+        """The bias of a quantized layer: `self.bias.data = self.bias.data.to(…)` leaves it in the type of its last use, for good.
+
+        Source: bitsandbytes, nn/modules.py, Linear4bit.forward and Linear8bitLt.forward.
+        """
+        stored = self.tensors.get(f"{name}.bias")
+        if stored is None:
+            return None
+        self.tape.recast[stored.pattern] = dtype
+        return Parameter(self.tape, f"{self.prefix}{name}.bias", stored.num_elements, dtype, stored.trainable)
 
     def _branch(self, name: str, x: Value) -> Value:
         """The adapter's path: dropout, A, B, scaling."""
@@ -226,7 +241,16 @@ def add_number(x: Value) -> Value:
 # -- quantized linear layers ------------------------------------------------------------------------------------------------------------
 
 
-def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, weight_dtype: DType, *, keeps_input: bool) -> Value:
+def linear_4bit(
+    x: Value,
+    fan_in: int,
+    fan_out: int,
+    quantization: Quantization,
+    weight_dtype: DType,
+    *,
+    bias: Value | None = None,
+    keeps_input: bool = False,
+) -> Value:
     """`bitsandbytes.nn.Linear4bit`: nothing but the packed weight is kept; the weight is unpacked forward (many rows) and backward
     (always).
 
@@ -242,9 +266,12 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
     argument = cast(x, quantization.compute_dtype)
     extent = argument.extent
     weight = Extent(fan_in * fan_out)
+    inputs = [argument] if bias is None else [argument, bias]
+    num_inputs = len(inputs)
     scales = Extent(ceil_div(fan_in * fan_out, _BLOCK))
 
     def backward(node: Node, gradient: Value) -> Gradients:
+        bias_gradient = _bias_gradient(bias, gradient)
         nested = tape.new(scales, DType.FLOAT32) if quantization.double_quant else None
         unpacked = tape.new(weight, weight_dtype)
         del nested
@@ -252,16 +279,28 @@ def linear_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization,
         del unpacked
         result = tape.new(extent, gradient.dtype)
         del converted
-        return [result]
+        return [result, bias_gradient][:num_inputs]
 
     nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
     unpacked = tape.new(weight, argument.dtype)
-    y = custom([argument], extent.scaled(fan_out, fan_in), argument.dtype, backward, stash=[argument] if keeps_input else [])
+    y = custom(
+        inputs, extent.scaled(fan_out, fan_in), argument.dtype, backward, stash=[argument] if keeps_input and argument.requires_grad else []
+    )
     del nested, unpacked
     return cast(y, before)
 
 
-def linear_8bit(x: Value, fan_in: int, fan_out: int) -> Value:
+def _bias_gradient(bias: Value | None, gradient: Value) -> Value | None:
+    """Summed over the batch alone; autograd then sums what is left, since it does not have the bias's shape.
+
+    Source: bitsandbytes, autograd/_functions.py, MatMul4Bit.backward and MatMul8bitLt.backward.
+    """
+    if bias is None or bias.node is None:
+        return None
+    return bias.tape.new(Extent(bias.extent.coefficient, 0, gradient.extent.sequence), bias.dtype)
+
+
+def linear_8bit(x: Value, fan_in: int, fan_out: int, *, bias: Value | None = None) -> Value:
     """`bitsandbytes.nn.Linear8bitLt` without outliers: keeps its input on the context of its autograd function.
 
     Source: bitsandbytes, autograd/_functions.py, MatMul8bitLt; backends/cuda/ops.py, int8_vectorwise_quant; backends/default/ops.py,
@@ -273,12 +312,16 @@ def linear_8bit(x: Value, fan_in: int, fan_out: int) -> Value:
     result = extent.scaled(fan_out, fan_in)
     weight = Extent(fan_in * fan_out)
 
+    inputs = [x] if bias is None else [x, bias]
+    num_inputs = len(inputs)
+
     def backward(node: Node, gradient: Value) -> Gradients:
+        bias_gradient = _bias_gradient(bias, gradient)
         unpacked = tape.new(weight, dtype)
         converted = gradient if gradient.dtype is dtype else tape.new(gradient.extent, dtype)
         grad = tape.new(extent, dtype)
         del unpacked, converted
-        return [grad]
+        return [grad, bias_gradient][:num_inputs]
 
     half = x if dtype is DType.FLOAT16 else tape.new(extent, DType.FLOAT16)
     quantized, row_scales = tape.new(extent, DType.INT8), tape.new(rows, DType.FLOAT32)
@@ -287,6 +330,6 @@ def linear_8bit(x: Value, fan_in: int, fan_out: int) -> Value:
     del magnitudes, outliers, half
     accumulated = tape.new(result, DType.INT32)
     product = None if dtype is DType.FLOAT16 else tape.new(result, DType.FLOAT16)
-    y = custom([x], result, dtype, backward, stash=[x])
+    y = custom(inputs, result, dtype, backward, stash=[x] if x.requires_grad else [])
     del quantized, row_scales, accumulated, product
     return y

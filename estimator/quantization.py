@@ -22,6 +22,8 @@ NESTED_BLOCK_SIZE = 256
 # Source: bitsandbytes, functional.py, get_4bit_type and create_dynamic_map.
 CODE_LENGTH = 16
 NESTED_CODE_LENGTH = 256
+NESTED_CODE = "nested_code"
+"""Name of the table of 8-bit codes among the parts of a weight's state."""
 
 # Classes derived from nn.Linear in transformers' and torch's code: PEFT adapts them, bitsandbytes under transformers 5 leaves them.
 # Source: transformers, models/{falcon,llama4,phimoe,deepseek_v4}; torch, nn/modules/linear.py.
@@ -95,7 +97,7 @@ def quantization_state(quantization: Quantization, num_elements: int, out_featur
         StatePart(name="absmax", dtype=DType.UINT8, num_elements=num_blocks),
         code,
         StatePart(name="nested_absmax", dtype=DType.FLOAT32, num_elements=ceil_div(num_blocks, NESTED_BLOCK_SIZE)),
-        StatePart(name="nested_code", dtype=DType.FLOAT32, num_elements=NESTED_CODE_LENGTH),
+        StatePart(name=NESTED_CODE, dtype=DType.FLOAT32, num_elements=NESTED_CODE_LENGTH),
         StatePart(name="offset", dtype=DType.FLOAT32, num_elements=1),
     )
 

@@ -150,6 +150,15 @@ class Training:
     objective: Objective = Objective()
     padded: bool = False
     """Whether batches carry padding: an attention mask is then materialised."""
+    flattened: bool = False
+    """Whether the samples of a micro-batch are laid end to end in one row (`padding_free`)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and length of a micro-batch as the model gets it [samples, tokens]."""
+        if self.flattened:
+            return 1, self.micro_batch_size * self.sequence_length
+        return self.micro_batch_size, self.sequence_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,46 @@ class Stack:
         return self.trl >= (0, 20)
 
     @property
+    def sft_packs_without_padding(self) -> bool:
+        """Whether SFTTrainer lays packed samples end to end (`padding_free`) unless the strategy is `wrapped`.
+
+        Source: trl 0.19, trainer/sft_trainer.py, SFTTrainer.__init__ (strategy `ffd`; `bfd` since 0.20).
+        """
+        return self.trl >= (0, 19)
+
+    @property
+    def sft_refuses_untruncated(self) -> bool:
+        """Whether SFTTrainer refuses `padding_free` without packing while `max_length` is set.
+
+        Source: trl 1.0 (absent from 0.29), trainer/sft_trainer.py, SFTTrainer.__init__.
+        """
+        return self.trl >= (1,)
+
+    @property
+    def sft_balances_experts(self) -> bool:
+        """Whether SFTTrainer adds the load-balancing loss to every mixture of experts.
+
+        Source: trl 1.7, trainer/sft_trainer.py, SFTTrainer.__init__; before, the config's `output_router_logits` decided.
+        """
+        return self.trl >= (1, 7)
+
+    @property
+    def sft_balances_with_own_coefficient(self) -> bool:
+        """Whether the loss's weight is the config's `router_aux_loss_coef` and not 0.001 unless one is given.
+
+        Source: trl 1.14 (absent from 1.13), trainer/sft_config.py, SFTConfig.router_aux_loss_coef.
+        """
+        return self.trl >= (1, 14)
+
+    @property
+    def masks_packed_samples(self) -> bool:
+        """Whether samples in one row are told apart by a mask of all their tokens, for kernels that do not take their lengths.
+
+        Source: transformers 4.53, masking_utils.py, find_packed_sequence_indices.
+        """
+        return self.transformers >= (4, 53)
+
+    @property
     def sft_checkpoints_by_default(self) -> bool:
         """Whether SFTConfig turns `gradient_checkpointing` on.
 
@@ -186,6 +226,31 @@ class Stack:
         Source: bitsandbytes pull request 1270 (0.43.2), autograd/_functions.py, MatMul4Bit.forward.
         """
         return self.bitsandbytes < (0, 43, 2)
+
+    @property
+    def linear_4bit_casts_bias_to_input(self) -> bool:
+        """Whether the first forward pass of a 4-bit linear layer gives its bias, for good, the type of the layer's input; later the compute
+        type.
+
+        Source: bitsandbytes 0.50.0, nn/modules.py, Linear4bit.forward.
+        """
+        return self.bitsandbytes < (0, 50)
+
+    @property
+    def shares_nested_code(self) -> bool:
+        """Whether all 4-bit weights of a model have one table of nested codes, and not a copy each.
+
+        Source: bitsandbytes 0.46.0, functional.py, quantize_blockwise (`code.to(A.device, copy=True)`).
+        """
+        return self.bitsandbytes < (0, 46)
+
+    @property
+    def loads_without_warmup(self) -> bool:
+        """Whether a model is loaded into segments that the allocator asks for as tensors come, and not into one block made beforehand.
+
+        Source: transformers 4.50.0, modeling_utils.py, caching_allocator_warmup.
+        """
+        return self.transformers < (4, 50)
 
     @property
     def mistral_expands_flash_heads(self) -> bool:

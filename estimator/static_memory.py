@@ -15,7 +15,7 @@ from estimator.optimizers import OptimizerState, optimizer_states, step_temporar
 from estimator.patterns import Indices, copies, leaf, parent, partition
 from estimator.phases import Item
 from estimator.precision import kept_in_float32
-from estimator.quantization import is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
+from estimator.quantization import NESTED_CODE, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
 from estimator.recipe import Adapter, Quantization, Recipe, Trainer
 from estimator.stack import Stack
 from estimator.storage import StoredTensor
@@ -60,7 +60,10 @@ class StaticMemory:
 
     tensors: tuple[StoredTensor, ...]
     parameters: ParameterCounts
+    loaded_weights_bytes: int
+    """Before the first forward pass [bytes]."""
     weights_bytes: int
+    """After it [bytes]."""
     quantization_state_bytes: int
     buffers_bytes: int
     adapter_weights_bytes: int
@@ -77,7 +80,7 @@ class StaticMemory:
     @property
     def loaded_bytes(self) -> int:
         """Weights, quantization state, buffers and adapter [bytes]."""
-        return self.weights_bytes + self.quantization_state_bytes + self.buffers_bytes + self.adapter_weights_bytes
+        return self.loaded_weights_bytes + self.quantization_state_bytes + self.buffers_bytes + self.adapter_weights_bytes
 
 
 def static_memory(inventory: Inventory, recipe: Recipe) -> StaticMemory:
@@ -126,7 +129,8 @@ def gradient_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 @lru_cache(maxsize=512)
 def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemory:
-    tensors = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=()))
+    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=()))
+    tensors = _settled(loaded, preparation.quantization)
     trained = tuple(t for t in tensors if t.trainable)
     states: tuple[OptimizerState, ...] = ()
     temporary = 0
@@ -138,6 +142,7 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
     return StaticMemory(
         tensors=tensors,
         parameters=parameter_counts(tensors),
+        loaded_weights_bytes=sum(t.allocated_bytes for t in loaded if t.item is Item.WEIGHTS),
         weights_bytes=by_item[Item.WEIGHTS],
         quantization_state_bytes=by_item[Item.QUANTIZATION_STATE],
         buffers_bytes=by_item[Item.BUFFERS],
@@ -150,11 +155,34 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
     )
 
 
+def _settled(tensors: tuple[StoredTensor, ...], quantization: Quantization | None) -> tuple[StoredTensor, ...]:
+    """Stored tensors after the first forward pass, in which every 4-bit layer casts its bias for good to the type it computes in.
+
+    LLM.int8 casts to the type of its input; that stays as loaded here.
+
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward.
+    """
+    if quantization is None or not quantization.kind.is_4bit:
+        return tensors
+    packed = {name for t in tensors if t.quantization is not None for _, name in copies(parent(t.pattern), t.indices)}
+    return tuple(_settled_biases(tensors, packed, quantization.compute_dtype))
+
+
+def _settled_biases(tensors: tuple[StoredTensor, ...], packed: set[str], dtype: DType) -> Iterator[StoredTensor]:
+    for tensor in tensors:
+        if tensor.item is not Item.WEIGHTS or leaf(tensor.pattern) != "bias" or tensor.dtype is dtype:
+            yield tensor
+            continue
+        for is_cast, indices in partition(parent(tensor.pattern), tensor.indices, packed.__contains__):
+            part = replace(tensor, indices=indices)
+            yield _cast(part, dtype) if is_cast else part
+
+
 @lru_cache(maxsize=512)
 def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
     if preparation.stack.experts_are_modules:
         inventory = unfuse_experts(inventory)
-    tensors = tuple(_loaded(inventory, preparation))
+    tensors = _loaded_tensors(inventory, preparation)
     frozen = tuple(replace(t, trainable=False) if t.trainable else t for t in tensors)
     adapter = preparation.adapter
     if preparation.prepare_for_kbit_training:
@@ -171,6 +199,27 @@ def _stored(inventory: Inventory, preparation: Preparation) -> tuple[StoredTenso
     if not preparation.is_training:
         return tuple(replace(t, trainable=False) for t in tensors)
     return _trl_casts(tensors, preparation) if preparation.trainer is Trainer.TRL else tensors
+
+
+def loaded_tensors(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
+    """What `from_pretrained` leaves on the device, in the order of the modules: before any preparation, cast or adapter."""
+    return _loaded_tensors(unfuse_experts(inventory) if preparation.stack.experts_are_modules else inventory, preparation)
+
+
+def _loaded_tensors(inventory: Inventory, preparation: Preparation) -> tuple[StoredTensor, ...]:
+    tensors = tuple(_loaded(inventory, preparation))
+    return tuple(_with_one_nested_code(tensors)) if preparation.stack.shares_nested_code else tensors
+
+
+def _with_one_nested_code(tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
+    """The first packed weight's table of nested codes is the table of all."""
+    seen = False
+    for tensor in tensors:
+        if not (tensor.item is Item.QUANTIZATION_STATE and leaf(tensor.pattern) == NESTED_CODE):
+            yield tensor
+        elif not seen:
+            seen = True
+            yield replace(tensor, indices=tuple(choices[:1] for choices in tensor.indices))
 
 
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:

@@ -13,6 +13,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
 from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
 from estimator.inventory import Inventory
+from estimator.kernels import Kernel
 from estimator.loss import label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import scale
@@ -20,6 +21,7 @@ from estimator.phases import Item, Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.storage import StoredTensor
 from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
+from estimator.units import allocated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,9 @@ class Program:
     """The instants at which each phase can be largest, beside what is stored between steps."""
 
     peaks: Mapping[Phase, tuple[Snapshot, ...]]
+    kernels: frozenset[Kernel] = frozenset()
+    weights_growth_bytes: int = 0
+    """What stored weights gain, once and for good, from types that the first forward pass gives them [bytes]."""
 
 
 def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
@@ -72,7 +77,7 @@ def run_step(
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
     step.run()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step, stored)
 
 
 def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, names: bool = False) -> Program:
@@ -82,7 +87,20 @@ def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor
     """
     step = _Step(inventory, recipe, stored, regime, cuda_kernels=True, names=names)
     step.prefill()
-    return Program(peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()})
+    return _program(step, stored)
+
+
+def _program(step: "_Step", stored: tuple[StoredTensor, ...]) -> Program:
+    recast = step.tape.recast
+    return Program(
+        peaks={phase: tuple(kept) for phase, kept in step.tape.peaks.items()},
+        kernels=frozenset(step.tape.kernels),
+        weights_growth_bytes=sum(
+            t.num_copies * (allocated(t.num_elements * recast[t.pattern].itemsize) - allocated(t.raw_bytes))
+            for t in stored
+            if t.pattern in recast
+        ),
+    )
 
 
 class _Step:
@@ -109,7 +127,7 @@ class _Step:
         self.layers, self.outside = layer_tensors(inventory, stored)
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
         beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
-        padded = is_padded(recipe)
+        padded = needs_mask(recipe)
         self.frame = Frame(
             tape=self.tape,
             modules=Modules(self.tape, "", beside, recipe),
@@ -380,10 +398,15 @@ class _Copy:
         return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
 
 
-def is_padded(recipe: Recipe) -> bool:
-    """Whether batches carry padding."""
-    if recipe.training is not None:
-        return recipe.training.padded
+def needs_mask(recipe: Recipe) -> bool:
+    """Whether attention needs a mask beyond the causal one: for padding, or to tell samples in one row apart where the kernel does not.
+
+    Source: transformers, masking_utils.py, _preprocess_mask_arguments and find_packed_sequence_indices.
+    """
+    training = recipe.training
+    if training is not None:
+        by_kernel = recipe.attention in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
+        return training.padded or (training.flattened and not by_kernel and recipe.stack.masks_packed_samples)
     return recipe.inference is not None and recipe.inference.padded
 
 
@@ -393,7 +416,7 @@ def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
     Source: transformers, masking_utils.py, _ignore_causal_mask_sdpa: up to the window's length the causal flag alone is enough.
     """
     training, inference = recipe.training, recipe.inference
-    length = training.sequence_length if training is not None else inference.prompt_length if inference is not None else 0
+    length = training.shape[1] if training is not None else inference.prompt_length if inference is not None else 0
     window = inventory.config.get("sliding_window")
     return Regime(
         beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 from estimator.dtypes import DType
+from estimator.kernels import Kernel
 from estimator.phases import Item, Phase
 from estimator.units import allocated
 
@@ -269,6 +270,8 @@ class Tape:
         """Whether tensors carry the name of their module and operator, for explanations."""
         self.scope = ""
         """The module that is running."""
+        self.kernels: set[Kernel] = set()
+        """Which kernels ran."""
         self.autocast_enabled = False
         self.autocast_cache: dict[str, Value] = {}
         self.grad_enabled = False
@@ -282,6 +285,8 @@ class Tape:
         self.totals = [0] * len(POWERS)
         self.peaks: dict[Phase, list[Snapshot]] = {}
         self.phase = Phase.FORWARD
+        self.recast: dict[str, DType] = {}
+        """Stored tensors that a forward pass gives another type for good, by name pattern."""
         self._rising = False
         self._sequence = 0
 

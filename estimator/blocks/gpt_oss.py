@@ -8,6 +8,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.moe import adapted, experts_per_token, grouped_product, num_experts, summed_over_choices, top
 from estimator.blocks.olmo import rms_norm
 from estimator.dtypes import DType
+from estimator.kernels import Kernel
 from estimator.modules import add_number
 from estimator.operators import (
     add,
@@ -76,6 +77,7 @@ def _with_sinks(
 
     Source: eager_attention_forward.
     """
+    query.tape.kernels.add(Kernel.EAGER)
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
     weights = scale(batched_product(query, key, Extent(heads.num_heads, 1, 2)))
     if mask is not None:

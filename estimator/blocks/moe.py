@@ -14,6 +14,7 @@ from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp, rotated
 from estimator.dtypes import DType
+from estimator.kernels import Kernel
 from estimator.modules import Modules
 from estimator.operators import (
     activation,
@@ -88,6 +89,7 @@ def grouped_product(x: Value, weight: Value, offsets: Value, fan_in: int, fan_ou
 
     Source: transformers, integrations/moe.py, _grouped_mm; torch, derivatives.yaml, _grouped_mm.
     """
+    x.tape.kernels.add(Kernel.EXPERTS)
     x = cast(x, weight.dtype)
     x_trained, weight_trained = x.requires_grad, weight.requires_grad
     x_extent, weight_extent = x.extent, weight.extent

@@ -32,6 +32,10 @@ class ResolvedModel:
     """The commit of a Hub model; None for others."""
     source: ModelSource
     inventory: Inventory
+    config: Mapping[str, Any]
+    """The content of its config.json, checked."""
+    is_public: bool = True
+    """Whether what is learnt of it may be kept on disk."""
     has_own_code: bool = False
     """Whether its repository brings code (`auto_map`), which was not run: transformers' own class stands for it."""
 
@@ -65,19 +69,34 @@ def resolve(
                 bundled = catalogue.load(entry.file)
                 own_code = "auto_map" in bundled.config
                 return ResolvedModel(
-                    id=bundled.id, revision=None, source=ModelSource.CATALOGUE, inventory=bundled.inventory, has_own_code=own_code
+                    id=bundled.id,
+                    revision=None,
+                    source=ModelSource.CATALOGUE,
+                    inventory=bundled.inventory,
+                    config=bundled.config,
+                    has_own_code=own_code,
                 )
             found = hub.fetch(model, revision, token=token, endpoint=endpoint, deadline_seconds=deadline_seconds)
             inventory = build(found.config, inspector=inspector, cache=cache, on_disk=found.is_public)
             own_code = "auto_map" in found.config
-            return ResolvedModel(id=model, revision=found.revision, source=ModelSource.HUB, inventory=inventory, has_own_code=own_code)
+            return ResolvedModel(
+                id=model,
+                revision=found.revision,
+                source=ModelSource.HUB,
+                inventory=inventory,
+                config=found.config,
+                is_public=found.is_public,
+                has_own_code=own_code,
+            )
         case Path():
             config = configfile.read(model)
         case _:
             inner = model.get("config") if len(model) == 1 else None
             config = bounds.check(inner if inner is not None else model)
     inventory = build(config, inspector=inspector, cache=cache)
-    return ResolvedModel(id=None, revision=None, source=ModelSource.CONFIG, inventory=inventory, has_own_code="auto_map" in config)
+    return ResolvedModel(
+        id=None, revision=None, source=ModelSource.CONFIG, inventory=inventory, config=config, has_own_code="auto_map" in config
+    )
 
 
 def build(

@@ -79,7 +79,7 @@ class Tracer:
         return found
 
     def timeline(self, subject: Subject, recipe: Recipe, *, all_layers: bool = False) -> Timeline:
-        """Every allocation and release of the recipe's step.
+        """Every allocation and release of the recipe's step; of its micro-batches two, since a third repeats the second.
 
         Args:
             all_layers: whether every layer runs; else a few of each kind stand for all.
@@ -87,7 +87,10 @@ class Tracer:
         Raises:
             as `program`.
         """
-        payload = _payload(subject, recipe) | {"all_layers": all_layers}
+        training = recipe.training
+        assert training is not None
+        shown = replace(training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps))
+        payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers}
         found = self._once(_key(payload), lambda: decode_timeline(self._ask("timeline", payload)["timeline"]))
         assert isinstance(found, Timeline)
         return found

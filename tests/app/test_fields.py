@@ -2,11 +2,12 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from app import fields
+from app import fields, unmodelled
 from app.request import PeftFields, QuantizationFields, TrainingFields
 
 
@@ -55,12 +56,40 @@ def test_every_field_that_is_read_is_a_field_of_its_library(model: Any, known: f
 
 
 @pytest.mark.parametrize(
-    ("unmodelled", "known"),
+    ("named", "known"),
     [
-        (fields.UNMODELLED_TRAINING, fields.TRAINING),
-        (fields.UNMODELLED_LORA, fields.LORA_CONFIG),
-        (fields.UNMODELLED_QUANTIZATION, fields.BITS_AND_BYTES_CONFIG),
+        (unmodelled.TRAINING, fields.TRAINING),
+        (unmodelled.LORA, fields.LORA_CONFIG),
+        (unmodelled.QUANTIZATION, fields.BITS_AND_BYTES_CONFIG),
     ],
 )
-def test_fields_reported_as_unmodelled_are_known(unmodelled: frozenset[str], known: frozenset[str]) -> None:
-    assert unmodelled <= known
+def test_fields_reported_as_unmodelled_are_known(named: Mapping[str, object], known: frozenset[str]) -> None:
+    assert set(named) <= known
+
+
+def test_a_field_is_either_read_or_reported() -> None:
+    assert not set(unmodelled.TRAINING) & (set(TrainingFields.model_fields) | unmodelled.EVALUATION)
+    assert not set(unmodelled.LORA) & set(PeftFields.model_fields)
+    assert unmodelled.EVALUATION <= fields.TRAINING
+
+
+def test_every_field_of_evaluation_is_reported() -> None:
+    transformers = pytest.importorskip("transformers")
+    trl = pytest.importorskip("trl")
+    of_evaluation = {name for config in (transformers.TrainingArguments, trl.SFTConfig) for name in _names(config) if "eval" in name}
+    assert of_evaluation <= unmodelled.EVALUATION
+
+
+def test_the_defaults_of_the_installed_libraries_change_nothing() -> None:
+    """What `to_dict` writes for fields that nobody set is not reported."""
+    transformers = pytest.importorskip("transformers")
+    trl = pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    for config, table in (
+        (transformers.TrainingArguments, unmodelled.TRAINING),
+        (trl.SFTConfig, unmodelled.TRAINING),
+        (peft.LoraConfig, unmodelled.LORA),
+    ):
+        for field in dataclasses.fields(config):
+            default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            assert not unmodelled.changes_memory(table.get(field.name), default), field.name

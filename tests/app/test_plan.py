@@ -1,5 +1,6 @@
 """Plans for one card."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -104,3 +105,140 @@ def test_a_plan_that_cannot_be_made_is_refused(changes: dict[str, Any], field: s
 def test_a_plan_without_training_is_refused() -> None:
     with pytest.raises(RequestError, match="training"):
         plan(examples.INFERENCE)
+
+
+# -- levers -----------------------------------------------------------------------------------------------------------------------------
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+SHORT_OF_MEMORY: dict[str, dict[str, Any]] = {
+    "full": {"model": LLAMA, "dtype": "float32", "training": {"max_length": 2048, "bf16": True}, "hardware": {"gpu": "rtx4090"}},
+    "full on a card without bfloat16": {"model": LLAMA, "dtype": "float32", "training": {"max_length": 1024}, "hardware": {"gpu": "t4"}},
+    "LoRA": {
+        "model": LLAMA,
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "peft": {"r": 16, "target_modules": "all-linear"},
+        "training": {"max_length": 4096, "bf16": True},
+        "hardware": {"gpu": "rtx4090"},
+    },
+    "prepared QLoRA": {**examples.QLORA, "training": {**examples.QLORA["training"], "max_length": 16384}},
+    "int8": {
+        "model": LLAMA,
+        "dtype": "bfloat16",
+        "quantization": {"load_in_8bit": True},
+        "peft": {"r": 16, "target_modules": "all-linear"},
+        "training": {"max_length": 8192, "bf16": True, "gradient_checkpointing": True},
+        "hardware": {"gpu": "rtx4090"},
+    },
+    "packed": {
+        "model": LLAMA,
+        "trainer": "trl",
+        "dtype": "bfloat16",
+        "training": {"max_length": 32768, "packing": True},
+        "peft": {"r": 16, "target_modules": "all-linear"},
+        "hardware": {"gpu": "rtx3090"},
+        "stack": {"trl": "1.16.0"},
+    },
+    "SFT of an id": {
+        "model": LLAMA,
+        "trainer": "trl",
+        "training": {"max_length": 4096},
+        "peft": {"r": 16, "target_modules": "all-linear"},
+        "hardware": {"gpu": "rtx3090"},
+        "stack": {"trl": "1.16.0"},
+    },
+}
+OFFERED = {
+    "full": {"training.gradient_checkpointing", "training.optim", "training.use_liger_kernel", "dtype", "peft", "training.max_length"},
+    "full on a card without bfloat16": {"training.gradient_checkpointing", "training.optim", "peft"},
+    "LoRA": {"training.gradient_checkpointing", "attn_implementation", "quantization", "training.max_length"},
+    "prepared QLoRA": {"training.use_liger_kernel", "prepare_model_for_kbit_training", "training.max_length"},
+    "int8": {"training.gradient_checkpointing_kwargs.use_reentrant", "quantization", "training.use_liger_kernel"},
+    "packed": {"attn_implementation", "quantization", "training.max_length"},
+    "SFT of an id": {"dtype", "quantization"},
+}
+
+
+def _set(asked: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(asked)
+    for path, value in setting.items():
+        *sections, name = path.split(".")
+        target = changed
+        for section in sections:
+            target = target.setdefault(section, {})
+        target[name] = value
+    return changed
+
+
+@pytest.mark.parametrize("name", SHORT_OF_MEMORY)
+def test_a_lever_saves_what_asking_again_with_it_gives(name: str) -> None:
+    shortfall = plan({**SHORT_OF_MEMORY[name], "global_batch_size": 4})["shortfall"]
+    sizes = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4}
+    smallest = _set(SHORT_OF_MEMORY[name], sizes)
+    before = answer(smallest)["peak"]["device_bytes"]
+    assert before == shortfall["estimate"]["peak"]["device_bytes"]
+    assert OFFERED[name] <= {path for change in shortfall["changes"] for path in change["set"]}
+    for change in shortfall["changes"]:
+        after = answer(_set(smallest, change["set"]))
+        assert before - after["peak"]["device_bytes"] == change["saves_bytes"], change["set"]
+        assert (after["fit"]["verdict"] == "fits") == change["fits"], change["set"]
+
+
+def test_a_lever_that_changes_nothing_is_not_offered() -> None:
+    asked = {**SHORT_OF_MEMORY["full"], "model": "EleutherAI/gpt-neox-20b", "dtype": "bfloat16"}
+    offered = {path for change in plan(asked)["shortfall"]["changes"] for path in change["set"]}
+    assert "training.use_liger_kernel" not in offered  # Liger does not patch GPT-NeoX
+
+
+def test_float16_is_not_offered_to_weights_that_are_trained() -> None:
+    changes = plan(SHORT_OF_MEMORY["full on a card without bfloat16"])["shortfall"]["changes"]
+    assert not [change for change in changes if "dtype" in change["set"]]
+    (quantized,) = [change for change in changes if "quantization" in change["set"]]
+    assert quantized["set"]["quantization"]["bnb_4bit_compute_dtype"] == "float16"
+
+
+def test_alternatives_leave_what_asking_again_gives() -> None:
+    asked = request(global_batch_size=16, hardware={"gpu": "a100-80"})
+    for other in plan(asked)["plan"]["alternatives"]:
+        sizes = {name: other[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+        again = request(training=sizes, hardware={"gpu": "a100-80"})
+        assert answer(again)["fit"]["free_bytes"] == other["margin_bytes"]
+
+
+# -- the global batch -------------------------------------------------------------------------------------------------------------------
+
+
+def _changed(result: dict[str, Any]) -> list[str]:
+    return [w["message"] for w in result["plan"]["estimate"]["warnings"] if w["code"] == "global_batch_changed"]
+
+
+def test_a_global_batch_is_kept_exactly() -> None:
+    for total in (16, 6, 7):
+        result = plan(request(global_batch_size=total))
+        found = result["plan"]
+        assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == found["global_batch_size"] == total
+        assert not _changed(result)
+
+
+def test_another_global_batch_than_the_request_s_own_sizes_is_said() -> None:
+    result = plan(request())  # 4 × 4 on 24 GB
+    found = result["plan"]
+    assert found["global_batch_size"] != 16
+    (message,) = _changed(result)
+    assert "4 × 4 = 16" in message
+    assert f"= {found['global_batch_size']}:" in message
+    assert "global_batch_size 16" in message
+
+
+def test_a_plan_for_sizes_that_were_not_given_has_nothing_to_keep() -> None:
+    assert not _changed(plan(request(training={"per_device_train_batch_size": None, "gradient_accumulation_steps": None})))
+
+
+def test_where_no_single_change_does_several_together_are_offered() -> None:
+    asked = {**SHORT_OF_MEMORY["full"], "hardware": {"gpu": "rtx4090"}, "global_batch_size": 4}
+    changes = plan(asked)["shortfall"]["changes"]
+    singles = [change for change in changes if len(change["set"]) == 1]
+    assert singles
+    (together,) = [change for change in changes if change["fits"]]
+    assert len(together["set"]) > 1
+    assert together is changes[0]

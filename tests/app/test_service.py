@@ -9,6 +9,7 @@ from app import examples
 from app.catalogue import list_models
 from app.service import answer
 from estimator.phases import Item, Phase
+from estimator.units import gib
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -247,3 +248,94 @@ def test_every_bundled_model_is_answered_for() -> None:
         result = answer({"model": model["id"], "dtype": "bfloat16", "training": {"max_length": 64, "per_device_train_batch_size": 1}})
         assert (result["peak"] is None) == ("not_modelled" in codes(result)), model["id"]
         assert result["model"]["num_parameters"] == model["num_parameters"]
+
+
+# -- warnings with numbers of the run ---------------------------------------------------------------------------------------------------
+
+
+def warning(result: dict[str, Any], code: str) -> str:
+    (message,) = [w["message"] for w in result["warnings"] if w["code"] == code]
+    return str(message)
+
+
+INT8: dict[str, Any] = {
+    "model": "meta-llama/Llama-3.2-1B",
+    "dtype": "float16",
+    "quantization": {"load_in_8bit": True},
+    "peft": {"r": 16, "target_modules": "all-linear"},
+    "training": {"per_device_train_batch_size": 4, "max_length": 1024, "fp16": True, "gradient_checkpointing": True},
+    "stack": {"transformers": "5.23"},
+}
+
+
+def test_int8_inputs_that_checkpointing_cannot_drop_are_named_with_what_reentry_saves() -> None:
+    without = answer(INT8)
+    with_reentry = answer({**INT8, "training": {**INT8["training"], "gradient_checkpointing_kwargs": {"use_reentrant": True}}})
+    saved = without["peak"]["allocated_bytes"] - with_reentry["peak"]["allocated_bytes"]
+    assert saved > 0
+    assert gib(saved) in warning(without, "int8_keeps_inputs")
+    assert "int8_keeps_inputs" not in codes(with_reentry)
+    assert "int8_keeps_inputs" not in codes(answer({**INT8, "training": {**INT8["training"], "gradient_checkpointing": False}}))
+
+
+def test_float16_weights_cannot_be_trained_under_a_gradient_scaler() -> None:
+    full = {"model": "openai-community/gpt2", "training": {"max_length": 64, "fp16": True}}
+    refused = answer({**full, "dtype": "float16"})
+    assert "Attempting to unscale FP16 gradients" in warning(refused, "fp16_gradients_refused")  # torch, amp/grad_scaler.py
+    assert "fp16_gradients_refused" not in codes(answer({**full, "dtype": "float32"}))
+
+
+def test_adapters_in_float32_train_under_a_gradient_scaler_and_trls_in_bfloat16_do_not() -> None:
+    assert "fp16_gradients_refused" not in codes(answer(INT8))
+    trl = answer({**INT8, "trainer": "trl", "stack": {"trl": "1.16.0"}})
+    assert "BFloat16" in warning(trl, "fp16_gradients_refused")  # pytorch issue 127176
+
+
+def test_what_is_advised_on_a_card_without_bfloat16_does_not_fail_in_the_scaler() -> None:
+    full = {"model": "openai-community/gpt2", "dtype": "bfloat16", "training": {"max_length": 64, "bf16": True}, "hardware": {"gpu": "t4"}}
+    assert "loaded in float32" in warning(answer(full), "no_bfloat16")
+    assert "fp16_gradients_refused" not in codes(answer({**full, "dtype": "float32", "training": {"max_length": 64, "fp16": True}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hardware": {"gpu": "t4"}, "dtype": "float16"}, "compute capability 7.5"),
+        ({"dtype": "float32", "training": {"max_length": 2048, "per_device_train_batch_size": 1}}, "float32"),
+        ({"model": "tiiuae/falcon-7b", "dtype": "bfloat16"}, "these heads"),
+    ],
+)
+def test_attention_that_is_written_out_is_named_with_its_scores(changes: dict[str, Any], reason: str) -> None:
+    training = {"max_length": 2048, "per_device_train_batch_size": 1, "fp16": True}
+    request = {"model": "meta-llama/Llama-3.2-1B", "training": training, "stack": {"transformers": "5.23"}, **changes}
+    result = answer(request)
+    heads = {"meta-llama/Llama-3.2-1B": 32, "tiiuae/falcon-7b": 71}[request["model"]]
+    message = warning(result, "attention_written_out")
+    assert reason in message
+    assert f"{heads} heads" in message
+    assert gib(4 * heads * 2048 * 2048) in message
+
+
+def test_attention_of_a_fused_kernel_is_not_warned_of(qlora: dict[str, Any]) -> None:
+    assert "attention_written_out" not in codes(qlora)
+    llama2 = {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "dtype": "float16",
+        "hardware": {"gpu": "t4"},
+        "training": {"max_length": 512, "fp16": True},
+    }
+    assert "attention_written_out" not in codes(answer(llama2))  # as many key/value heads as query heads
+
+
+@pytest.mark.parametrize("dtype", [None, "auto"])
+def test_a_checkpoint_stored_in_float32_is_named_unless_a_type_is_asked_for(dtype: str | None) -> None:
+    request = {"model": "openai-community/gpt2", "training": {"max_length": 64}, "stack": {"transformers": "5.23"}}
+    message = warning(answer({**request, "dtype": dtype}), "model_loaded_in_float32")
+    assert "0.23 GiB more" in message  # 2 bytes × 124,439,808 parameters
+    assert "model_loaded_in_float32" not in codes(answer({**request, "dtype": "float32"}))
+
+
+def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
+    request = {"model": "meta-llama/Llama-3.2-1B", "training": {"max_length": 64}}
+    assert "transformers 4.57" in warning(answer({**request, "stack": {"transformers": "4.57"}}), "model_loaded_in_float32")
+    assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))

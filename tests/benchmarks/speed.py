@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ import psutil
 
 from app.reading import read_estimate
 from app.service import prepare
+from estimator.allocator_settings import parse_settings
 from estimator.engine import estimate
+from estimator.recipe import Recipe
+from estimator.replay import replay_events
 from estimator.sources import catalogue
 from estimator.sources.process import Inspector
+from estimator.sources.tracing import Subject, Tracer
 from estimator.units import MIB
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -38,6 +43,7 @@ REQUEST: dict[str, Any] = {
     },
     "hardware": {"gpu": "rtx4090"},
 }
+TRACED_MODELS = ("meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-30B-A3B")
 # Widths that no bundled model has, so that nothing is answered from a cache.
 NEW_ARCHITECTURES = ("Qwen/Qwen3-8B", "google/gemma-2-9b", "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/DeepSeek-V3")
 REFERENCE = """
@@ -58,7 +64,7 @@ print(imported - start, time.perf_counter() - imported)
 def main() -> None:
     """Prints one line per measurement."""
     rows: list[tuple[str, str, str]] = []
-    for measure in (warm_estimate, command_line, web_process, new_inventories, reference):
+    for measure in (warm_estimate, traces, replayed_events, command_line, web_process, new_inventories, reference):
         rows += measure()
         while rows:
             name, value, goal = rows.pop(0)
@@ -80,6 +86,52 @@ def warm_estimate() -> list[tuple[str, str, str]]:
         ("warm estimate, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 100 µs"),
         ("warm estimate, 99th percentile", f"{sorted(seconds)[int(len(seconds) * 0.99)] * 1e6:.0f} µs", ""),
     ]
+
+
+def traces() -> list[tuple[str, str, str]]:
+    """A few layers of each kind at four sizes, against every layer at one size; answers from what the few layers gave."""
+    inspector = Inspector(keep_spare=False)
+    tracer = Tracer(inspector=inspector)
+    tracer.program(*_traced("HuggingFaceTB/SmolLM2-1.7B"))  # the frameworks' imports
+    rows = []
+    for name in TRACED_MODELS:
+        subject, recipe = _traced(name)
+        cold = _timed(partial(tracer.program, subject, recipe))
+        whole = _timed(partial(tracer.timeline, subject, recipe, all_layers=True))
+        rows.append((f"trace of {name}, warm process", f"{cold:.1f} s", "≤ 5 s"))
+        rows.append(("reference: all its layers at one size", f"{whole:.1f} s", f"{whole / cold:.1f} ×"))
+        answered = partial(estimate, subject.inventory, recipe, tracer.program(subject, recipe))
+        seconds = [_timed(answered) for _ in range(300)]
+        rows.append(("estimate from its trace, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 1,000 µs"))
+    inspector.close()
+    return rows
+
+
+def _traced(name: str) -> tuple[Subject, Recipe]:
+    case = prepare(read_estimate({**REQUEST, "model": name, "hardware": None, "engine": "trace"}))
+    return case.answerer.subject, case.recipe
+
+
+def replayed_events() -> list[tuple[str, str, str]]:
+    """Layers that keep some tensors for the way back and free others at once, as a step does, on the simulated allocator."""
+    rows = []
+    sizes: list[int] = []
+    events: list[int] = []
+    for step in range(25):
+        kept: list[int] = []
+        for layer in range(80):
+            made = range(len(sizes), len(sizes) + 20)
+            sizes += [1 + (7919 * (n % 1600 + 13 * (step % 2))) % (1 + n % 5 * 9 * MIB) for n in made]
+            events += made
+            events += [~n for n in made if n % 5 < 3]
+            kept += [n for n in made if n % 5 >= 3]
+            if layer == 79:
+                events += [~n for n in reversed(kept)]
+    for options in ("", "expandable_segments:True"):
+        seconds = min(_timed(lambda options=options: replay_events(sizes, events, parse_settings(options))) for _ in range(3))
+        name = f"allocator replay{', ' if options else ''}{options}: {len(events):,} events"
+        rows.append((name, f"{len(events) / seconds / 1e3:.0f} k/s", "≥ 100 k/s"))
+    return rows
 
 
 def command_line() -> list[tuple[str, str, str]]:

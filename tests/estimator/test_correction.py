@@ -2,13 +2,21 @@
 
 import math
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_radius, interval, residual
+from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_radius, interval, residual, shipped
 from estimator.dtypes import DType
-from estimator.recipe import Adapter, Attention, Quantization, QuantizationKind, Recipe, Training
+from estimator.engine import estimate
+from estimator.kernels import Kernel
+from estimator.recipe import Adapter, Attention, Loss, Quantization, QuantizationKind, Recipe, Training
 from estimator.stack import Stack
+from tests.estimator import recipes
+
+FLASH = frozenset({Kernel.FLASH})
+QLORA_ON_AMPERE = "QLoRA, 16-bit load, stock loss, flash attention, checkpointing, compute capability 8.0 or more"
 
 
 def _recipe(*, quantized: bool = False, adapter: bool = True, training: bool = True) -> Recipe:
@@ -22,7 +30,9 @@ def _recipe(*, quantized: bool = False, adapter: bool = True, training: bool = T
     )
 
 
-def _classes(name: str, *, allocated: int, device: int) -> dict[str, ResidualClass]:
+def _classes(*, allocated: int, device: int) -> dict[str, ResidualClass]:
+    name = class_of(_recipe(), FLASH)
+    assert name is not None
     residuals = [0.01 * (i + 1) for i in range(max(allocated, device))]
     return {name: ResidualClass(name=name, allocated=tuple(residuals[:allocated]), device=tuple(residuals[:device]), evidence="made up")}
 
@@ -51,14 +61,70 @@ def test_intervals_reach_their_coverage_on_simulated_calibrations() -> None:
     assert hits / 2000 == pytest.approx(0.9, abs=0.02)
 
 
-def test_classes_follow_method_and_quantization() -> None:
-    for recipe in (_recipe(adapter=False), _recipe(), _recipe(quantized=True)):
-        assert class_of(recipe) == "training"
-    assert class_of(_recipe(training=False)) is None
+def _kind(**changes: Any) -> str | None:
+    """The class of a checkpointed QLoRA run of Llama 3.1, by what its own step runs."""
+    inventory = recipes.model(changes.pop("model", "meta-llama/Llama-3.1-8B"))
+    dtype, padded = changes.pop("dtype", DType.BFLOAT16), changes.pop("padded", False)
+    recipe = replace(recipes.training(**changes), dtype=dtype)
+    assert recipe.training is not None
+    recipe = replace(recipe, training=replace(recipe.training, padded=padded))
+    return class_of(recipe, estimate(inventory, recipe).kernels)
+
+
+def test_a_run_of_today_and_a_published_one_can_share_a_class() -> None:
+    assert _kind() == QLORA_ON_AMPERE
+    assert QLORA_ON_AMPERE in shipped()
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"method": "full"}, "full"),
+        ({"method": "lora"}, "LoRA"),
+        ({"adapter": Adapter(r=16, use_dora=True)}, "QLoRA with DoRA"),
+        ({"loss": Loss.TRL_TILED}, "trl tiled loss"),
+        ({"loss": Loss.LIGER}, "liger loss"),
+        ({"attention": Attention.EAGER}, "eager attention"),
+        ({"checkpointing": False}, "no checkpointing"),
+        ({"dtype": DType.FLOAT32}, "32-bit load"),
+        ({"padded": True}, "padding"),
+        ({"padded": True, "attention": Attention.FLASH_ATTENTION_2}, "padding"),
+        ({"compute_capability": (7, 5)}, "compute capability below 8.0"),
+        ({"compute_capability": (7, 5)}, "written-out attention"),
+        ({"compute_capability": (7, 5), "model": "meta-llama/Llama-2-7b-hf"}, "memory-efficient attention"),
+        ({"model": "mistralai/Mixtral-8x7B-v0.1"}, "flash attention and grouped experts"),
+    ],
+)
+def test_what_makes_another_peak_is_another_class(changes: dict[str, Any], word: str) -> None:
+    name = _kind(**changes)
+    assert name != QLORA_ON_AMPERE
+    assert word in (name or "").split(", ")
+
+
+def test_int8_is_a_class_of_its_own_and_inference_has_none() -> None:
+    int8 = replace(_recipe(quantized=True), quantization=Quantization(kind=QuantizationKind.INT8))
+    assert (class_of(int8, FLASH) or "").startswith("int8 LoRA, ")
+    assert class_of(_recipe(training=False), FLASH) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "lora"},  # ten rows, but six of them set a constant of the device figure
+        {"loss": Loss.TRL_TILED},
+        {"attention": Attention.EAGER},
+        {"compute_capability": (7, 5)},
+        {"checkpointing": False},
+    ],
+)
+def test_what_no_nine_published_rows_judge_has_no_interval(changes: dict[str, Any]) -> None:
+    recipe = recipes.training(**changes)
+    found = estimate(recipes.model("meta-llama/Llama-3.1-8B"), recipe)
+    assert interval(recipe=recipe, kernels=found.kernels, allocated_bytes=1000, device_bytes=1500) is None
 
 
 def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
-    bounds = interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes=_classes("training", allocated=9, device=9))
+    bounds = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes=_classes(allocated=9, device=9))
     assert bounds is not None
     assert bounds.allocated_low_bytes < 1000 < bounds.allocated_high_bytes == math.ceil(1000 * math.exp(0.09))
     assert bounds.device_low_bytes < 1500 < bounds.device_high_bytes
@@ -67,12 +133,12 @@ def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
 
 @pytest.mark.parametrize(("allocated", "device"), [(8, 9), (9, 8)])
 def test_there_is_no_interval_with_fewer_than_nine_residuals(allocated: int, device: int) -> None:
-    classes = _classes("training", allocated=allocated, device=device)
-    assert interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes=classes) is None
+    classes = _classes(allocated=allocated, device=device)
+    assert interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes=classes) is None
 
 
 def test_a_class_without_residuals_has_no_interval() -> None:
-    assert interval(recipe=_recipe(), allocated_bytes=1000, device_bytes=1500, classes={}) is None
+    assert interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes={}) is None
 
 
 def test_a_residual_is_positive_when_more_was_measured_than_predicted() -> None:

@@ -1,12 +1,15 @@
 """Behaviour of the engine that users rely on."""
 
+from dataclasses import replace
+
 import pytest
 
 from estimator.engine import estimate
 from estimator.estimate import Estimate
 from estimator.explain import explain
+from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Loss
+from estimator.recipe import Adapter, Loss
 from estimator.sources.catalogue import entries
 from estimator.stack import Stack
 from tests.estimator.recipes import inference, model, training
@@ -17,6 +20,11 @@ LLAMA = "meta-llama/Llama-3.2-1B"
 def held(answered: Estimate, phase: Phase) -> dict[Item, int]:
     (found,) = [p for p in answered.phases if p.phase is phase]
     return {item.item: item.num_bytes for item in found.items}
+
+
+def basis(answered: Estimate, phase: Phase) -> dict[Item, Basis]:
+    (found,) = [p for p in answered.phases if p.phase is phase]
+    return {item.item: item.basis for item in found.items}
 
 
 def test_training_has_five_phases_and_generation_three() -> None:
@@ -30,6 +38,45 @@ def test_accumulation_keeps_gradients_alive_from_the_first_phase_on() -> None:
     assert Item.GRADIENTS not in held(once, Phase.FORWARD)
     assert held(twice, Phase.FORWARD)[Item.GRADIENTS] == held(twice, Phase.BACKWARD)[Item.GRADIENTS] == all_gradients
     assert 0 < held(once, Phase.BACKWARD)[Item.GRADIENTS] <= all_gradients
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_what_is_stored_is_exact_in_every_phase(method: str) -> None:
+    stored = {Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS, Item.OPTIMIZER_STATES, Item.CHECKPOINTS}
+    for phase in estimate(model(LLAMA), training(method=method)).phases:
+        assert all(item.basis is Basis.EXACT for item in phase.items if item.item in stored)
+
+
+def test_gradients_are_exact_where_all_of_them_are_there() -> None:
+    once, twice = (estimate(model(LLAMA), training(method="full", accumulation=n)) for n in (1, 2))
+    assert basis(once, Phase.BACKWARD)[Item.GRADIENTS] is Basis.MODELLED
+    assert basis(once, Phase.OPTIMIZER_STEP)[Item.GRADIENTS] is Basis.EXACT
+    for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.OPTIMIZER_STEP):
+        assert basis(twice, phase)[Item.GRADIENTS] is Basis.EXACT
+
+
+def test_what_is_alive_at_the_worst_instant_is_modelled() -> None:
+    answered = estimate(model(LLAMA), training())
+    for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
+        found = basis(answered, phase)
+        assert {found.get(item, Basis.MODELLED) for item in (Item.ACTIVATIONS, Item.LOGITS, Item.TEMPORARY, Item.WORKSPACE)} == {
+            Basis.MODELLED
+        }
+
+
+def test_between_steps_nothing_but_the_workspace_is_modelled() -> None:
+    answered = estimate(model(LLAMA), training(2, 1024, accumulation=4))
+    update = {item.item: item for phase in answered.phases if phase.phase is Phase.OPTIMIZER_STEP for item in phase.items}
+    assert update[Item.ACTIVATIONS].num_bytes == 4 * 3 * 8 * 2 * 1024  # ids, labels and mask of four micro-batches, int64
+    steady = [item for name, item in update.items() if name not in (Item.GRADIENTS, Item.TEMPORARY)]
+    assert sum(item.num_bytes for item in steady) == answered.steady_state_bytes
+    assert {item.item for item in steady if item.basis is not Basis.EXACT} == {Item.WORKSPACE}
+
+
+def test_a_cache_is_exact_and_so_are_the_last_position_s_logits() -> None:
+    answered = estimate(model(LLAMA), inference())
+    assert basis(answered, Phase.PREFILL)[Item.KV_CACHE] is Basis.EXACT
+    assert basis(answered, Phase.DECODE)[Item.KV_CACHE] is basis(answered, Phase.DECODE)[Item.LOGITS] is Basis.EXACT
 
 
 def test_more_accumulation_steps_add_nothing_but_the_ids_of_their_batches() -> None:
@@ -105,3 +152,15 @@ def test_every_bundled_model_is_answered_for(name: str) -> None:
         answered = estimate(model(name), asked)
         assert answered.phases[0].phase is Phase.LOAD
         assert (len(answered.phases) == 1) == any(n.code == "not_modelled" for n in answered.notices)
+
+
+def test_an_explanation_names_what_loading_left_unsplit_and_what_biases_gained() -> None:
+    asked = training(method="qlora", stack=Stack(transformers=(4, 48, 1), bitsandbytes=(0, 43, 3)))
+    asked = replace(asked, adapter=Adapter(r=8, target_modules=("c_attn",)))
+    inventory = model("openai-community/gpt2-xl")
+    texts = explain(inventory, asked)
+    assert "casts the biases of quantized layers for good" in texts[Phase.FORWARD, Item.WEIGHTS].formula
+    assert "casts the biases" not in texts[Phase.LOAD, Item.WEIGHTS].formula
+    unsplit = unsplit_bytes(inventory, asked)
+    assert unsplit > 0
+    assert f"+ {unsplit:,} B: blocks larger than the weights" in texts[Phase.OPTIMIZER_STEP, Item.WORKSPACE].formula

@@ -85,6 +85,12 @@ def test_a_padded_batch_keeps_a_mask_and_repeated_heads(attention: str, mode: st
     assert_layers_keep_the_same("llama", mode, 2, 24, padded=True, attention=attention)
 
 
+@pytest.mark.parametrize("mode", ["full_bf16", "lora_bf16_fp32_autocast", "qlora_prepared_autocast"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_samples_in_one_row_keep_a_mask_of_all_their_tokens(attention: str, mode: str) -> None:
+    assert_layers_keep_the_same("llama", mode, 3, 24, flattened=True, attention=attention)
+
+
 @pytest.mark.parametrize("mode", ["full_bf16", "full_fp32_autocast", "lora_bf16_fp32_autocast", "qlora_prepared_autocast"])
 def test_eager_attention_keeps_scores(mode: str) -> None:
     assert_layers_keep_the_same("llama", mode, 2, 24, attention="eager")

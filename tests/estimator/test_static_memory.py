@@ -260,6 +260,14 @@ def test_replacing_the_skip_list_quantizes_the_head() -> None:
         assert (head.quantization is not None) == is_quantized
 
 
+def test_one_nested_code_table_serves_all_layers_before_bitsandbytes_0_46() -> None:
+    def states(version: tuple[int, ...]) -> int:
+        recipe = llama_8b(stack=Stack(bitsandbytes=version))
+        return static_memory(load("meta-llama-llama-3.1-8b.json").inventory, recipe).quantization_state_bytes
+
+    assert states((0, 46, 0)) - states((0, 45, 5)) == (7 * 32 - 1) * 1024
+
+
 def test_inference_trains_nothing() -> None:
     inventory = inventory_of(CONFIGS["llama"])
     for adapter in (None, ALL):

@@ -18,7 +18,8 @@ def kept_bytes(
     step = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False, names=False)
     with step.tape.recording():
         loss = step._forward()
-    total = sum(extent.at(B, S) * number for (_, extent), number in step.tape.live.items())
+    assert recipe.training is not None
+    total = sum(extent.at(*recipe.training.shape) * number for (_, extent), number in step.tape.live.items())
     del loss
     return total
 
@@ -29,9 +30,26 @@ def live_bytes(
     """Peak of each phase above static memory and inputs, kernels' workspaces left out, as `run.step` counts it [bytes, not rounded]."""
     inventory, recipe = recipes.inventory(family, layers, config), recipes.recipe(family, mode, B, S, **options)
     program = run_step(inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False)
-    return {phase: max(s.at(B, S) for s in peaks) for phase, peaks in program.peaks.items()}
+    assert recipe.training is not None
+    shape = recipe.training.shape
+    return {phase: max(s.at(*shape) for s in peaks) for phase, peaks in program.peaks.items()}
 
 
 def loaded_bytes(family: str, mode: str | Mode, layers: int, *, config: Mapping[str, object] | None = None) -> int:
     """Weights, quantization state, buffers and adapter [bytes, each tensor rounded up to 512]."""
     return static_memory(recipes.inventory(family, layers, config), recipes.recipe(family, mode, 1, 8)).loaded_bytes
+
+
+def resting_bytes(family: str, mode: str | Mode, layers: int) -> int:
+    """The same once a forward pass has cast the biases of quantized layers."""
+    inventory, recipe = recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)
+    static = static_memory(inventory, recipe)
+    program = run_step(inventory, recipe, static.tensors, regime_of(recipe, inventory), cuda_kernels=False)
+    return static.loaded_bytes + program.weights_growth_bytes
+
+
+def settled_bytes(family: str, mode: str | Mode, layers: int) -> tuple[int, int]:
+    """What is stored after the first forward pass, and the gradients of all that is trained [bytes, not rounded]."""
+    tensors = static_memory(recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)).tensors
+    gradients = sum(t.num_copies * t.num_elements * t.dtype.itemsize for t in tensors if t.trainable)
+    return sum(t.num_copies * t.raw_bytes for t in tensors), gradients

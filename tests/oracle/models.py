@@ -37,6 +37,7 @@ class AdapterSpec:
     trained_tokens: tuple[tuple[str, int], ...] = ()
     """(module name, number of tokens) of `trainable_token_indices`."""
     task_type: str = "CAUSAL_LM"
+    bias: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +279,7 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         use_dora=spec.dora,
         modules_to_save=list(spec.modules_to_save) or None,
         trainable_token_indices={name: list(range(count)) for name, count in spec.trained_tokens} or None,
+        bias=spec.bias,
         task_type=spec.task_type,
     )
     with warnings.catch_warnings():
@@ -289,12 +291,11 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         # PEFT's own rewrite of expert names leaves rank patterns for layers that have none
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
         adapted = get_peft_model(model, lora)
+    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
     for name, parameter in adapted.named_parameters():
-        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes; PEFT itself leaves
-        # whole modules in the base's type
-        from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
-        spared = "lora_magnitude_vector" in name or ("modules_to_save" in name and not from_trl)
-        if parameter.requires_grad and mode.adapter_dtype is not None and not spared:
+        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes; PEFT its own alone
+        is_cast = from_trl or "lora_" in name
+        if parameter.requires_grad and mode.adapter_dtype is not None and is_cast and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(mode.adapter_dtype)
     whole: nn.Module = adapted
     return whole

@@ -43,6 +43,7 @@ def recipe(
     accumulation: int = 1,
     optimizer: str = "adamw_torch_fused",
     padded: bool = False,
+    flattened: bool = False,
     attention: str | None = None,
     loss: Loss = Loss.STOCK,
     objective: Objective | None = None,
@@ -60,6 +61,7 @@ def recipe(
             use_dora=mode.adapter.dora,
             modules_to_save=mode.adapter.modules_to_save + _ADDED.get(mode.adapter.task_type, ()),
             trainable_token_indices=mode.adapter.trained_tokens,
+            bias=mode.adapter.bias,
             autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
         )
     quantization = None
@@ -89,5 +91,6 @@ def recipe(
             padded=padded,
             loss=loss,
             objective=objective or Objective(),
+            flattened=flattened,
         ),
     )

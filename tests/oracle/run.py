@@ -30,32 +30,40 @@ class Batch:
     """Inputs as a data collator makes them."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
     num_items: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    """Given where samples lie end to end in one row: each begins at 0."""
 
     @classmethod
-    def of(cls, num_sequences: int, length: int, *, padded: bool = False, vocabulary: int = VOCABULARY) -> "Batch":
+    def of(cls, num_sequences: int, length: int, *, padded: bool = False, flattened: bool = False, vocabulary: int = VOCABULARY) -> "Batch":
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(1, vocabulary, (num_sequences, length), generator=generator)
+        if flattened:
+            row = ids.reshape(1, -1)
+            positions = torch.arange(length).repeat(num_sequences)[None]
+            return cls(input_ids=row, attention_mask=None, labels=row.clone(), num_items=torch.tensor(ids.numel()), position_ids=positions)
         mask = torch.ones_like(ids)
         if padded:
             mask[0, -max(1, length // 5) :] = 0
         return cls(input_ids=ids, attention_mask=mask, labels=ids.clone(), num_items=torch.tensor(ids.numel()))
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.input_ids, self.attention_mask, self.labels, self.num_items]
+        given = (self.input_ids, self.attention_mask, self.labels, self.num_items, self.position_ids)
+        return [tensor for tensor in given if tensor is not None]
 
     def arguments(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model's forward.
 
         Source: transformers 5.23, trainer.py, compute_loss: `num_items_in_batch` goes to models that accept loss keyword arguments.
         """
+        layout = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
         return {
             "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
             "labels": self.labels,
             "num_items_in_batch": self.num_items,
+            **{name: tensor for name, tensor in layout.items() if tensor is not None},
         }
 
 
@@ -106,18 +114,28 @@ class Kept:
 
 
 def kept(
-    family: str, mode: str | Mode, B: int, S: int, layers: int, *, padded: bool = False, fused_4bit: str = "never", **options: Any
+    family: str,
+    mode: str | Mode,
+    B: int,
+    S: int,
+    layers: int,
+    *,
+    padded: bool = False,
+    flattened: bool = False,
+    fused_4bit: str = "never",
+    **options: Any,
 ) -> Kept:
     """What a model of that many layers keeps for its backward pass, head and loss included [bytes, not rounded].
 
     Args:
         padded: whether the batch carries padding.
+        flattened: whether samples lie end to end in one row, as in a padding-free batch.
         fused_4bit: when the fused 4-bit kernel is taken, a key of `cuda_paths.FUSED_4BIT`.
         options: see `models.build`.
     """
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
-        model, batch = build(family, mode, layers, **options), Batch.of(B, S, padded=padded)
+        model, batch = build(family, mode, layers, **options), Batch.of(B, S, padded=padded, flattened=flattened)
         _warm_up(model, mode, batch)
         with _watched(model, batch, granularity_bytes=1) as live:
             live.begin("forward")
@@ -213,6 +231,7 @@ def step(
     accumulation: int = 1,
     optimizer: str = "adamw_torch_fused",
     padded: bool = False,
+    flattened: bool = False,
     granularity_bytes: int = 512,
     fused_4bit: str = "never",
     log: bool = False,
@@ -233,7 +252,7 @@ def step(
         raise ValueError(f"loss {loss!r}: only 'stock' can be run without Triton")
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
-        model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded)
+        model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded, flattened=flattened)
         _warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
         update = torch.optim.AdamW(trained, lr=1e-4, **OPTIMIZERS[optimizer])

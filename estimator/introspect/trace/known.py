@@ -1,6 +1,5 @@
 """The few values a model looks at while it runs (masks, positions, lengths): computed beside the tensors that have no content."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,10 +22,8 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The value of a tensor where it is known; a constant of the program, made outside of it, is its own."""
-    if not isinstance(tensor, FakeTensor) and not tensor.is_meta:
-        return tensor
-    return getattr(tensor, "_vramplan_value", None)
+    """The value of a tensor where it is known; a tensor with content is its own."""
+    return getattr(tensor, "_vramplan_value", None) if isinstance(tensor, FakeTensor) else tensor
 
 
 def read(func: Any, args: tuple[Any, ...]) -> Any:
@@ -44,9 +41,13 @@ def read(func: Any, args: tuple[Any, ...]) -> Any:
         return value.item()
 
 
-def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Iterable[torch.Tensor], results: list[torch.Tensor]) -> None:
+def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor]) -> None:
     """Computes the values of the results where those of all arguments are known."""
-    given = list(tensors)
+    given = _tensors(args, kwargs)
+    if not results and func._schema.is_mutable and all(value_of(t) is not None for t in given):
+        with _disable_current_modes(), torch.no_grad():  # several tensors changed in place: their values with them
+            func(*tree_map_only(torch.Tensor, value_of, args), **tree_map_only(torch.Tensor, value_of, kwargs))
+        return
     if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
         _forget(func, args, results)
         return
@@ -57,6 +58,16 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: It
     values = [v for v in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(v, torch.Tensor)]
     for result, value in zip(results, values, strict=False):
         give(result, value)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [v for v in value if isinstance(v, torch.Tensor)]
+    return found
 
 
 def _is_worth_knowing(tensor: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from estimator.introspect.trace.attention import CudaAttention, flash_attention_
 from estimator.introspect.trace.errors import NotTraceableError
 from estimator.introspect.trace.model import TracedModel
 from estimator.introspect.trace.objectives import Batch, Task, accelerated, task
+from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
 from estimator.recipe import Loss, ObjectiveKind, Recipe
@@ -29,7 +30,8 @@ _REFERENCE = "ref_model."
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
-def _no(_: object) -> bool:  # a mock would keep its arguments, tensors among them
+def _never(_: object) -> bool:
+    # a function and no mock, which would keep the tensors it was called with
     return False
 
 
@@ -47,7 +49,7 @@ def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
-        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", _no))
+        stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", _never))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
@@ -75,12 +77,13 @@ def run(
         NotTraceableError: if the program looks at what has no content.
     """
     assert recipe.training is not None
+    config = model.base.config.get_text_config()
     if rows is None:
-        rows = rows_of(recipe.training, model.base.config.get_text_config().to_dict())
+        rows = rows_of(recipe.training, config.to_dict())
     loop = _Loop(model, recipe, mode, reference)
     with loop.guarded(), task(model, recipe, rows, reference=reference) as work:
         loop.run(work, num_steps, with_update=with_update)
-    return loop.watch.timeline()
+    return loop.watch.timeline(getattr(config, "vocab_size", None))
 
 
 def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
@@ -104,7 +107,7 @@ class _Loop:
         self.reference = reference
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch(KERNELS | masks.KERNELS)
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **masks.KERNELS})
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
         if reference is not None:
@@ -132,10 +135,14 @@ class _Loop:
         training = self.recipe.training
         assert training is not None
         watch = self.watch
+        if with_update:
+            self.optimizer = make_optimizer(self.model.whole, self.recipe)
         gc.disable()  # cycles must not be freed at moments of Python's choosing
         try:
             with self.mode, ExitStack() as stack:
                 watch.begin(Phase.LOAD.value)
+                if with_update:
+                    stack.enter_context(cuda_update(self._paged))
                 for name, tensor in self._stored():
                     watch.take_in(tensor, _stored_item(name, tensor), name)
                 stack.enter_context(watch)
@@ -178,7 +185,18 @@ class _Loop:
     def _update(self) -> None:
         self.watch.begin(Phase.OPTIMIZER_STEP.value)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        raise NotImplementedError
+        with self.watch.host_scalars():
+            self.optimizer.step()
+        for states in self.optimizer.state.values():
+            for state in states.values():
+                for part in tensors_of(state):
+                    self.watch.call(part, Item.OPTIMIZER_STATES.value)
+
+    def _paged(self, *shape: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        with self.watch.elsewhere():
+            tensor = torch.empty(shape, dtype=dtype)
+        tensor.is_paged = True  # type: ignore[attr-defined]
+        return tensor
 
     # -- where the program is -----------------------------------------------------------------------------------------------------------
 
@@ -233,7 +251,7 @@ class _Loop:
             if isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _: self.watch.mark(Segment.BACKWARD, position))
             if position == len(self.model.layers) - 1:
-                self.watch.mark(Segment.OUTSIDE)
+                self.watch.leave_layers()
 
         return hook
 

@@ -1,7 +1,8 @@
 """Every allocation and release of a run: size, moment, phase, module, operator."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from estimator.introspect.trace import known
-from estimator.phases import Item
+from estimator.phases import Item, Phase
 from estimator.timeline import Allocation, Mark, Segment, Timeline
 
 Kernel = Callable[..., Any]
+
+_DEVICE = torch.ops.prim.device.default
+_CPU = torch.device("cpu")
 
 
 def _is_release(event: int) -> bool:
@@ -43,6 +47,10 @@ class Watch(TorchDispatchMode):
         """The module of the last operation."""
         self._modules_by_node: dict[int, str] = {}
         self._live: dict[int, int] = {}
+        self._leaving = False
+        self._elsewhere = False
+        self._host_scalars = False
+        self._foreign: set[int] = set()
 
     # -- what the caller says -----------------------------------------------------------------------------------------------------------
 
@@ -54,6 +62,10 @@ class Watch(TorchDispatchMode):
     def mark(self, segment: Segment, layer: int = -1) -> None:
         """What follows belongs to one pass of a layer, or to none."""
         self.marks.append(Mark(event=len(self.events), phase=self.phase, segment=segment, layer=layer))
+
+    def leave_layers(self) -> None:
+        """The next operation is outside the layers; what is released before it still belongs to the last of them, as with the others."""
+        self._leaving = True
 
     def take_in(self, tensor: torch.Tensor, item: str, name: str) -> None:
         """A tensor that was there before the run: a weight, a buffer, an input."""
@@ -77,9 +89,34 @@ class Watch(TorchDispatchMode):
             if not self.allocations[index].item:
                 self.allocations[index].item = Item.ACTIVATIONS.value
 
-    def timeline(self) -> Timeline:
-        """All that was seen; what nobody named came and went."""
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made inside lies in memory of another kind."""
+        self._elsewhere = True
+        try:
+            yield
+        finally:
+            self._elsewhere = False
+
+    @contextmanager
+    def host_scalars(self) -> Iterator[None]:
+        """`torch.tensor(0.0)` stays on the host: optimizers keep their step counters so."""
+        self._host_scalars = True
+        try:
+            yield
+        finally:
+            self._host_scalars = False
+
+    def timeline(self, vocabulary: int | None = None) -> Timeline:
+        """All that was seen; what nobody named came and went.
+
+        Args:
+            vocabulary: from the loss on, tensors of this width are logits.
+        """
         for allocation in self.allocations:
+            is_wide = len(allocation.shape) > 1 and allocation.shape[-1] == vocabulary
+            if is_wide and allocation.phase in (Phase.LOSS, Phase.BACKWARD) and allocation.item in ("", Item.ACTIVATIONS):
+                allocation.item = Item.LOGITS.value
             allocation.item = allocation.item or Item.TEMPORARY.value
         return Timeline(allocations=tuple(self.allocations), events=self._ordered_events(), marks=tuple(self.marks))
 
@@ -98,7 +135,11 @@ class Watch(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, operator: str, module: str, item: str = "") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or key in self._foreign:
+            return
+        if self._elsewhere or (self._host_scalars and operator == "lift_fresh"):
+            self._foreign.add(key)
+            weakref.finalize(storage, self._foreign.discard, key)
             return
         num_bytes = storage.nbytes()
         if num_bytes == 0:
@@ -137,15 +178,20 @@ class Watch(TorchDispatchMode):
         return self._modules_by_node.get(node._sequence_nr() + 1, "")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # asked of every fake at every turn
+            return _CPU
         kwargs = kwargs or {}
         value = known.read(func, args)
         if value is not None:
             return value
+        if self._leaving:
+            self._leaving = False
+            self.mark(Segment.OUTSIDE)
         self.deepest = self.names[-1] if self.names else self.deepest
         kernel = self.kernels.get(func, func)
         result = kernel(*args, **kwargs)
-        results = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        known.follow(func, args, kwargs, (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), results)
+        results = [result] if isinstance(result, torch.Tensor) else [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        known.follow(func, args, kwargs, results)
         if results:
             module = self._module()
             operator = func._schema.name.removeprefix("aten::")

@@ -1,0 +1,106 @@
+"""Which engine answers: closed forms where the architecture has them, a trace of the libraries' own step elsewhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from app.versions import installed, shown
+from estimator.engine import estimate as analytic
+from estimator.engine import why_not_modelled
+from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
+from estimator.estimate import Estimate, Notice
+from estimator.inventory import Inventory
+from estimator.recipe import Recipe
+from estimator.sources.tracing import Subject, Tracer, default_tracer
+from estimator.stack import Stack
+from estimator.step import Program
+
+_TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_NOT_MODELLED = "not_modelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answerer:
+    """Estimates for one model, by the engine that was asked for."""
+
+    engine: str
+    """`auto`, `analytic` or `trace`."""
+    subject: Subject
+    tracer: Callable[[], Tracer] = default_tracer
+
+    @property
+    def inventory(self) -> Inventory:
+        return self.subject.inventory
+
+    def estimate(self, recipe: Recipe) -> Estimate:
+        """Memory of one run.
+
+        Raises:
+            RequestError: if the libraries would refuse the combination, or if a trace was asked for and cannot stand for the request.
+            TraceError, InspectionError, SourceUnavailableError: if a trace was asked for and failed.
+        """
+        if self.engine == "trace":
+            found = analytic(self.inventory, recipe, self.program(recipe))
+            return replace(found, engine_reason="asked for")
+        found = analytic(self.inventory, recipe)
+        if self.engine == "analytic":
+            return replace(found, engine_reason="asked for")
+        if all(notice.code != _NOT_MODELLED for notice in found.notices):
+            return replace(found, engine_reason=f"closed forms of {self.inventory.model_type}, held to the trace by tests")
+        return self._traced_instead(recipe, found)
+
+    def program(self, recipe: Recipe) -> Program:
+        """The traced step.
+
+        Raises:
+            RequestError: if a trace cannot stand for the request.
+            TraceError, InspectionError, SourceUnavailableError: if it failed.
+        """
+        self.check_traceable(recipe)
+        return self.tracer().program(self.subject, recipe)
+
+    def check_traceable(self, recipe: Recipe) -> None:
+        """Refuses what a trace cannot stand for.
+
+        Raises:
+            RequestError: if it cannot.
+        """
+        reason = _why_no_trace(recipe)
+        if reason is not None:
+            raise RequestError(f"engine: 'trace' {reason}", field="engine")
+
+    def _traced_instead(self, recipe: Recipe, load_only: Estimate) -> Estimate:
+        reason = _why_no_trace(recipe)
+        if reason is None:
+            try:
+                found = analytic(self.inventory, recipe, self.program(recipe))
+            except (TraceError, InspectionError, SourceUnavailableError) as error:
+                reason = f"failed: {error.message}"
+            else:
+                modelled = why_not_modelled(self.inventory, recipe) is None
+                what = f"of this recipe on {self.inventory.model_type}" if modelled else f"of {self.inventory.model_type}"
+                return replace(found, engine_reason=f"there are no closed forms {what}")
+        if recipe.training is None:
+            return load_only
+        notice = Notice(code="not_traced", message=f"A trace of the step, which could have answered instead, {reason}.")
+        return replace(load_only, notices=(*load_only.notices, notice))
+
+
+def _why_no_trace(recipe: Recipe) -> str | None:
+    """What keeps a trace from standing for a recipe; it continues a sentence."""
+    if recipe.training is None:
+        return "covers training steps only; accepted here: 'auto', 'analytic'"
+    other = [name for name in _TRACED_LIBRARIES if not _is_installed(name, recipe.stack)]
+    if other:
+        asked = ", ".join(f"{name} {shown(getattr(recipe.stack, name))}" for name in other)
+        here = ", ".join(f"{name} {shown(installed()[name])}" if name in installed() else f"no {name}" for name in other)
+        return f"runs the installed versions ({here}), and the request is for {asked}"
+    return None
+
+
+def _is_installed(name: str, stack: Stack) -> bool:
+    here = installed().get(name)
+    return here is not None and _padded(here) == _padded(getattr(stack, name))
+
+
+def _padded(version: tuple[int, ...]) -> tuple[int, ...]:
+    return (*version, 0, 0, 0)[:3]

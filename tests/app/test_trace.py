@@ -1,0 +1,143 @@
+"""Traces over HTTP, on the command line and as the engine of an estimate."""
+
+import io
+import json
+import pickle
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.cuda._memory_viz as viewer
+from starlette.testclient import TestClient
+
+from app.http import create_app
+from app.service import answer
+from estimator.errors import RequestError
+from tests.app.test_cli import run
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 4096}
+LLAMA = {"model_type": "llama", "intermediate_size": 352, "num_key_value_heads": 2, **SIZES}
+OPT = {"model_type": "opt", "ffn_dim": 512, "word_embed_proj_dim": 128, "max_position_embeddings": 512, **SIZES}
+
+
+def request(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    training = {"per_device_train_batch_size": 3, "max_length": 200, "bf16": True, "gradient_checkpointing": True}
+    return {
+        "model": {"config": config},
+        "dtype": "bfloat16",
+        "peft": {"r": 8, "target_modules": "all-linear"},
+        "training": training,
+    } | changes
+
+
+def notices(answered: dict[str, Any]) -> set[str]:
+    return {warning["code"] for warning in answered["warnings"]}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_closed_forms_answer_where_there_are_some() -> None:
+    answered = answer(request(LLAMA))
+    assert answered["engine"] == "analytic"
+    assert "llama" in answered["engine_reason"]
+
+
+def test_a_family_without_closed_forms_is_traced() -> None:
+    answered = answer(request(OPT))
+    assert answered["engine"] == "trace"
+    assert "no closed forms" in answered["engine_reason"]
+    assert "not_modelled" not in notices(answered)
+    assert {item["basis"] for phase in answered["phases"] for item in phase["items"]} >= {"exact", "traced"}
+    assert all(item["formula"] for phase in answered["phases"] for item in phase["items"])
+
+
+def test_both_engines_agree_within_a_thousandth() -> None:
+    traced, closed = (answer(request(LLAMA, engine=engine)) for engine in ("trace", "analytic"))
+    assert traced["engine"] == "trace"
+    for ours, theirs in zip(traced["phases"], closed["phases"], strict=True):
+        assert ours["allocated_bytes"] == pytest.approx(theirs["allocated_bytes"], rel=1e-3)
+
+
+def test_a_trace_of_other_versions_than_the_installed_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"runs the installed versions .*request is for transformers 4\.48"):
+        answer(request(LLAMA, engine="trace", stack={"transformers": "4.48"}))
+
+
+def test_a_family_that_other_versions_keep_from_a_trace_is_answered_with_its_load() -> None:
+    answered = answer(request(OPT, stack={"transformers": "4.48"}))
+    assert answered["peak"] is None
+    assert {"not_modelled", "not_traced"} <= notices(answered)
+
+
+def test_inference_is_not_traced() -> None:
+    with pytest.raises(RequestError, match="covers training steps only"):
+        answer({"model": {"config": LLAMA}, "inference": {"batch_size": 1, "prompt_length": 8, "max_new_tokens": 4}, "engine": "trace"})
+
+
+def test_a_trace_tells_what_is_alive_at_each_peak(client: TestClient) -> None:
+    response = client.post("/v1/trace", json=request(LLAMA))
+    assert response.status_code == 200, response.text
+    traced = response.json()
+    phases = {phase["phase"]: phase for phase in traced["phases"]}
+    assert list(phases) == ["load", "forward", "loss", "backward", "optimizer_step"]
+    for phase in phases.values():
+        assert sum(item["bytes"] for item in phase["items"]) == phase["allocated_bytes"]
+    assert traced["peak"]["allocated_bytes"] == max(phase["allocated_bytes"] for phase in phases.values())
+    allocator = traced["allocator"]
+    assert allocator["allocated_at_peak_bytes"] <= allocator["reserved_at_peak_bytes"] <= allocator["max_reserved_bytes"]
+    assert max(column["allocated_bytes"] for column in traced["timeline"]["columns"]) == traced["peak"]["allocated_bytes"]
+
+
+def test_the_peaks_of_a_trace_are_those_of_the_estimate(client: TestClient) -> None:
+    traced = {phase["phase"]: phase["allocated_bytes"] for phase in client.post("/v1/trace", json=request(LLAMA)).json()["phases"]}
+    estimated = {phase["phase"]: phase["allocated_bytes"] for phase in answer(request(LLAMA, engine="trace"))["phases"]}
+    for phase in ("forward", "loss", "backward"):
+        assert traced[phase] == pytest.approx(estimated[phase], abs=2048)
+
+
+def test_the_picture_is_an_svg_with_the_peak_named(client: TestClient) -> None:
+    response = client.post("/v1/trace?format=svg", json=request(LLAMA))
+    assert response.headers["content-type"].startswith("image/svg+xml")
+    root = ET.fromstring(response.text)
+    assert root.tag.endswith("svg")
+    assert any("peak" in (text.text or "") for text in root.iter() if text.tag.endswith("text"))
+
+
+def test_pytorchs_viewer_reads_the_snapshot(client: TestClient) -> None:
+    response = client.post("/v1/trace?format=snapshot&alloc_conf=expandable_segments:True", json=request(LLAMA))
+    assert response.headers["content-type"] == "application/octet-stream"
+    snapshot = pickle.load(io.BytesIO(response.content))
+    assert "expandable_segments" in snapshot["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"]
+    assert viewer.segsum(snapshot)
+    assert "free completed" in viewer.trace(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "field"),
+    [
+        ("/v1/trace?format=png", {}, "format"),
+        ("/v1/trace?alloc_conf=max_split:1", {}, "PYTORCH_CUDA_ALLOC_CONF"),
+        ("/v1/trace", {"training": None}, "training"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_by_name(client: TestClient, path: str, changes: dict[str, Any], field: str) -> None:
+    response = client.post(path, json=request(LLAMA, **changes))
+    assert response.status_code == 422
+    assert field in response.text
+
+
+def test_the_command_line_shows_the_timeline_and_writes_both_files(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text(json.dumps(request(LLAMA)))
+    svg, snapshot = tmp_path / "timeline.svg", tmp_path / "snapshot.pickle"
+    done = run("trace", "--request", str(tmp_path / "request.json"), "--svg", str(svg), "--snapshot", str(snapshot))
+    assert done.returncode == 0, done.stderr
+    assert "Peak" in done.stdout
+    assert "backward" in done.stdout
+    assert svg.read_text().lstrip().startswith("<svg")
+    assert pickle.loads(snapshot.read_bytes())["device_traces"][0]

@@ -1,0 +1,1 @@
+"""What torch's own caching allocator did with fixed programs, recorded: see the README beside."""
