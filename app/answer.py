@@ -7,7 +7,7 @@ from app.card import Card
 from app.versions import shown
 from estimator.estimate import Estimate, Interval, LineItem, Notice, PhaseEstimate
 from estimator.phases import Item, Phase
-from estimator.recipe import Adapter, Inference, Quantization, Recipe, Training
+from estimator.recipe import Adapter, Inference, Objective, Quantization, Recipe, Training
 from estimator.stack import Stack
 
 SCHEMA_VERSION = 1
@@ -188,8 +188,19 @@ def _training(training: Training) -> Json:
             "every_n_layers": training.checkpoint_every_n_layers,
         },
         "loss": training.loss.value,
+        "objective": _objective(training.objective),
         "padded": training.padded,
         "padding_free": training.flattened,
+    }
+
+
+def _objective(objective: Objective) -> Json:
+    return {
+        "kind": objective.kind.value,
+        "reference": objective.reference.value,
+        "max_prompt_length": objective.prompt_length,
+        "num_labels": objective.num_labels if objective.kind.is_classification else None,
+        "old_log_probs": objective.old_log_probs,
     }
 
 

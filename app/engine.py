@@ -9,7 +9,7 @@ from estimator.engine import why_not_modelled
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
 from estimator.inventory import Inventory
-from estimator.recipe import Recipe
+from estimator.recipe import Loss, ObjectiveKind, Recipe
 from estimator.sources.tracing import Subject, Tracer, default_tracer
 from estimator.stack import Stack
 from estimator.step import Program
@@ -76,20 +76,27 @@ class Answerer:
             except (TraceError, InspectionError, SourceUnavailableError) as error:
                 reason = f"failed: {error.message}"
             else:
-                modelled = why_not_modelled(self.inventory, recipe) is None
-                what = f"of this recipe on {self.inventory.model_type}" if modelled else f"of {self.inventory.model_type}"
-                return replace(found, engine_reason=f"there are no closed forms {what}")
+                return replace(found, engine_reason=f"there are no closed forms of {self._unmodelled(recipe)}")
         if recipe.training is None:
             return load_only
         notice = Notice(code="not_traced", message=f"A trace of the step, which could have answered instead, {reason}.")
         return replace(load_only, notices=(*load_only.notices, notice))
+
+    def _unmodelled(self, recipe: Recipe) -> str:
+        """What there are no closed forms of."""
+        if recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT:
+            return f"objective {recipe.training.objective.kind.value!r}"
+        modelled = why_not_modelled(self.inventory, recipe) is None
+        return f"this recipe on {self.inventory.model_type}" if modelled else self.inventory.model_type
 
 
 def _why_no_trace(recipe: Recipe) -> str | None:
     """What keeps a trace from standing for a recipe; it continues a sentence."""
     if recipe.training is None:
         return "covers training steps only; accepted here: 'auto', 'analytic'"
-    other = [name for name in _TRACED_LIBRARIES if not _is_installed(name, recipe.stack)]
+    runs_trl = recipe.training.loss is Loss.TRL_TILED or recipe.training.objective.kind is ObjectiveKind.REWARD
+    libraries = (*_TRACED_LIBRARIES, "trl") if runs_trl else _TRACED_LIBRARIES
+    other = [name for name in libraries if not _is_installed(name, recipe.stack)]
     if other:
         asked = ", ".join(f"{name} {shown(getattr(recipe.stack, name))}" for name in other)
         here = ", ".join(f"{name} {shown(installed()[name])}" if name in installed() else f"no {name}" for name in other)

@@ -6,6 +6,7 @@ from app.answer import is_modelled
 from app.answered import Answered, Rule
 from app.unmodelled import effect
 from app.versions import shown
+from estimator.estimate import Engine
 from estimator.kernels import Kernel
 from estimator.liger import fuses_loss, patches
 from estimator.recipe import Loss, Trainer
@@ -51,7 +52,7 @@ def _evaluation(a: Answered) -> Iterable[str]:
 def _router_loss(a: Answered) -> Iterable[str]:
     """Source: trl 1.16, trainer/sft_trainer.py (`aux_loss_enabled`); transformers, models/mixtral, load_balancing_loss_func."""
     training, experts = a.recipe.training, a.number("num_experts", "num_local_experts", "n_routed_experts")
-    if training is None or not experts or not is_modelled(a.estimate) or not _balances_experts(a):
+    if training is None or not experts or not is_modelled(a.estimate) or not _balances_experts(a) or _traces_router_loss(a):
         return
     layers = a.inventory.num_layers
     tokens = training.micro_batch_size * training.sequence_length
@@ -60,6 +61,13 @@ def _router_loss(a: Answered) -> Iterable[str]:
         f"the load-balancing loss of the router is not modelled: it keeps the router's logits of up to {layers} layers and their softmax, "
         f"{layers} × {tokens:,} tokens × {experts} experts × 4 B = {kept} each in float32; router_aux_loss_coef=0.0 switches it off in TRL."
     )
+
+
+def _traces_router_loss(a: Answered) -> bool:
+    """A traced TRL trainer runs it with the config's own coefficient."""
+    asked, training = a.request.training, a.recipe.training
+    by_trl = training is not None and training.loss is Loss.TRL_TILED and a.estimate.engine is Engine.TRACE
+    return by_trl and asked is not None and asked.router_aux_loss_coef is None
 
 
 def _balances_experts(a: Answered) -> bool:

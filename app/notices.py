@@ -13,7 +13,7 @@ from estimator.dtypes import DType
 from estimator.estimate import Notice
 from estimator.kernels import Kernel
 from estimator.phases import Item
-from estimator.recipe import Attention, Trainer, Training
+from estimator.recipe import Attention, ObjectiveKind, Trainer, Training
 from estimator.storage import StoredTensor
 from estimator.units import gib
 
@@ -307,6 +307,16 @@ def _load_only(a: Answered) -> Iterable[str]:
         yield "neither training nor inference is given: the answer is for loading the weights alone."
 
 
+def _generation(a: Answered) -> Iterable[str]:
+    """Source: trl 1.16, trainer/grpo_trainer.py, GRPOTrainer._generate_single_turn."""
+    training = a.recipe.training
+    if training is not None and training.objective.kind is ObjectiveKind.GRPO:
+        yield (
+            "The phases are those of GRPO's training step. The generation before it is not among them: without vLLM its key/value cache "
+            "lies on the same card, see `inference`; with vLLM in the same process, the memory given to vLLM."
+        )
+
+
 RULES: tuple[tuple[Rule, str], ...] = (
     (_load_only, "load_only"),
     (_own_code, "own_code_not_run"),
@@ -329,5 +339,6 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_nvidia_smi, "nvidia_smi_shows_more"),
     (_assumed_capability, "compute_capability_assumed"),
     (_other_major, "other_transformers_major"),
+    (_generation, "generation_left_out"),
     (_no_interval, "interval_unavailable"),
 )

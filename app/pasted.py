@@ -164,6 +164,10 @@ def _peft(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     if str(peft_type).rpartition(".")[2].upper() != "LORA":
         raise UnknownNameError.of("peft.peft_type", peft_type, ["LORA"])
     values = {k: v for k, v in values.items() if v is not None}
+    if str(values.get("task_type", "")).rpartition(".")[2] == "SEQ_CLS":
+        # Source: peft 0.21, peft_model.py, PeftModelForSequenceClassification.__init__.
+        saved = values.get("modules_to_save") or ()
+        values["modules_to_save"] = [*saved, *(name for name in ("classifier", "score") if name not in saved)]
     return _split(values, "peft", frozenset(PeftFields.model_fields), fields.LORA_CONFIG, LORA, pasted)
 
 
@@ -171,7 +175,7 @@ def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     values = _renamed({k: v for k, v in values.items() if v is not None}, _TRAINING_ALIASES, "training.")
     if values.pop("adafactor", False):
         _set_once(values, "optim", "adafactor", "training.adafactor")
-    for key in ("gradient_checkpointing_kwargs", "liger_kernel_config"):
+    for key in ("gradient_checkpointing_kwargs", "liger_kernel_config", "objective"):
         if isinstance(values.get(key), dict):
             values[key] = {k: v for k, v in values[key].items() if v is not None}
     if evaluates(values):

@@ -80,6 +80,21 @@ class LigerFields(Border):
     fused_linear_cross_entropy: bool | None = None
 
 
+class ObjectiveFields(Border):
+    """What is trained for, with the fields of `DPOConfig`, `GRPOConfig` and of a classification head that decide memory."""
+
+    kind: Literal["sft", "dpo", "reward", "classification", "grpo"] = "sft"
+    precompute_ref_log_probs: bool = False
+    ref_model: bool = False
+    """Whether a model is given to the trainer as `ref_model`."""
+    max_prompt_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | None = None
+    max_completion_length: Length | None = None
+    beta: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    num_iterations: Annotated[int, Field(ge=1, le=1024)] = 1
+    steps_per_generation: Accumulation | None = None
+    num_labels: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
 class TrainingFields(Border):
     """`TrainingArguments` and `SFTConfig`."""
 
@@ -100,6 +115,7 @@ class TrainingFields(Border):
     packing_strategy: Name | None = None
     padding_free: bool = False
     per_device_eval_batch_size: Batch | None = None
+    objective: ObjectiveFields | None = None
     router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | Literal["auto"] | None = None
 

@@ -9,17 +9,19 @@ from app.answered import Answered
 from app.card import Card, card_of
 from app.engine import Answerer
 from app.notices import notices
+from app.objective import with_classes
 from app.reading import Question, read_estimate
 from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
 from app.unmodelled import bears
+from app.versions import stack_of
 from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
 from estimator.inventory import Inventory
-from estimator.recipe import Recipe
+from estimator.recipe import ObjectiveKind, Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
 from estimator.sources.tracing import Subject
 from estimator.static_memory import stored_tensors
@@ -74,7 +76,8 @@ def prepare(question: Question[Request]) -> Case:
 def find_model(request: Request) -> ResolvedModel:
     """The model that a request names or carries."""
     model = request.model
-    return resolve(dict(model.config) if isinstance(model, InlineModel) else model, request.revision)
+    found = resolve(dict(model.config) if isinstance(model, InlineModel) else model, request.revision)
+    return with_classes(found, request, stack_of(request.stack))
 
 
 def render(case: Case, estimate: Estimate) -> Json:
@@ -110,8 +113,9 @@ def render(case: Case, estimate: Estimate) -> Json:
 
 
 def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
-    """How wrong the estimate may be, as far as published measurements tell."""
-    if not is_modelled(estimate):
+    """How wrong the estimate may be, as far as published measurements tell; there are none of objectives beside next tokens."""
+    other = recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT
+    if other or not is_modelled(estimate):
         return None
     return interval(
         recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)

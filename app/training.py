@@ -1,13 +1,14 @@
 """Defaults of `TrainingArguments` and `SFTConfig`, as the asked versions resolve them."""
 
 from app import fields
+from app.objective import LOSSES, resolve_objective, sequence_length
 from app.request import CheckpointingFields, LigerFields, Request, TrainingFields
 from app.versions import shown
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
 from estimator.inventory import Inventory, ModuleKind
 from estimator.liger import fuses_loss
-from estimator.recipe import Loss, Training
+from estimator.recipe import Loss, ObjectiveKind, Training
 from estimator.stack import Stack
 from estimator.units import ceil_div
 
@@ -31,9 +32,10 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         checkpointing = sft and stack.sft_checkpoints_by_default
     kwargs = asked.gradient_checkpointing_kwargs or CheckpointingFields()
     packs = asked.padding_free or (asked.packing and sft)
+    objective = resolve_objective(request, stack)
     return Training(
         micro_batch_size=asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE,
-        sequence_length=_length(asked, inventory, sft=sft),
+        sequence_length=_length(asked, sequence_length(request), inventory, sft=sft),
         gradient_accumulation_steps=asked.gradient_accumulation_steps or 1,
         optimizer=_optimizer(asked.optim, stack),
         optimizer_arguments=_optimizer_arguments(asked),
@@ -41,7 +43,8 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         gradient_checkpointing=checkpointing,
         use_reentrant=checkpointing and _reentrant(kwargs, stack, sft=sft, prepared=prepared),
         checkpoint_every_n_layers=kwargs.every_n_layers,
-        loss=_loss(asked, inventory, stack, sft=sft),
+        loss=_loss(asked, inventory, stack, sft=sft) if objective.kind is ObjectiveKind.SFT else LOSSES[objective.kind],
+        objective=objective,
         padded=request.padded and not packs,
         flattened=packs and _flattens(asked, stack),
     )
@@ -70,8 +73,7 @@ def check_length(field: str, length: int, inventory: Inventory) -> None:
         raise RequestError(f"{field}: {length} is beyond the {limit} learned positions of the model; accepted: up to {limit}", field=field)
 
 
-def _length(asked: TrainingFields, inventory: Inventory, *, sft: bool) -> int:
-    length = asked.max_length
+def _length(asked: TrainingFields, length: int | None, inventory: Inventory, *, sft: bool) -> int:
     if length is None:
         if not sft:
             raise RequestError(

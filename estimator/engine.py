@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import assert_never
 
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
@@ -12,15 +13,13 @@ from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Attention, Loss, Recipe
+from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
 _INDEX_BYTES = 8  # token ids, labels and masks are int64
-# input_ids, labels and attention_mask, as the data collators of transformers and TRL make them.
-_NUM_INPUTS = 3
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
 # Source: transformers, generation/utils.py, generate and _prepare_position_ids_for_generation.
 _NUM_GENERATION_INPUTS = 3
@@ -94,6 +93,8 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
 
 
 def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
+    if recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT:
+        return f"The step of objective {recipe.training.objective.kind.value!r}"
     family = FAMILIES.get(inventory.model_type)
     if family is None or inventory.output_embedding is None:
         return f"The step of {inventory.model_class} ({inventory.model_type})"
@@ -138,17 +139,32 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         Item.BUFFERS: static.buffers_bytes,
         Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
     }
+    loaded = _loaded(static, recipe)
     if training is not None:
         stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
+        if training.objective.reference is Reference.MODEL:
+            for held in (stored, loaded):
+                _add_reference(held, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
         accumulates=training is not None and training.gradient_accumulation_steps > 1,
-        load=_phase(Phase.LOAD, _loaded(static, recipe)),
+        load=_phase(Phase.LOAD, loaded),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
+    """The second model: loaded like the first, without its adapter.
+
+    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__ (create_model_from_path with the policy's type).
+    """
+    second = static_memory(inventory, replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None))
+    held[Item.WEIGHTS] += second.weights_bytes
+    held[Item.QUANTIZATION_STATE] += second.quantization_state_bytes
+    held[Item.BUFFERS] += second.buffers_bytes
 
 
 def _loaded(static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
@@ -220,12 +236,33 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 # -- training ---------------------------------------------------------------------------------------------------------------------------
 
 
+def _input_sizes(training: Training) -> list[int]:
+    """Elements of a micro-batch's tensors; those of one element per sequence, or less, are left out.
+
+    Source: transformers, data/data_collator.py (ids, labels, mask); trl 1.16, trainer/dpo_trainer.py and reward_trainer.py,
+    DataCollatorForPreference; grpo_trainer.py, GRPOTrainer._generate_and_score_completions.
+    """
+    batch, length = training.shape
+    objective = training.objective
+    tokens = batch * length * objective.sequences_per_example
+    match objective.kind:
+        case ObjectiveKind.SFT | ObjectiveKind.DPO:
+            return [tokens] * 3
+        case ObjectiveKind.REWARD | ObjectiveKind.CLASSIFICATION:
+            return [tokens] * 2
+        case ObjectiveKind.GRPO:
+            prompt = batch * objective.prompt_length
+            return [prompt, prompt, tokens - prompt, tokens - prompt]
+        case _:
+            assert_never(objective.kind)
+
+
 def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
     training = recipe.training
     assert training is not None
     batch, length = training.shape
     static = prepared.static
-    inputs = _NUM_INPUTS * training.gradient_accumulation_steps * allocated(_INDEX_BYTES * batch * length)
+    inputs = training.gradient_accumulation_steps * sum(allocated(_INDEX_BYTES * n) for n in _input_sizes(training))
     between = _between(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]

@@ -43,6 +43,29 @@ class Trainer(StrEnum):
     TRL = "trl"
 
 
+class ObjectiveKind(StrEnum):
+    """What is trained for, by the trainer that does it."""
+
+    SFT = "sft"  # next tokens: Trainer, SFTTrainer
+    DPO = "dpo"  # DPOTrainer
+    REWARD = "reward"  # RewardTrainer
+    CLASSIFICATION = "classification"  # Trainer on a model for sequence classification
+    GRPO = "grpo"  # GRPOTrainer, its training step without the generation before it
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the model ends in a score and not in a vocabulary."""
+        return self in (ObjectiveKind.REWARD, ObjectiveKind.CLASSIFICATION)
+
+
+class Reference(StrEnum):
+    """Where a trainer takes the reference's log-probabilities from."""
+
+    NONE = "none"  # the objective needs none, or they were computed before the training
+    ADAPTER_OFF = "adapter_off"  # the same weights with the adapter switched off
+    MODEL = "model"  # a second model beside the trained one
+
+
 class CacheKind(StrEnum):
     """`cache_implementation` values with a memory model."""
 
@@ -89,6 +112,25 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """The fields of `DPOConfig`, `RewardConfig`, `GRPOConfig` and of a classification head that have a bearing on memory."""
+
+    kind: ObjectiveKind = ObjectiveKind.SFT
+    reference: Reference = Reference.NONE
+    prompt_length: int = 0
+    """Tokens at the beginning of each sequence that are not scored: the prompt of DPO and GRPO."""
+    num_labels: int = 1
+    """Of the classification head."""
+    old_log_probs: bool = False
+    """GRPO's log-probabilities of the policy that generated, computed where one generation serves several updates."""
+
+    @property
+    def sequences_per_example(self) -> int:
+        """A preference is a chosen and a rejected sequence."""
+        return 2 if self.kind in (ObjectiveKind.DPO, ObjectiveKind.REWARD) else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """The fields of `TrainingArguments` / `SFTConfig` that have a bearing on memory."""
 
@@ -105,6 +147,7 @@ class Training:
     use_reentrant: bool = False
     checkpoint_every_n_layers: int = 1
     loss: Loss = Loss.STOCK
+    objective: Objective = Objective()
     padded: bool = False
     """Whether batches carry padding: an attention mask is then materialised."""
     flattened: bool = False

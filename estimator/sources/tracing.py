@@ -13,12 +13,13 @@ from typing import Any
 
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
+from estimator.scoring import rows_of
 from estimator.sources.cache import default_directory, library_versions, read_json, write_json
 from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
 from estimator.timeline import Timeline, decode_timeline
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
@@ -65,8 +66,9 @@ class Tracer:
         """
         training = recipe.training
         assert training is not None
-        lengths = regime(subject.inventory, training.sequence_length)
-        payload = _payload(subject, _without_sizes(recipe)) | {"lengths": list(lengths)}
+        lengths = regime(subject.inventory, training.sequence_length, shortest=training.objective.prompt_length + 2)
+        rows = rows_of(training, subject.inventory.config)
+        payload = _payload(subject, _without_sizes(recipe)) | {"lengths": list(lengths), "rows": asdict(rows)}
         key = _key(payload)
         with self._lock:
             if (kept := self._programs.get(key)) is not None:
@@ -131,12 +133,16 @@ class Tracer:
         return own.result()
 
 
-def regime(inventory: Inventory, length: int) -> tuple[int, int]:
-    """Shortest and longest sequence that run the same program as `length`: windows and chunks of attention part them [tokens]."""
+def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int, int]:
+    """Shortest and longest sequence that run the same program as `length`: windows and chunks of attention part them [tokens].
+
+    Args:
+        shortest: what the recipe needs at least [tokens].
+    """
     borders = sorted(
         value for name in ("sliding_window", "attention_chunk_size") if isinstance(value := inventory.config.get(name), int) and value > 0
     )
-    shortest, longest = 1, _LONGEST
+    longest = _LONGEST
     for border in borders:
         if length >= border:
             shortest = max(shortest, border)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -38,6 +38,7 @@ class AdapterSpec:
     """(module, number of tokens): `trainable_token_indices`."""
     lora_bias: bool = False
     rslora: bool = False
+    task_type: str = "CAUSAL_LM"
     bias: str = "none"
 
 
@@ -232,6 +233,7 @@ def build(
     every_n_layers: int = 1,
     input_grads: bool | None = None,
     config: Mapping[str, object] | None = None,
+    labels: int | None = None,
 ) -> nn.Module:
     """A model ready to train.
 
@@ -241,12 +243,18 @@ def build(
         gc: gradient checkpointing: None off, False non-reentrant, True reentrant.
         input_grads: whether the embedding's output requires gradients; by default with an adapter under checkpointing.
         config: fields of the config to override.
+        labels: of a classification head in place of the vocabulary.
     """
     kind = FAMILIES[family]
     torch.manual_seed(0)
     extra = {"experts_implementation": experts} if experts else {}
-    model = AutoModelForCausalLM.from_config(
-        kind.config(layers, **(config or {})), dtype=mode.load_dtype, attn_implementation=attention or kind.attention, **extra
+    auto = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    classes = {} if labels is None else {"num_labels": labels, "pad_token_id": 0}
+    model = auto.from_config(
+        kind.config(layers, **(dict(config or {}) | classes)),
+        dtype=mode.load_dtype,
+        attn_implementation=attention or kind.attention,
+        **extra,
     )
     model.config.use_cache = False
     _no_dead_rows(model)
@@ -287,7 +295,7 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         bias=spec.bias,
         modules_to_save=list(spec.modules_to_save) or None,
         trainable_token_indices={name: list(range(number)) for name, number in spec.trained_tokens} or None,
-        task_type="CAUSAL_LM",
+        task_type=spec.task_type,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to go

@@ -9,12 +9,27 @@ import torch
 from estimator.dtypes import DType
 from estimator.introspect.inventory import inspect
 from estimator.inventory import Inventory
-from estimator.recipe import Adapter, Attention, CacheKind, Inference, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.recipe import (
+    Adapter,
+    Attention,
+    CacheKind,
+    Inference,
+    Loss,
+    Objective,
+    Quantization,
+    QuantizationKind,
+    Recipe,
+    Trainer,
+    Training,
+)
 from estimator.stack import Stack
 from tests.oracle.models import FAMILIES, Mode
 from tests.oracle.run import mode_of
 
 _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
+
+# Source: peft 0.21, peft_model.py, PeftModelForSequenceClassification.__init__.
+_ADDED = {"SEQ_CLS": ("classifier", "score")}
 
 
 def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
@@ -45,6 +60,8 @@ def recipe(
     padded: bool = False,
     flattened: bool = False,
     attention: str | None = None,
+    loss: Loss = Loss.STOCK,
+    objective: Objective | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
     trained = Training(
@@ -58,6 +75,8 @@ def recipe(
         checkpoint_every_n_layers=every_n_layers,
         padded=padded,
         flattened=flattened,
+        loss=loss,
+        objective=objective or Objective(),
     )
     return replace(loaded(family, mode, attention=attention), training=trained)
 
@@ -93,7 +112,7 @@ def loaded(family: str, mode: str | Mode, *, attention: str | None = None) -> Re
             use_rslora=mode.adapter.rslora,
             lora_bias=mode.adapter.lora_bias,
             bias=mode.adapter.bias,
-            modules_to_save=mode.adapter.modules_to_save,
+            modules_to_save=mode.adapter.modules_to_save + _ADDED.get(mode.adapter.task_type, ()),
             trainable_token_indices=mode.adapter.trained_tokens,
             autocast_adapter_dtype=mode.autocasts_adapter,
         )

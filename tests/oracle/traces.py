@@ -1,17 +1,26 @@
 """What a trace says about the same tiny models, in the oracle's terms."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
+from estimator.introspect.trace.objectives import reference_model
 from estimator.phases import Phase
 from estimator.timeline import Timeline
 from tests.oracle import recipes
 from tests.oracle.models import FAMILIES, Mode
+
+
+def type_of(config: PretrainedConfig) -> str:
+    """The class of causal language models for a config."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
 def timeline(
@@ -19,15 +28,20 @@ def timeline(
 ) -> Timeline:
     """One optimizer step, attention left to the CPU's kernel."""
     made = FAMILIES[family].config(layers, **dict(config or {}))
-    made.architectures = None
     recipe = recipes.recipe(family, mode, B, S, **options)  # type: ignore[arg-type]
-    inventory = recipes.inventory(family, layers, config)
+    assert recipe.training is not None
+    prefix = recipes.inventory(family, layers, config).layers_prefix
+    data = with_head(made.to_dict() | {"architectures": [type_of(made)]}, recipe.training.objective)
+
+    def base() -> Any:
+        return build(data, TORCH_DTYPES[recipe.dtype])[1]
+
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with cuda_program(recipe, cuda_kernels=False):
-        _, base = build(made.to_dict(), TORCH_DTYPES[recipe.dtype])
-        model = traced_model(base, recipe, inventory.layers_prefix, None, fakes)
+        model = traced_model(base(), recipe, prefix, None, fakes)
+        reference = reference_model(base, recipe, prefix, None, fakes)
         warm_up(model, recipe, fakes)
-        return run(model, recipe, fakes, with_update=False)
+        return run(model, recipe, fakes, with_update=False, reference=reference)
 
 
 def live_bytes(traced: Timeline) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The trainer's loop over fake tensors, watched from the first weight to the end of the last step."""
 
 import gc
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,25 +9,26 @@ from unittest import mock
 
 import torch
 import transformers
-from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
-from estimator.introspect.prepared import TORCH_DTYPES
-from estimator.introspect.trace import known
+from estimator.introspect.trace import masks
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
 from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError
 from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.model import TracedModel
+from estimator.introspect.trace.objectives import Batch, Task, accelerated, task, tokens
 from estimator.introspect.trace.routing import Routing
 from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
-from estimator.recipe import Recipe
+from estimator.recipe import Loss, ObjectiveKind, Recipe
+from estimator.scoring import Rows, rows_of
 from estimator.timeline import Segment, Timeline
 
+_REFERENCE = "ref_model."
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -66,23 +66,31 @@ def run(
     num_steps: int = 1,
     values: Values | None = None,
     longest_loop: int | None = None,
+    rows: Rows | None = None,
+    reference: TracedModel | None = None,
 ) -> Timeline:
     """Watch whole optimizer steps.
 
     Args:
         values: told what the run looks at; routing is balanced if None.
         longest_loop: see `Watch.longest_loop`.
+        rows: the passes of a fused loss; those of the recipe's size if None.
+        reference: the second model of an objective that has one.
         with_update: whether the optimizer runs too.
         num_steps: optimizer steps; its states exist from the second on.
 
     Raises:
         NotTraceableError: if the program looks at what has no content, or loops for longer.
     """
-    loop = _Loop(model, recipe, mode, values or Values(Routing.BALANCED))
+    assert recipe.training is not None
+    config = model.base.config.get_text_config()
+    if rows is None:
+        rows = rows_of(recipe.training, config.to_dict())
+    loop = _Loop(model, recipe, mode, values or Values(Routing.BALANCED), reference)
     loop.watch.longest_loop = longest_loop
-    with loop.guarded():
-        loop.run(num_steps, with_update=with_update)
-    return loop.watch.timeline(getattr(model.base.config.get_text_config(), "vocab_size", None))
+    with loop.guarded(), task(model, recipe, rows, reference=reference) as work:
+        loop.run(work, num_steps, with_update=with_update)
+    return loop.watch.timeline(getattr(config, "vocab_size", None))
 
 
 def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
@@ -96,17 +104,23 @@ def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
     if recipe.quantization is not None:
         loop = _Loop(model, recipe, mode, Values(Routing.BALANCED))
         with loop.guarded(), mode, loop.watch, torch.no_grad():
-            loop.forward()(input_ids=loop.tokens((1, 4)))
+            assert recipe.training is not None
+            accelerated(model.whole.__call__, recipe.training)(input_ids=tokens(model, 1, 4))
 
 
 class _Loop:
-    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, values: Values) -> None:
+    def __init__(
+        self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, values: Values, reference: TracedModel | None = None
+    ) -> None:
         self.model = model
+        self.reference = reference
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch({**KERNELS, **UPDATE_KERNELS}, values)
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **masks.KERNELS}, values)
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
+        if reference is not None:
+            self.names |= {id(module): f"{_REFERENCE}{name}" for name, module in reference.base.named_modules()}
         self.optimizer: Any = None
 
     @contextmanager
@@ -126,7 +140,7 @@ class _Loop:
     def _where(self) -> str:
         return self.watch.deepest or "outside the model"
 
-    def run(self, num_steps: int, *, with_update: bool) -> None:
+    def run(self, work: Task, num_steps: int, *, with_update: bool) -> None:
         training = self.recipe.training
         assert training is not None
         watch = self.watch
@@ -138,15 +152,15 @@ class _Loop:
                 watch.begin(Phase.LOAD.value)
                 if with_update:
                     stack.enter_context(cuda_update(self._paged))
-                for name, tensor in self.model.stored.items():
+                for name, tensor in self._stored():
                     watch.take_in(tensor, _stored_item(name, tensor), name)
                 stack.enter_context(watch)
                 for hook in self._hooks():
                     stack.callback(hook.remove)
                 for _ in range(num_steps):
-                    batches = [self._batch() for _ in range(training.gradient_accumulation_steps)]
+                    batches = [self._named(work.inputs()) for _ in range(training.gradient_accumulation_steps)]
                     for batch in batches:
-                        self._micro_batch(batch, training.gradient_accumulation_steps)
+                        self._micro_batch(work, batch, training.gradient_accumulation_steps)
                     if with_update:
                         self._update()
                     else:
@@ -156,68 +170,26 @@ class _Loop:
         finally:
             gc.enable()
 
-    def _batch(self) -> dict[str, Tensor]:
-        """Inputs as a data collator makes them, their values known where they decide about masks."""
-        training = self.recipe.training
-        assert training is not None
-        shape = (training.micro_batch_size, training.sequence_length)
-        batch = {name: self.tokens(shape) for name in ("input_ids", "labels")}
-        mask = torch.ones(shape, dtype=torch.int64)
-        value = known.value_of(mask)
-        assert value is not None
-        if training.padded:
-            value = value.clone()
-            value[0, -1] = 0
-        accepted = inspect.signature(self.model.base.forward).parameters
-        # Source: transformers, trainer.py, Trainer._set_signature_columns_if_needed: other columns are not handed on.
-        if "attention_mask" in accepted:
-            batch["attention_mask"] = known.give(torch.empty(shape, dtype=torch.int64), value)
-        if self._accepts_loss_arguments():
-            batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.stored.items()
+        if self.reference is not None:
+            yield from ((f"{_REFERENCE}{name}", tensor) for name, tensor in self.reference.stored.items())
+
+    def _named(self, batch: Batch) -> Batch:
         for name, tensor in batch.items():
             self.watch.call(tensor, Item.ACTIVATIONS.value)
             self.watch.rename(tensor, name)
         return batch
 
-    def tokens(self, shape: tuple[int, int]) -> Tensor:
-        """Ordinary text: no token that stands for padding, an image or the end of a text, all of which lie at the ends of vocabularies."""
-        size = getattr(self.model.base.config.get_text_config(), "vocab_size", None) or self.model.base.config.vocab_size
-        return torch.full(shape, size // 2)
-
-    def _accepts_loss_arguments(self) -> bool:
-        """Source: transformers, trainer.py, Trainer.__init__, model_accepts_loss_kwargs."""
-        declared = getattr(self.model.base, "accepts_loss_kwargs", None)
-        parameters = inspect.signature(self.model.base.forward).parameters.values()
-        return bool(declared) if declared is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-    def forward(self) -> Any:
-        """The forward that accelerate installs.
-
-        Source: accelerate 1.15, accelerator.py, prepare_model: autocast inside, conversion of the outputs to float32 outside.
-        """
-        training = self.recipe.training
-        assert training is not None
-        forward: Any = self.model.whole.__call__
-        if training.autocast_dtype is not None:
-            autocast: Any = torch.autocast("cpu", dtype=TORCH_DTYPES[training.autocast_dtype])
-            forward = convert_outputs_to_fp32(autocast(forward))
-        return forward
-
-    def _micro_batch(self, batch: dict[str, Tensor], accumulation: int) -> None:
+    def _micro_batch(self, work: Task, batch: Batch, accumulation: int) -> None:
         self.watch.begin(Phase.FORWARD.value)
-        value = self._loss(batch) / accumulation
+        value = work.loss(batch) / accumulation
         self.watch.settle()
         self.watch.begin(Phase.BACKWARD.value)
         value.backward()
         for parameter in self.trained:
             if parameter.grad is not None:
                 self.watch.call(parameter.grad, Item.GRADIENTS.value)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        # The outputs die with this frame, before the backward pass. Source: transformers, trainer.py, compute_loss.
-        outputs = self.forward()(**batch)
-        loss: Tensor = outputs["loss"]
-        return loss
 
     def _update(self) -> None:
         self.watch.begin(Phase.OPTIMIZER_STEP.value)
@@ -250,12 +222,25 @@ class _Loop:
 
         yield nn.modules.module.register_module_forward_pre_hook(enter)
         yield nn.modules.module.register_module_forward_hook(leave, always_call=True)
-        for position, layer in enumerate(self.model.layers):
-            yield layer.register_forward_pre_hook(self._layer_enters(position), with_kwargs=True)
-            yield layer.register_forward_hook(self._layer_leaves(position))
+        for model in filter(None, (self.model, self.reference)):
+            for position, layer in enumerate(model.layers):
+                yield layer.register_forward_pre_hook(self._layer_enters(position), with_kwargs=True)
+                yield layer.register_forward_hook(self._layer_leaves(position))
+        yield self._loss_begins()
+
+    def _loss_begins(self) -> Any:
+        """The loss begins with the head, or where there are no logits with the end of the layers; a reference's pass is no beginning."""
+
+        def begin(*_: Any) -> None:
+            if torch.is_grad_enabled() and self.watch.phase == Phase.FORWARD:
+                self.watch.begin(Phase.LOSS.value)
+
+        training = self.recipe.training
+        assert training is not None
         head = self.model.base.get_output_embeddings()
-        if head is not None:
-            yield head.register_forward_pre_hook(lambda *_: watch.begin(Phase.LOSS.value))
+        if training.loss is Loss.STOCK and training.objective.kind is ObjectiveKind.SFT and head is not None:
+            return head.register_forward_pre_hook(begin)
+        return self.model.base.base_model.register_forward_hook(begin)
 
     def _layer_enters(self, position: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

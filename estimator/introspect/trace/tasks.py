@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace.errors import LoopOverTokensError, NeedsValuesError, NotTraceableError
@@ -14,8 +15,10 @@ from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.layers import Sample, sample, whole
 from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
+from estimator.introspect.trace.objectives import reference_model
 from estimator.introspect.trace.routing import Routing
 from estimator.recipe import Recipe
+from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.timeline import Timeline, encode_timeline
@@ -44,7 +47,7 @@ class TracedProgram:
 
 
 def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
-    """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest]}` → the step's candidates for the peak.
+    """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest], "rows"}` → the step's candidates for the peak.
 
     With `"exact": true`, for the recipe's own length alone, and where the batch makes another program of it for the recipe's own batch.
     With `"routing": "worst"`, for all tokens choosing the same experts. Where no program holds for many lengths the result has a `reason`
@@ -107,12 +110,21 @@ class Session:
     def _build(self, *, all_layers: bool) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         prefix = self.payload["layers_prefix"]
-        _, model = build(self.payload["config"], TORCH_DTYPES[self.recipe.dtype])
+        training = self.recipe.training
+        assert training is not None
+        config = with_head(self.payload["config"], training.objective)
+        self.rows = Rows(**self.payload["rows"]) if "rows" in self.payload else None
+        kind, model = build(config, TORCH_DTYPES[self.recipe.dtype])
+        if training.objective.kind.is_classification and kind != "sequence_classification":
+            raise NotTraceableError(f"{type(model).__name__} is no model for sequence classification")
         layers = list(model.get_submodule(prefix)) if prefix else []
         every_n = self.recipe.training.checkpoint_every_n_layers if self.recipe.training is not None else 1
         self.sample = whole(len(layers)) if all_layers else sample(layers, every_n)
         with cuda_program(self.recipe, cuda_kernels=True):
             self.model = traced_model(model, self.recipe, prefix, self.sample.kept, self.mode)
+            self.reference = reference_model(
+                lambda: build(config, TORCH_DTYPES[self.recipe.dtype])[1], self.recipe, prefix, self.sample.kept, self.mode
+            )
             warm_up(self.model, self.recipe, self.mode)
 
     def program(self, shortest: int, longest: int) -> TracedProgram:
@@ -221,4 +233,13 @@ class Session:
         recipe = replace(self.recipe, training=replace(training, micro_batch_size=point[0], sequence_length=point[1]))
         limit = None if self.longest_loop is None else max(self.longest_loop * point[1], _SHORTEST_LOOP)
         with cuda_program(recipe, cuda_kernels=True):
-            return run(self.model, recipe, self.mode, with_update=False, values=self.values, longest_loop=limit)
+            return run(
+                self.model,
+                recipe,
+                self.mode,
+                with_update=False,
+                values=self.values,
+                longest_loop=limit,
+                rows=self.rows,
+                reference=self.reference,
+            )
