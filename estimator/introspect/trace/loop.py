@@ -17,6 +17,7 @@ from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.trace import masks
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
 from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.experts import EXPERT_KERNELS
 from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.model import TracedModel
 from estimator.introspect.trace.objectives import Batch, Task, accelerated, task, tokens
@@ -116,7 +117,7 @@ class _Loop:
         self.reference = reference
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **masks.KERNELS}, values)
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **EXPERT_KERNELS, **masks.KERNELS}, values)
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
         if reference is not None:
