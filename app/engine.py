@@ -15,6 +15,7 @@ from estimator.stack import Stack
 from estimator.units import gib
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_WITH_IMAGES = ("image_text_to_text", "multimodal_lm", "speech_seq2seq")
 _NOT_MODELLED = "not_modelled"
 
 
@@ -66,14 +67,17 @@ class Answerer:
         if step.is_outline:
             yield Notice(
                 code="trace_outlined",
-                message="the model goes over its tokens one by one in Python; the trace followed short sequences and carried on from them.",
+                message="without kernels of its own the model goes over its tokens one by one in Python: the trace followed short "
+                "sequences and carried on from them; with mamba-ssm, causal-conv1d or flash-linear-attention installed a run takes less.",
             )
+        if self.inventory.config.get("auto_class") in _WITH_IMAGES:
+            yield Notice(code="text_only", message="batches of text alone were traced: images and sound add their own towers' activations.")
         if step.routing_matters:
             worst = analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak
             yield Notice(
                 code="expert_routing",
-                message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same experts, "
-                f"the peak would be {gib(worst.allocated_bytes)} instead of {gib(balanced.peak.allocated_bytes)}.",
+                message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same "
+                f"experts, the peak would be {gib(worst.allocated_bytes)} instead of {gib(balanced.peak.allocated_bytes)}.",
             )
 
     def check_traceable(self, recipe: Recipe) -> None:

@@ -27,7 +27,8 @@ def print_estimate(console: Console, answer: Json) -> None:
     console.print(_context(answer), style="dim", highlight=False)
     console.print()
     console.print(_phase_table(answer, bar_width=max(4, min(24, console.width - _TABLE_WIDTH))))
-    console.print("~ modelled; all else is exact to the byte", style="dim", highlight=False)
+    rest = "traced" if answer["engine"] == "trace" else "modelled"
+    console.print(f"~ {rest}; all else is exact to the byte", style="dim", highlight=False)
     _print_warnings(console, answer)
 
 

@@ -77,7 +77,7 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
             _method(recipe),
             "16-bit load" if recipe.dtype.is_half else "32-bit load",
             f"{training.loss.value.replace('_', ' ')} loss",
-            " and ".join(sorted(kernel.value for kernel in kernels)),
+            *([" and ".join(sorted(kernel.value for kernel in kernels))] if kernels else ["no kernels that stand apart"]),
             "checkpointing" if training.gradient_checkpointing else "no checkpointing",
             *(("padding",) if training.padded else ()),
             f"compute capability {'8.0 or more' if recipe.compute_capability >= _NEWER_KERNELS else 'below 8.0'}",

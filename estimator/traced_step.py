@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from estimator.kernels import Kernel
 from estimator.phases import Item, Phase
 from estimator.splice import spliced
 from estimator.step import Program
@@ -34,13 +35,14 @@ class NotOneProgramError(Exception):
 
 def encode_program(found: Program) -> dict[str, object]:
     """As JSON values."""
-    return {
+    peaks = {
         phase.value: [
             [[item.value, [list(term[:3]) for term in _terms(extent)], extent.label, number] for (item, extent), number in snapshot.held]
             for snapshot in snapshots
         ]
         for phase, snapshots in found.peaks.items()
     }
+    return {"peaks": peaks, "kernels": sorted(found.kernels)}
 
 
 def decode_program(data: Mapping[str, Any]) -> Program:
@@ -49,7 +51,8 @@ def decode_program(data: Mapping[str, Any]) -> Program:
     Raises:
         ValueError, KeyError, TypeError: if the values are not of that form.
     """
-    return Program(peaks={Phase(phase): tuple(_decoded(snapshot) for snapshot in snapshots) for phase, snapshots in data.items()})
+    peaks = {Phase(phase): tuple(_decoded(snapshot) for snapshot in snapshots) for phase, snapshots in data["peaks"].items()}
+    return Program(peaks=peaks, kernels=frozenset(map(Kernel, data["kernels"])))
 
 
 def _decoded(held: Sequence[Sequence[Any]]) -> Snapshot:

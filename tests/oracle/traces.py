@@ -37,7 +37,7 @@ def timeline(
         return build(data, TORCH_DTYPES[recipe.dtype])[1]
 
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    with cuda_program(recipe, cuda_kernels=False):
+    with cuda_program(None):
         model = traced_model(base(), recipe, prefix, None, fakes)
         reference = reference_model(base, recipe, prefix, None, fakes)
         warm_up(model, recipe, fakes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from estimator.attention import rounded_head_dim
+from estimator.kernels import Kernel
 
 _FLASH_LARGEST_HEAD = 256
 _MASK_ALIGNMENT = 8
@@ -83,6 +84,8 @@ class CudaAttention:
 
     def __init__(self, compute_capability: tuple[int, int]) -> None:
         self.has_flash = compute_capability >= (8, 0)
+        self.ran: set[Kernel] = set()
+        """Which kernels it took."""
 
     def __call__(
         self,
@@ -101,10 +104,13 @@ class CudaAttention:
         fits_flash = self.has_flash and query.dtype.itemsize == 2 and head_dim == value.shape[-1] <= _FLASH_LARGEST_HEAD
         result: Any
         if attn_mask is None and fits_flash:
+            self.ran.add(Kernel.FLASH)
             result = Flash.apply(query, key, value)
         elif not enable_gqa or query.shape[1] == key.shape[1]:
+            self.ran.add(Kernel.MEMORY_EFFICIENT)
             result = MemoryEfficient.apply(query, key, value, _bias(attn_mask, query))
         else:
+            self.ran.add(Kernel.WRITTEN_OUT)
             result = _written_out(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         output: Tensor = result
         return output

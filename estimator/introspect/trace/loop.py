@@ -39,14 +39,14 @@ def _never(_: object) -> bool:
 
 
 @contextmanager
-def cuda_program(recipe: Recipe, *, cuda_kernels: bool) -> Iterator[None]:
-    """Everything that makes libraries take the paths they take on the recipe's card.
+def cuda_program(attention: CudaAttention | None) -> Iterator[None]:
+    """Everything that makes libraries take the paths they take on a card.
 
     Args:
-        cuda_kernels: False leaves attention to the CPU's kernel, for comparison with a real run on the CPU.
+        attention: of the card; None leaves it to the CPU's kernel, for comparison with a real run on the CPU.
     """
     with ExitStack() as stack:
-        stack.enter_context(cuda_paths(attention=CudaAttention(recipe.compute_capability) if cuda_kernels else None))
+        stack.enter_context(cuda_paths(attention=attention))
         for name in _FLASH:
             before = ALL_ATTENTION_FUNCTIONS._global_mapping.get(name)
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
+from estimator.introspect.trace.attention import CudaAttention
 from estimator.introspect.trace.errors import LoopOverTokensError, NeedsValuesError, NotTraceableError
 from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.layers import Sample, sample, whole
@@ -17,7 +18,8 @@ from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
 from estimator.introspect.trace.objectives import reference_model
 from estimator.introspect.trace.routing import Routing
-from estimator.recipe import Recipe
+from estimator.kernels import Kernel
+from estimator.recipe import Attention, Recipe
 from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.step import Program
@@ -102,7 +104,9 @@ class Session:
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self.payload = payload
         self.recipe: Recipe = _RECIPE.validate_python(payload["recipe"])
+        self.attention = CudaAttention(self.recipe.compute_capability)
         self.values = Values(Routing(payload.get("routing", Routing.BALANCED)))
+        self.runs_grouped_experts = False
         self.longest_loop: int | None = None
         """Operations per token that one call of a module may run."""
         self._build(all_layers=bool(payload.get("all_layers")))
@@ -120,7 +124,7 @@ class Session:
         layers = list(model.get_submodule(prefix)) if prefix else []
         every_n = self.recipe.training.checkpoint_every_n_layers if self.recipe.training is not None else 1
         self.sample = whole(len(layers)) if all_layers else sample(layers, every_n)
-        with cuda_program(self.recipe, cuda_kernels=True):
+        with cuda_program(self.attention):
             self.model = traced_model(model, self.recipe, prefix, self.sample.kept, self.mode)
             self.reference = reference_model(
                 lambda: build(config, TORCH_DTYPES[self.recipe.dtype])[1], self.recipe, prefix, self.sample.kept, self.mode
@@ -205,12 +209,19 @@ class Session:
     def _program(self, found: Program, *, multiple_of: int | None, any_batch: bool = True, is_outline: bool = False) -> TracedProgram:
         return TracedProgram(
             is_outline=is_outline,
-            program=found,
+            program=replace(found, kernels=self._kernels()),
             multiple_of=multiple_of,
             any_batch=any_batch,
             sample=self.sample,
             routing_matters=self.values.routing_matters,
         )
+
+    def _kernels(self) -> frozenset[Kernel]:
+        """Which kernels the runs took, as far as they stand apart."""
+        by_name = {Attention.EAGER: Kernel.EAGER, Attention.FLASH_ATTENTION_2: Kernel.FLASH, Attention.FLASH_ATTENTION_3: Kernel.FLASH}
+        named = {by_name[self.recipe.attention]} if self.recipe.attention in by_name else set()
+        experts = {Kernel.EXPERTS} if self.runs_grouped_experts else set()
+        return frozenset(self.attention.ran | named | experts)
 
     def run(self, point: Point) -> Timeline:
         """One step at a batch and length.
@@ -232,8 +243,8 @@ class Session:
         assert training is not None
         recipe = replace(self.recipe, training=replace(training, micro_batch_size=point[0], sequence_length=point[1]))
         limit = None if self.longest_loop is None else max(self.longest_loop * point[1], _SHORTEST_LOOP)
-        with cuda_program(recipe, cuda_kernels=True):
-            return run(
+        with cuda_program(self.attention):
+            timeline = run(
                 self.model,
                 recipe,
                 self.mode,
@@ -243,3 +254,5 @@ class Session:
                 rows=self.rows,
                 reference=self.reference,
             )
+        self.runs_grouped_experts |= any(a.operator == "_grouped_mm" for a in timeline.allocations)
+        return timeline
