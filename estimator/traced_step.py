@@ -125,8 +125,8 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     return Program(peaks=peaks)
 
 
-OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (1, 2) for S in (32, 48, 64)), (2, 80))
-"""Where a loop over tokens is traced: three lengths at two batches, and a size at which the outcome is checked."""
+OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (2, 3) for S in (32, 48, 64)), (4, 80))
+"""Where a loop over tokens is traced: three lengths at two batches (a batch of one needs fewer copies), and a size for the check."""
 
 _OUTLINE_ERROR = 1e-3
 
@@ -179,12 +179,13 @@ def _worst_of_passes(whole: Timeline, stands_for: Sequence[int]) -> dict[Phase, 
 
 
 def _fitted(seen: Mapping[Point, Counter[Item]]) -> Snapshot:
-    lengths = sorted({S for _, S in seen})
+    lengths, (small, large) = sorted({S for _, S in seen}), sorted({B for B, _ in seen})
+    assert large == small + 1
     held: dict[tuple[Item, Size], int] = {}
     for item in sorted({item for sums in seen.values() for item in sums}):
-        one, two = ([Fraction(seen[B, S][item]) for S in lengths] for B in (1, 2))
+        one, two = ([Fraction(seen[B, S][item]) for S in lengths] for B in (small, large))
         per_batch = _quadratic(lengths, [b - a for a, b in zip(one, two, strict=True)])
-        fixed = _quadratic(lengths, [2 * a - b for a, b in zip(one, two, strict=True)])
+        fixed = _quadratic(lengths, [large * a - small * b for a, b in zip(one, two, strict=True)])
         terms = [Extent(ceil(c), batch, n) for batch, parts in enumerate((fixed, per_batch)) for n, c in enumerate(parts) if c]
         held[item, Polynomial(tuple(terms))] = 1
     return _snapshot_of(held)

@@ -17,7 +17,8 @@ LONGEST = 2048
 # What a default leaves open and the model needs; values of the checkpoint named.
 COMPLETED: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"default_language": "en_XX"},  # facebook/xmod-base
-    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},  # deepseek-ai/DeepSeek-V2-Lite
+    # deepseek-ai/DeepSeek-V2-Lite; rows of the experts must be whole multiples of 16 bytes
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408},
 }
 
 

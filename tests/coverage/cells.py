@@ -147,14 +147,14 @@ def splice_difference(architecture: Architecture, cell: Cell) -> float | None:
     payload = _payload(architecture, cell.recipe(architecture.length))
     few = Session(payload)
     point = (ODD_BATCH, min(ODD_LENGTH, architecture.length - 1))
-    ours = _above_stored(spliced(few.run(point), few.sample.stands_for))
+    ours = above_stored(spliced(few.run(point), few.sample.stands_for))
     if few.runs_all_layers:
         return None
-    real = _above_stored(Session(payload | {"all_layers": True}).run(point))
+    real = above_stored(Session(payload | {"all_layers": True}).run(point))
     return max((ours[phase] / real[phase] - 1 for phase in real), key=abs)
 
 
-def _above_stored(traced: Timeline) -> Mapping[str, int]:
+def above_stored(traced: Timeline) -> Mapping[str, int]:
     """Peak of each phase of the step above what is on the device between steps [bytes]."""
     first = next(mark.event for mark in traced.marks if mark.phase == Phase.FORWARD)
     there = sum(a.allocated_bytes for a in traced.alive(first - 1))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import NeedsValuesError
 from estimator.introspect.trace.known import value_of
 
 aten = torch.ops.aten
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 def _count(mask: Tensor) -> int:
     value = value_of(mask)
     if value is None:
-        raise NotTraceableError("how many positions are chosen depends on weights or activations")
+        raise NeedsValuesError("how many positions are chosen depends on weights or activations")
     with _disable_current_modes():
         return int(value.count_nonzero())
 

@@ -11,7 +11,7 @@ from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace.attention import CudaAttention
-from estimator.introspect.trace.errors import LoopOverTokensError, NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.errors import LoopOverTokensError, NeedsValuesError, NotTraceableError, RefusedError
 from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.layers import Sample, sample, whole
 from estimator.introspect.trace.loop import cuda_program, run, warm_up
@@ -124,11 +124,21 @@ class Session:
         layers = list(model.get_submodule(prefix)) if prefix else []
         every_n = self.recipe.training.checkpoint_every_n_layers if self.recipe.training is not None else 1
         self.sample = whole(len(layers)) if all_layers else sample(layers, every_n)
+        try:
+            self._prepare(model, lambda: build(config, TORCH_DTYPES[self.recipe.dtype])[1])
+        except (RefusedError, NeedsValuesError):
+            raise
+        except Exception as error:  # the border to the libraries' own code
+            if not self.runs_all_layers:
+                self._build(all_layers=True)
+                return
+            raise NotTraceableError(f"{type(error).__name__}: {str(error)[:300]}") from error
+
+    def _prepare(self, model: Any, another: Callable[[], Any]) -> None:
+        prefix = self.payload["layers_prefix"]
         with cuda_program(self.attention):
             self.model = traced_model(model, self.recipe, prefix, self.sample.kept, self.mode)
-            self.reference = reference_model(
-                lambda: build(config, TORCH_DTYPES[self.recipe.dtype])[1], self.recipe, prefix, self.sample.kept, self.mode
-            )
+            self.reference = reference_model(another, self.recipe, prefix, self.sample.kept, self.mode)
             warm_up(self.model, self.recipe, self.mode)
 
     def program(self, shortest: int, longest: int) -> TracedProgram:

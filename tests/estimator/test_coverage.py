@@ -1,0 +1,96 @@
+"""The trace beyond plain decoders: scans, hybrids, routed experts, models that refuse; `make coverage` does this for all of them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+
+from estimator.introspect.trace.errors import NeedsValuesError, RefusedError
+from estimator.introspect.trace.layers import sample
+from estimator.introspect.trace.tasks import Session
+from estimator.recipe import Attention, Recipe
+from estimator.splice import spliced
+from estimator.step import Program
+from estimator.traced_step import NotOneProgramError
+from tests.coverage import architectures
+from tests.coverage.architectures import Architecture, architecture
+from tests.coverage.cells import Cell, above_stored, splice_difference
+from tests.estimator.real_models import inventory_of, meta_model
+from tests.estimator.recipes import training
+
+CHECKPOINTED = Cell(method="full", attention=Attention.SDPA, checkpointing=True)
+
+
+def payload(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    return {"config": dict(config), "recipe": asdict(recipe), "layers_prefix": inventory_of(config).layers_prefix}
+
+
+def small(name: str, **changes: Any) -> Architecture:
+    """An architecture with some values of its config changed."""
+    config = architectures.default_config(name) | changes
+    return Architecture(name=name, config=config, inventory=inventory_of(config))
+
+
+def largest(program: Program, batch: int, length: int) -> dict[str, int]:
+    return {phase.value: max(s.at(batch, length) for s in snapshots) for phase, snapshots in program.peaks.items()}
+
+
+# Attention and recurrence in turn; windows in turn; several streams between layers; keys shared by layers; two norms around each block.
+@pytest.mark.parametrize("name", ["bamba", "gemma3_text", "granitemoehybrid", "lfm2", "gemma4_text"])
+def test_a_few_layers_stand_for_all(name: str) -> None:
+    assert splice_difference(architecture(name), CHECKPOINTED) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["beam", "diffllama", "llama"])
+def test_what_only_numbers_or_scales_a_layer_makes_no_kind_of_its_own(name: str) -> None:
+    config = architectures.default_config(name)
+    layers = meta_model(config, torch.bfloat16).get_submodule(inventory_of(config).layers_prefix)
+    assert len(sample(list(layers)).kept) < len(layers) / 3
+
+
+def test_layers_that_share_parameters_do_not_stand_for_each_other() -> None:
+    config = architectures.default_config("zamba2")
+    layers = list(meta_model(config, torch.bfloat16).get_submodule("model.layers"))
+    sharing = [n for n, layer in enumerate(layers) if type(layer).__name__ == "Zamba2HybridLayer"]
+    assert set(sharing) <= set(sample(layers).kept)
+
+
+@pytest.mark.parametrize(("routing", "rows"), [("balanced", 2 * 64 * 2 // 8), ("worst", 2 * 64)])
+def test_experts_that_run_one_by_one_get_the_tokens_that_are_stated(routing: str, rows: int) -> None:
+    model = small("longcat_flash", num_layers=2, n_routed_experts=8, zero_expert_num=0, moe_topk=2)
+    session = Session(payload(model.config, training(2, 64, method="full")) | {"routing": routing})
+    traced = session.run((2, 64))
+    products = [a.shape[0] for a in traced.allocations if a.module.endswith("mlp.experts") and a.operator == "mm" and a.phase == "forward"]
+    assert session.values.routing_matters
+    assert set(products) == {rows}
+
+
+def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None:
+    session = Session(payload(architecture("bamba").config, training(3, 777, method="full")))
+    with pytest.raises(NotOneProgramError):
+        session.program(1, 2**20)
+    exact = session.exact_program()
+    whole = above_stored(spliced(session.run((3, 777)), session.sample.stands_for))
+    rounded = {phase.value: max(sum(s.items(3, 777).values()) for s in snapshots) for phase, snapshots in exact.program.peaks.items()}
+    assert rounded == whole
+
+
+def test_the_outline_of_a_loop_over_tokens_meets_runs_that_it_was_not_fitted_to() -> None:
+    model = small("mamba", num_hidden_layers=2, n_layer=2, vocab_size=4096)
+    recipe = training(2, 1024, method="full", attention=Attention.EAGER, checkpointing=False)
+    session = Session(payload(model.config, recipe))
+    found = session.at_size()
+    assert found.is_outline
+    real = above_stored(spliced(session.run((3, 112)), session.sample.stands_for))
+    ours = largest(found.program, 3, 112)
+    assert ours == pytest.approx(real, rel=1e-3)
+
+
+def test_what_a_library_refuses_is_told_apart_from_what_needs_values() -> None:
+    for name, refusal in (("cpmant", RefusedError), ("blt", NeedsValuesError)):
+        cell = replace(CHECKPOINTED, attention=Attention.EAGER)
+        model = architecture(name)
+        with pytest.raises(refusal):
+            Session(payload(model.config, cell.recipe(512))).run((2, 512))
