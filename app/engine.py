@@ -1,6 +1,6 @@
 """Which engine answers: closed forms where the architecture has them, a trace of the libraries' own step elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from app.versions import installed, shown
@@ -10,9 +10,9 @@ from estimator.errors import InspectionError, RequestError, SourceUnavailableErr
 from estimator.estimate import Estimate, Notice
 from estimator.inventory import Inventory
 from estimator.recipe import Loss, ObjectiveKind, Recipe
-from estimator.sources.tracing import Subject, Tracer, default_tracer
+from estimator.sources.tracing import Subject, TracedStep, Tracer, default_tracer
 from estimator.stack import Stack
-from estimator.step import Program
+from estimator.units import gib
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _NOT_MODELLED = "not_modelled"
@@ -39,8 +39,7 @@ class Answerer:
             TraceError, InspectionError, SourceUnavailableError: if a trace was asked for and failed.
         """
         if self.engine == "trace":
-            found = analytic(self.inventory, recipe, self.program(recipe))
-            return replace(found, engine_reason="asked for")
+            return replace(self._traced(recipe), engine_reason="asked for")
         found = analytic(self.inventory, recipe)
         if self.engine == "analytic":
             return replace(found, engine_reason="asked for")
@@ -48,7 +47,7 @@ class Answerer:
             return replace(found, engine_reason=f"closed forms of {self.inventory.model_type}, held to the trace by tests")
         return self._traced_instead(recipe, found)
 
-    def program(self, recipe: Recipe) -> Program:
+    def step(self, recipe: Recipe, *, routing: str = "balanced") -> TracedStep:
         """The traced step.
 
         Raises:
@@ -56,7 +55,26 @@ class Answerer:
             TraceError, InspectionError, SourceUnavailableError: if it failed.
         """
         self.check_traceable(recipe)
-        return self.tracer().program(self.subject, recipe)
+        return self.tracer().step(self.subject, recipe, routing=routing)
+
+    def _traced(self, recipe: Recipe) -> Estimate:
+        step = self.step(recipe)
+        found = analytic(self.inventory, recipe, step.program)
+        return replace(found, notices=(*found.notices, *self._caveats(recipe, step, found)))
+
+    def _caveats(self, recipe: Recipe, step: TracedStep, balanced: Estimate) -> Iterator[Notice]:
+        if step.is_outline:
+            yield Notice(
+                code="trace_outlined",
+                message="the model goes over its tokens one by one in Python; the trace followed short sequences and carried on from them.",
+            )
+        if step.routing_matters:
+            worst = analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak
+            yield Notice(
+                code="expert_routing",
+                message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same experts, "
+                f"the peak would be {gib(worst.allocated_bytes)} instead of {gib(balanced.peak.allocated_bytes)}.",
+            )
 
     def check_traceable(self, recipe: Recipe) -> None:
         """Refuses what a trace cannot stand for.
@@ -72,7 +90,7 @@ class Answerer:
         reason = _why_no_trace(recipe)
         if reason is None:
             try:
-                found = analytic(self.inventory, recipe, self.program(recipe))
+                found = self._traced(recipe)
             except (TraceError, InspectionError, SourceUnavailableError) as error:
                 reason = f"failed: {error.message}"
             else:

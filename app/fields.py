@@ -58,6 +58,20 @@ SFT_CONFIG = _names("""
 
 TRAINING = TRAINING_ARGUMENTS | SFT_CONFIG
 
+# Source: transformers 4.45–5.23, generation/configuration_utils.py, GenerationConfig.
+GENERATION_CONFIG = _names("""
+    assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
+    begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints continuous_batching_config
+    decoder_start_token_id disable_compile diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size
+    encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff exponential_decay_length_penalty force_words_ids
+    forced_bos_token_id forced_eos_token_id guidance_scale is_assistant length_penalty low_memory max_cache_len max_length
+    max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size num_assistant_tokens
+    num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_logits
+    output_scores pad_token_id penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
+    repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias speculation_type stop_strings suppress_tokens
+    target_lookbehind temperature token_healing top_h top_k top_p transformers_version typical_p use_cache use_mtp watermarking_config
+""")
+
 # Source: transformers 4.45–5.23, training_args.py, OptimizerNames (`adamw_hf` until 4.x, `adamw_apex_fused` until 5.0).
 OPTIMIZERS = _names("""
     adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_apex_fused adamw_bnb_8bit adamw_hf adamw_torch adamw_torch_4bit

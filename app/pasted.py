@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app import fields
-from app.request import PeftFields, QuantizationFields, TrainingFields
-from app.unmodelled import EVALUATION, LORA, QUANTIZATION, TRAINING, Unmodelled, changes_memory, evaluates
+from app.request import InferenceFields, PeftFields, QuantizationFields, TrainingFields
+from app.unmodelled import EVALUATION, GENERATION, LORA, QUANTIZATION, TRAINING, Unmodelled, changes_memory, evaluates
 from estimator.errors import RequestError, UnknownNameError
 
 _TOP_ALIASES = {"torch_dtype": "dtype", "quantization_config": "quantization", "peft_config": "peft"}
@@ -22,6 +22,32 @@ _TRAINING_ALIASES = {
 }
 # Keys of SFTConfig(model_init_kwargs=…) that are fields of the request itself.
 _HOISTED_INIT_KWARGS = ("dtype", "torch_dtype", "attn_implementation", "revision", "quantization_config")
+# Fields of GenerationConfig that make generation another program than the one that is modelled: the values under which they do not, and
+# what they ask for.
+_OTHER_GENERATION: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "assistant_early_exit": ((), "assisted decoding"),
+    "assistant_model": ((), "assisted decoding"),
+    "cache_config": (({},), "a cache of another kind"),
+    "constraints": ((), "constrained beam search"),
+    "dola_layers": ((), "DoLa decoding"),
+    "force_words_ids": ((), "constrained beam search"),
+    "guidance_scale": ((1, 1.0), "a second pass without the prompt"),
+    "max_cache_len": ((), "a static cache longer than the text"),
+    "max_length": ((20,), "a length with the prompt in it; give max_new_tokens"),
+    "num_beam_groups": ((1,), "beam search"),
+    "num_beams": ((1,), "beam search"),
+    "num_return_sequences": ((1,), "several texts for each prompt; count them in batch_size"),
+    "output_attentions": ((False,), "attention weights kept to the end"),
+    "output_hidden_states": ((False,), "hidden states kept to the end"),
+    "output_logits": ((False,), "logits kept to the end"),
+    "output_scores": ((False,), "scores kept to the end"),
+    "penalty_alpha": ((0, 0.0), "contrastive search"),
+    "prefill_chunk_size": ((), "the prompt read piece by piece"),
+    "prompt_lookup_num_tokens": ((), "assisted decoding"),
+    "speculation_type": ((), "assisted decoding"),
+    "use_cache": ((True,), "generation without a cache"),
+    "use_mtp": ((False,), "assisted decoding"),
+}
 _INERT_INIT_KWARGS = frozenset(("device_map", "trust_remote_code", "use_cache", "low_cpu_mem_usage", "cache_dir", "token", "use_kernels"))
 
 
@@ -54,7 +80,9 @@ def canonical(payload: Mapping[str, Any]) -> Pasted:
         top["peft"] = _peft(top["peft"], pasted)
     if isinstance(top.get("training"), dict):
         top["training"] = _training(top["training"], pasted)
-    for name in ("inference", "hardware", "stack", "task"):
+    if isinstance(top.get("inference"), dict):
+        top["inference"] = _inference(top["inference"], pasted)
+    for name in ("hardware", "stack", "task"):
         if isinstance(top.get(name), dict):
             top[name] = {k: v for k, v in top[name].items() if v is not None}
     pasted.ignored.sort()
@@ -159,6 +187,20 @@ def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
         if isinstance(kwargs := values.get("gradient_checkpointing_kwargs"), dict) and kwargs.get(name) is True:
             pasted.unmodelled.append(f"training.gradient_checkpointing_kwargs.{name}")
     return _split(values, "training", frozenset(TrainingFields.model_fields), fields.TRAINING, TRAINING, pasted)
+
+
+def _inference(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
+    kept = {k: v for k, v in values.items() if v is not None}
+    for name, (neutral, meaning) in _OTHER_GENERATION.items():
+        if name not in kept:
+            continue
+        if kept[name] not in neutral:
+            accepted = f"accepted: {neutral[0]!r} or null" if neutral else "accepted: null"
+            raise RequestError(f"inference.{name}: {meaning} is not modelled; {accepted}", field=f"inference.{name}")
+        del kept[name]
+        pasted.ignored.append(f"inference.{name}")
+    read = frozenset(InferenceFields.model_fields)
+    return _split(kept, "inference", read, fields.GENERATION_CONFIG, GENERATION, pasted)
 
 
 def _split(

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from app import fields
 from app.pasted import canonical
 from app.redaction import redacted
-from app.request import PeftFields, PlanRequest, QuantizationFields, Request, TrainingFields
+from app.request import InferenceFields, PeftFields, PlanRequest, QuantizationFields, Request, TrainingFields
 from estimator.errors import FieldError, RequestError
 
 MAX_BODY_BYTES = 1 << 20
@@ -28,6 +28,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "quantization": fields.BITS_AND_BYTES_CONFIG,
     "peft": fields.LORA_CONFIG,
     "training": fields.TRAINING,
+    "inference": fields.GENERATION_CONFIG,
 }
 
 
@@ -135,7 +136,13 @@ def _message(field: str, detail: ErrorDetails, kind: type[BaseModel]) -> str:
 
 
 def _suggestion(section: str, name: str, kind: type[BaseModel]) -> str:
-    models: dict[str, type[BaseModel]] = {"": kind, "quantization": QuantizationFields, "peft": PeftFields, "training": TrainingFields}
+    models: dict[str, type[BaseModel]] = {
+        "": kind,
+        "quantization": QuantizationFields,
+        "peft": PeftFields,
+        "training": TrainingFields,
+        "inference": InferenceFields,
+    }
     model = models.get(section)
     if model is None:
         return ""

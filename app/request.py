@@ -124,7 +124,7 @@ class InferenceFields(Border):
 
     batch_size: Batch = 1
     prompt_length: Length = 1024
-    max_new_tokens: Annotated[int, Field(ge=0, le=MAX_LENGTH)] = 256
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_LENGTH)] = 256
     cache_implementation: Literal["dynamic", "static"] = "dynamic"
 
 

@@ -89,7 +89,9 @@ def render(case: Case, estimate: Estimate) -> Json:
         model=case.model_json(),
         recipe=case.recipe,
         estimate=estimate,
-        explanations=explain(case.inventory, case.recipe, case.answerer.program(case.recipe) if estimate.engine is Engine.TRACE else None),
+        explanations=explain(
+            case.inventory, case.recipe, case.answerer.step(case.recipe).program if estimate.engine is Engine.TRACE else None
+        ),
         card=case.card,
         interval=bounds,
         notices=notices(

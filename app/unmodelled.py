@@ -69,6 +69,9 @@ TRAINING: Mapping[str, Unmodelled] = {
     "use_mps_device": Unmodelled(effect=_ELSEWHERE),
 }
 
+# Source: transformers 5.23, generation/utils.py, _sample.
+GENERATION: Mapping[str, Unmodelled] = {"do_sample": Unmodelled(effect="sampling sorts and filters the logits of one token per sequence")}
+
 # Source: peft 0.21, tuners/lora/config.py, LoraConfig.
 LORA: Mapping[str, Unmodelled] = {
     "alora_invocation_tokens": Unmodelled(effect=_OWN_TENSORS),
@@ -101,6 +104,7 @@ _CHECKPOINTING: Mapping[str, Unmodelled] = {
 _SECTIONS: Mapping[str, Mapping[str, Unmodelled]] = {
     "training": TRAINING,
     "training.gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "inference": GENERATION,
     "peft": LORA,
     "quantization": QUANTIZATION,
 }

@@ -111,7 +111,7 @@ def _cells(name: str, subject: Subject, tracer: Tracer, method: str, *, checkpoi
             if len(closed.phases) == 1:
                 yield name, label, "; ".join(notice.message for notice in closed.notices)
                 return
-            traced = estimate(inventory, recipe, tracer.program(subject, recipe))
+            traced = estimate(inventory, recipe, tracer.step(subject, recipe).program)
         except VramplanError as error:
             yield name, label, error.message
             return

@@ -14,6 +14,7 @@ from estimator.operators import (
     clone,
     contiguous_copy,
     dropout,
+    expanded_view,
     lower_precision,
     saving_output,
     scale,
@@ -53,10 +54,31 @@ def rounded_head_dim(head_dim: int) -> int:
     return -(-head_dim // step) * step
 
 
+def scores_extent(query: Value, key: Value, heads: Heads, *, num_key_heads: int | None = None) -> Extent:
+    """Scores of every query with every key.
+
+    Args:
+        num_key_heads: heads in `key`; as many as in the query if None.
+    """
+    tokens = query.extent.scaled(1, heads.head_dim)
+    per_sequence = key.extent.scaled(1, (num_key_heads or heads.num_heads) * heads.head_dim)
+    return tokens.times(per_sequence._replace(batch=0))
+
+
 def expanded(query: Value, key: Value, value: Value, heads: Heads) -> tuple[Value, Value, Value, Heads]:
     """Key and value heads repeated for all query heads before the kernel."""
     alone = replace(heads, num_key_value_heads=heads.num_heads)
-    return query, repeated(key, heads.groups), repeated(value, heads.groups), alone
+    return query, _spread(key, heads), _spread(value, heads), alone
+
+
+def _spread(x: Value, heads: Heads) -> Value:
+    """Key or value heads for every query head: several are copied, a single one is seen many times.
+
+    Source: transformers, models/llama/modeling_llama.py, repeat_kv: the reshape of an expanded tensor.
+    """
+    if heads.groups > 1 and heads.num_key_value_heads == 1:
+        return expanded_view(x, x.extent.scaled(heads.groups))
+    return repeated(x, heads.groups)
 
 
 def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
@@ -102,6 +124,7 @@ def scaled_dot_product(
     compute_capability: tuple[int, int],
     *,
     heads_first: bool = False,
+    one_query: bool = False,
 ) -> Value:
     """`F.scaled_dot_product_attention`: flash where it can, the memory-efficient kernel else, plain operators for grouped heads without
     flash.
@@ -112,12 +135,16 @@ def scaled_dot_product(
     Args:
         heads_first: whether the query lies in memory head after head: flash gives its output the same layout, and
             `transpose(1, 2).contiguous()` copies it then.
+        one_query: whether there is one for each sequence, which sees all keys; several see none after them, by the kernel's flag, and of a
+            longer cache as many keys as there are queries.
 
     Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, can_use_flash_attention and can_use_mem_efficient_attention.
     """
     if mask is not None:
         return memory_efficient(query, key, value, mask, heads)
     tape = query.tape
+    if not one_query:
+        key, value = (x.view(Extent(x.extent.coefficient, 1, 1)) if x.extent.keys else x for x in (key, value))
     dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
     fits_flash = dtype.is_half and compute_capability >= (8, 0) and heads.head_dim == heads.value_head_dim <= 256
     if fits_flash or not tape.cuda_kernels:
@@ -125,36 +152,47 @@ def scaled_dot_product(
         return clone(output) if heads_first else output
     if heads.groups == 1:
         return memory_efficient(query, key, value, None, heads)
-    return written_out(query, key, value, heads)
+    return written_out(query, key, value, heads, one_query=one_query)
 
 
-def written_out(query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, broadcasts: bool = False) -> Value:
+def written_out(
+    query: Value, key: Value, value: Value, heads: Heads, *, mask: Value | None = None, one_query: bool = False, broadcasts: bool = False
+) -> Value:
     """sdpa's fallback: everything in float32, scores of S x S per head, keys and values repeated for all heads.
 
     Args:
-        mask: boolean; None where the causal flag is set.
+        mask: boolean; None where the causal flag does, or one query sees all keys.
+        one_query: whether there is one for each sequence.
         broadcasts: whether one key/value head is left to broadcasting, instead of being repeated on request (`enable_gqa`).
 
     Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
     """
     tape = query.tape
     tape.kernels.add(Kernel.WRITTEN_OUT)
-    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
-    dtype = query.dtype
+    arguments = [lower_precision(x) for x in (query, key, value)]  # autocast holds on to its casts until the call returns
+    dtype = arguments[0].dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
-    accumulated, key, value = (cast(x, DType.FLOAT32) for x in (query, key, value))
+    accumulated, key, value = (cast(x, DType.FLOAT32) for x in arguments)
     scaled = scale(accumulated)
-    bias = _causal_bias(tape) if mask is None else tape.new(mask.extent, DType.FLOAT32)
+    bias = _converted(mask, dtype) if mask is not None else None if one_query else _causal_bias(tape)
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts)
+    weights = _scores(scaled, scale(key), heads, broadcasts=broadcasts, one_query=one_query)
     weights = softmax(weights)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
+    returned = cast(weights, dtype)  # the weights are handed back too, and made first
     output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
-    returned = cast(weights, dtype)
     tape.autocast_enabled = autocasts
-    del accumulated, scaled, bias, returned
+    del arguments, accumulated, scaled, bias, returned
     return output
+
+
+def _converted(mask: Value, dtype: DType) -> Value:
+    """A boolean mask as numbers to add: of every sequence, even where they share the mask.
+
+    Source: torch, ATen/native/transformers/attention.cpp, convert_boolean_attn_mask.
+    """
+    return mask.tape.new(mask.extent._replace(batch=1), dtype)
 
 
 def _causal_bias(tape: Tape) -> Value:
@@ -165,9 +203,11 @@ def _causal_bias(tape: Tape) -> Value:
     return bias
 
 
-def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool) -> Value:
+def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool, one_query: bool) -> Value:
     """Queries lie token after token: the batched product needs a copy of them."""
-    return batched_product(clone(query), repeated(key, heads.groups) if broadcasts else key, Extent(heads.num_heads, 1, 2))
+    extent = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads if broadcasts else None)
+    query = query if one_query else clone(query)
+    return batched_product(query, repeated(key, heads.groups) if broadcasts else key, extent)
 
 
 def repeated(x: Value, groups: int) -> Value:
@@ -182,13 +222,14 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     Source: transformers, integrations/sdpa_attention.py, use_gqa_in_sdpa; torch, ATen/native/transformers/attention.cpp,
     convert_boolean_attn_mask.
     """
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
+    query, key, value, heads = expanded(query, key, value, heads)
     tape = query.tape
     tape.kernels.add(Kernel.MEMORY_EFFICIENT)
     query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
-    saved = [query, key, value] if mask is None else [query, key, value, tape.new(mask.extent, query.dtype)]
+    converted = None if mask is None else _converted(mask, query.dtype)
+    saved = [query, key, value] if converted is None else [query, key, value, converted]
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
@@ -198,11 +239,11 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
         return results
 
     node = tape.node([query, key, value], backward, saved)
-    del saved
     output = tape.new(per_head.scaled(heads.value_head_dim), query.dtype)
     tape.save_output(node, output)
     tape.save_output(node, tape.new(per_head, DType.FLOAT32))
     output.node = node
+    del saved, converted  # the mask of its own lives as long as the call, where a checkpoint drops what is saved too
     return output
 
 
@@ -216,12 +257,16 @@ def eager(
     probability: float = 0.0,
     softcap: bool = False,
     in_float32: bool = True,
-    heads_first: bool = False,
+    queries_first: bool = False,
+    keys_first: bool = False,
+    values_first: bool = False,
+    one_query: bool = False,
 ) -> tuple[Value, Value]:
     """Attention written out: scores of S x S per head, their softmax and its copy in the query's type.
 
     Args:
-        heads_first: whether query and key lie in memory head after head.
+        queries_first, keys_first, values_first: whether they lie in memory head after head, as batched products need them.
+        one_query: whether there is one query for each sequence, so that heads and tokens need not change places in the result.
 
     Returns:
         The output, and the weights, which it hands back too.
@@ -229,27 +274,22 @@ def eager(
     Source: transformers, models/llama/modeling_llama.py, eager_attention_forward (gemma2 adds the soft cap).
     """
     query.tape.kernels.add(Kernel.EAGER)
-    key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    scores = Extent(heads.num_heads, 1, 2)
-    # Unless heads come first, they lie between tokens and head size in memory: batched products need a copy.
-    if heads_first:
-        weights = scale(batched_product(query, key, scores))
-    elif heads.groups == 1:
-        weights = scale(batched_product(clone(query), clone(key), scores))
-    else:
-        weights = scale(batched_product(clone(query), key, scores))
+    # Batched products want heads one after the other: so lie the copies of several key heads, and of others what came heads first.
+    copied = heads.groups > 1 and heads.num_key_value_heads > 1
+    alone = heads.groups == 1
+    scores = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads)
+    query, key, value, _ = expanded(query, key, value, heads)
+    product = batched_product(query if queries_first else clone(query), key if copied or (keys_first and alone) else clone(key), scores)
+    weights = scale(product)
+    del product
     if softcap:
-        weights = _softcapped(weights)
+        weights = scale(weights)
+        weights = saving_output(weights)
+        weights = scale(weights)
     if mask is not None:
         weights = add(weights, mask)
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
-    return clone(output), weights
-
-
-def _softcapped(weights: Value) -> Value:
-    weights = scale(weights)
-    weights = saving_output(weights)
-    return scale(weights)
+    output = batched_product(weights, value if copied or (values_first and alone) else clone(value), result)
+    return (output if one_query else clone(output)), weights

@@ -1,6 +1,6 @@
 """The analytic engine: static memory, the step on the tape, the optimizer's update, put together phase by phase."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import assert_never
@@ -10,16 +10,19 @@ from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
 from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
-from estimator.kv_cache import decode_items, is_cache_modelled
+from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.static_memory import StaticMemory, static_memory
-from estimator.step import Program, Regime, regime_of, run_prefill, run_step
+from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
 _INDEX_BYTES = 8  # token ids, labels and masks are int64
+# input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
+# Source: transformers, generation/utils.py, generate and _prepare_position_ids_for_generation.
+_NUM_GENERATION_INPUTS = 3
 
 _STATIC = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 # What follows from shapes and types alone, in every phase; the rest rests on kernels and on the order of events.
@@ -29,6 +32,12 @@ _EXACT_BETWEEN_STEPS = (*_EXACT, Item.GRADIENTS, Item.ACTIVATIONS)
 # Of the last position, all there at once.
 _EXACT_DECODING = (*_EXACT, Item.LOGITS)
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
+_COMPILED = Notice(
+    code="compiled_decoding",
+    message="with a static cache generate compiles the decoding of an unquantized model (torch.compile, reduce-overhead): what the "
+    "compiler fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer "
+    "describes, but for keys and values copied for all heads.",
+)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -262,10 +271,8 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
         if prepared.accumulates:
             # Those of earlier micro-batches wait, all of them, and later ones are added in place.
             held[Item.GRADIENTS] = static.gradients_bytes
-        worst = largest(program.peaks[phase], batch, length)
-        for item, num_bytes in worst.items(batch, length).items():
-            held[item] = held.get(item, 0) + num_bytes
-        phases.append(_phase(phase, held, {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of))
+        basis = {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of
+        phases.append(_phase(phase, _sum(held, largest(program.peaks[phase], batch, length).items()), basis))
     update = dict(between)
     update[Item.GRADIENTS] = static.gradients_bytes
     update[Item.TEMPORARY] = static.optimizer_temporary_bytes
@@ -285,34 +292,53 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
     )
 
 
-def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Snapshot]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instant:
+    """The largest instant of a phase, and the sizes that make it so."""
+
+    snapshot: Snapshot
+    batch: int
+    sequence: int
+    keys: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Before rounding [bytes]."""
+        return self.snapshot.at(self.batch, self.sequence, self.keys)
+
+    def items(self) -> dict[Item, int]:
+        """Bytes per item, each storage rounded up as the allocator does [bytes]."""
+        return self.snapshot.items(self.batch, self.sequence, self.keys)
+
+
+def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Instant]:
     """What is alive at the largest instant of each phase that runs on the tape, every tensor with the name of its module and operator.
 
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
-    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    structure = _without_sizes(recipe)
     tensors = static_memory(inventory, structure).tensors
-    training, inference = recipe.training, recipe.inference
+    training = recipe.training
     if training is not None:
-        peaks = run_step(inventory, structure, tensors, regime, names=True).peaks
+        peaks = run_step(inventory, structure, tensors, regime_of(recipe, inventory), names=True).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
-    if inference is not None:
-        peaks = run_prefill(inventory, structure, tensors, regime, names=True).peaks
-        return {Phase.PREFILL: largest(peaks[Phase.PREFILL], inference.batch_size, inference.prompt_length)}
+    if recipe.inference is not None:
+        return _generation_instants(recipe, inventory, lambda regime: run_generation(inventory, structure, tensors, regime, names=True))
     return {}
 
 
 def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
     """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
-    structure, regime = _without_sizes(recipe), regime_of(recipe, inventory)
+    structure = _without_sizes(recipe)
     if recipe.training is not None:
-        return _step_program(inventory, structure, regime).weights_growth_bytes
-    return _prefill_program(inventory, structure, regime).weights_growth_bytes if recipe.inference is not None else 0
+        return _step_program(inventory, structure, regime_of(recipe, inventory)).weights_growth_bytes
+    return _first_generation(inventory, recipe, structure).weights_growth_bytes if recipe.inference is not None else 0
 
 
-def largest(snapshots: tuple[Snapshot, ...], batch: int, length: int) -> Snapshot:
-    """The instant that is largest at this batch and length."""
-    return max(snapshots, key=lambda s: s.at(batch, length))
+def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: int = 0) -> Instant:
+    """The instant that is largest at these sizes."""
+    worst = max(snapshots, key=lambda s: s.at(batch, sequence, keys))
+    return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
 @lru_cache(maxsize=256)
@@ -326,16 +352,17 @@ def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Progr
 def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared: Prepared) -> Estimate:
     inference = recipe.inference
     assert inference is not None
-    batch, length = inference.batch_size, inference.prompt_length
-    program = _prefill_program(inventory, structure, regime_of(recipe, inventory))
+    program = _first_generation(inventory, recipe, structure)
     between = _between(prepared, program)
-    held = dict(between)
-    for item, num_bytes in largest(program.peaks[Phase.PREFILL], batch, length).items(batch, length).items():
-        held[item] = held.get(item, 0) + num_bytes
-    decode = dict(between)
-    for item, num_bytes in decode_items(inventory, recipe, inference).items():
-        decode[item] = decode.get(item, 0) + num_bytes
-    phases = (prepared.load, _phase(Phase.PREFILL, held), _phase(Phase.DECODE, decode, _BASIS_DECODING))
+    between[Item.ACTIVATIONS] = _NUM_GENERATION_INPUTS * allocated(_INDEX_BYTES * inference.batch_size * inference.prompt_length)
+    instants = _generation_instants(recipe, inventory, lambda regime: _generation_program(inventory, structure, regime))
+    phases = (
+        prepared.load,
+        *(
+            _phase(phase, _sum(between, worst.items()), _BASIS_DECODING if phase is Phase.DECODE else _BASIS)
+            for phase, worst in instants.items()
+        ),
+    )
     peak = max(p.allocated_bytes for p in phases)
     steady = sum(between.values())
     reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED)
@@ -346,9 +373,34 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
         reserved_bytes=reserved,
         device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
         kernels=program.kernels,
+        notices=(_COMPILED,) if compiles_decoding(recipe) and Phase.DECODE in instants else (),
     )
 
 
+def _sum(between: Mapping[Item, int], held: Mapping[Item, int]) -> dict[Item, int]:
+    return {item: between.get(item, 0) + held.get(item, 0) for item in {**between, **held}}
+
+
+def _generation_instants(recipe: Recipe, inventory: Inventory, program: Callable[[Regime], Program]) -> Mapping[Phase, Instant]:
+    """The largest instants of reading the prompt and of the passes of one token, if there is any."""
+    inference = recipe.inference
+    assert inference is not None
+    batch, prompt = inference.batch_size, inference.prompt_length
+    worst: dict[Phase, Instant] = {}
+    for regime, keys in generation_regimes(recipe, inventory):
+        peaks = program(regime).peaks
+        for phase, length in ((Phase.PREFILL, prompt), (Phase.DECODE, 1)):
+            if phase in peaks:
+                instant = largest(peaks[phase], batch, length, keys)
+                worst[phase] = max(worst.get(phase, instant), instant, key=lambda i: i.num_bytes)
+    return worst
+
+
+def _first_generation(inventory: Inventory, recipe: Recipe, structure: Recipe) -> Program:
+    regime, _ = next(iter(generation_regimes(recipe, inventory)))
+    return _generation_program(inventory, structure, regime)
+
+
 @lru_cache(maxsize=256)
-def _prefill_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
-    return run_prefill(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
+def _generation_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
+    return run_generation(inventory, recipe, static_memory(inventory, recipe).tensors, regime)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from estimator.engine import largest, weights_growth_bytes, why_not_modelled, worst_instants
+from estimator.engine import Instant, largest, weights_growth_bytes, why_not_modelled, worst_instants
 from estimator.inventory import Inventory
-from estimator.kv_cache import cached_tokens, elements_per_token
 from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
 from estimator.phases import Item, Phase
@@ -15,7 +14,7 @@ from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program
 from estimator.storage import StoredTensor
-from estimator.tape import Polynomial, Size, Snapshot
+from estimator.tape import Extent, Polynomial, Size
 from estimator.units import gib
 
 _LARGEST_SHOWN = 6
@@ -73,8 +72,6 @@ def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     texts = _texts(inventory, recipe, _phases(recipe, modelled), instants)
     if modelled:
         _add_what_stays(texts, inventory, recipe)
-    if recipe.inference is not None and modelled:
-        texts[Phase.DECODE, Item.KV_CACHE] = _cache(inventory, recipe)
     return _explained(texts, _SOURCES)
 
 
@@ -83,7 +80,7 @@ def _explained(texts: Mapping[tuple[Phase, Item], str], sources: Mapping[Item, s
 
 
 def _texts(
-    inventory: Inventory, recipe: Recipe, phases: Iterable[Phase], instants: Mapping[Phase, Snapshot]
+    inventory: Inventory, recipe: Recipe, phases: Iterable[Phase], instants: Mapping[Phase, Instant]
 ) -> dict[tuple[Phase, Item], str]:
     static = static_memory(inventory, recipe)
     texts: dict[tuple[Phase, Item], str] = {}
@@ -92,7 +89,7 @@ def _texts(
             texts[phase, item] = formula
         texts |= {(phase, item): text for item, text in _step(static, recipe, phase).items()}
         if phase in instants:
-            _add(texts, phase, instants[phase], recipe)
+            _add(texts, phase, instants[phase])
     return texts
 
 
@@ -139,16 +136,12 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     """What a step adds that no tape is needed for."""
     if phase is Phase.LOAD:
         return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
-    texts = {
-        Item.WORKSPACE: f"{2 if recipe.training is not None else 1} cuBLAS workspaces (forward and backward run in threads of their own)"
-    }
     training = recipe.training
     if training is None:
-        return texts | (
-            {Item.TEMPORARY: "one layer's old and new cache side by side", Item.LOGITS: "last position: as computed + float32 copy"}
-            if phase is Phase.DECODE
-            else {}
-        )
+        return {Item.WORKSPACE: "1 cuBLAS workspace"} | {
+            Item.ACTIVATIONS: "inputs: 3 × 8·B·P B (ids, mask and positions of the prompt's P tokens)"
+        }
+    texts = {Item.WORKSPACE: "2 cuBLAS workspaces (forward and backward run in threads of their own)"}
     states = [s for s in static.optimizer if s.residence is Residence.DEVICE]
     raw = sum(s.num_tensors * s.raw_bytes for s in states)
     number = sum(s.num_tensors for s in states)
@@ -167,19 +160,16 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
 # -- what the tape saw ------------------------------------------------------------------------------------------------------------------
 
 
-def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Snapshot, recipe: Recipe) -> None:
-    training, inference = recipe.training, recipe.inference
-    batch, length = (
-        training.shape if training is not None else (inference.batch_size, inference.prompt_length) if inference is not None else (1, 1)
-    )
+def _add(texts: dict[tuple[Phase, Item], str], phase: Phase, instant: Instant) -> None:
     by_item: dict[Item, Counter[Size]] = {}
-    for (item, extent), number in instant.held:
+    for (item, extent), number in instant.snapshot.held:
         by_item.setdefault(item, Counter())[extent] += number
     for item, extents in by_item.items():
         name = "input of a checkpointed layer" if item is Item.CHECKPOINTS else "keys or values of a layer" if item is Item.KV_CACHE else ""
-        text = _largest(extents, lambda e: e.at(batch, length), name)
+        text = _largest(extents, lambda e: e.at(instant.batch, instant.sequence, instant.keys), name)
         before = texts.get((phase, item)) if item is Item.ACTIVATIONS else None
-        texts[phase, item] = f"B={batch}, S={length}: {text}" + (f"; {before}" if before else "")
+        keys = f", K={instant.keys} keys" if any(isinstance(extent, Extent) and extent.keys for extent in extents) else ""
+        texts[phase, item] = f"B={instant.batch}, S={instant.sequence}{keys}: {text}" + (f"; {before}" if before else "")
 
 
 def _largest(extents: Counter[Size], size: Callable[[Size], int], name: str = "") -> str:
@@ -201,6 +191,8 @@ def _term(extent: Size) -> str:
     if isinstance(extent, Polynomial):
         return " + ".join(map(_term, extent.terms)) if len(extent.terms) == 1 else f"({' + '.join(map(_term, extent.terms))})"
     factors = [f"{extent.coefficient:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
+    if extent.keys:
+        factors.append(f"(K {'+' if extent.offset > 0 else '-'} {abs(extent.offset)})" if extent.offset else "K")
     return "·".join(factors)
 
 
@@ -228,6 +220,14 @@ _WORDS = {
     "flash": "attention output",
     "softmax": "softmax",
     "dropout": "dropped input or mask",
+    "remember": "cache of keys or values",
+    "cached_before": "cache of the tokens before",
+    "held_by_generate": "held by generate: ids, positions, mask, the logits before",
+    "mask": "attention mask",
+    "memory_efficient": "attention output, or mask in another type",
+    "contiguous_copy": "keys or values for all heads",
+    "head_logits": "logits of the last position",
+    "sampled_from": "float32 copy of the logits, ids",
 }
 
 
@@ -236,11 +236,3 @@ def _words(label: str) -> str:
     if operator not in _WORDS and scope.count(" "):
         return label
     return f"{scope} {_WORDS.get(operator, operator.strip('_').replace('_', ' '))}".strip()
-
-
-def _cache(inventory: Inventory, recipe: Recipe) -> str:
-    assert recipe.inference is not None
-    tokens = Counter(cached_tokens(inventory, recipe, recipe.inference))
-    first, second = elements_per_token(inventory, recipe)
-    layers = ", ".join(f"{number} layers × {length:,} tokens" for length, number in tokens.items())
-    return f"{recipe.inference.batch_size} sequences × ({layers}) × ({first:,} + {second:,}) scalars × {recipe.dtype.itemsize} B"

@@ -1,91 +1,169 @@
-"""Keys and values kept while text is generated, and what one decoding step adds.
+"""Keys and values kept while text is generated: how many tokens each layer stores, before and after a forward pass, and looks back at.
 
-Legend: B sequences, P prompt length, N new tokens, L layers, k key/value heads, d head size, V vocabulary, h hidden size.
+Legend: P prompt length, N new tokens, W window, K keys that attention looks at, S tokens of the pass (P for the prompt, then 1).
 """
 
-from estimator.blocks.families import head_dim
-from estimator.dtypes import DType
-from estimator.inventory import Inventory
-from estimator.phases import Item
-from estimator.recipe import CacheKind, Inference, Recipe
-from estimator.units import allocated
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
-# What a decoding step holds beside cache and logits: a few vectors of the MLP's width per sequence.
-_WIDE_VECTORS = 4
+from estimator.inventory import Inventory
+from estimator.recipe import CacheKind, Inference, Recipe
+from estimator.tape import Extent
+
+QUERIES = Extent(1, 0, 1)
+KEYS = Extent(1, keys=1)
+_KEYS_BEFORE = Extent(1, keys=1, offset=-1)
+
+
+class Update(StrEnum):
+    """How a layer's cache takes up new keys and values."""
+
+    JOINED = "joined"
+    """One new tensor of what was there and what is new, for keys, then for values: old and new stand side by side for a moment."""
+    JOINED_TOGETHER = "joined together"
+    """The same, but the old keys stay until the new values are there: so do layers with a window."""
+    WRITTEN = "written"
+    """Into a tensor of fixed length."""
+    SHIFTED = "shifted"
+    """Into a full window of fixed length, by way of rolled copies."""
+    PASSED = "passed"
+    """The prompt is longer than a window of fixed length: its last tokens are written, attention looks at the prompt itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What one layer's cache holds around one forward pass, in tokens."""
+
+    before: Extent | None
+    """Stored when the pass begins."""
+    stored: Extent
+    """Stored afterwards. Less may be in use: a window keeps W - 1 tokens, as a view of what was there to look at."""
+    attended: Extent
+    update: Update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """One forward pass of generation, for both kinds of layers."""
+
+    full: Span
+    sliding: Span
+    mask: Extent
+    """Keys that the mask for all positions covers."""
+    sliding_mask: Extent
+    sliding_masked: bool
+    """Whether sdpa needs a mask for the window, padded or not."""
+    masks_all: bool
+    """Whether every mask is made, needed or not."""
+    prepared: bool
+    """Whether masks are made before the model is called: only those that some layer uses, with one row for each sequence."""
+    decoding: bool
+    """Whether the pass is one token long."""
 
 
 def is_cache_modelled(inventory: Inventory) -> bool:
     """Whether every layer of the model is attention with keys and values (or a latent) of known size."""
-    types = inventory.config.get("layer_types")
-    if not isinstance(types, (list, tuple)):
-        return True
-    return set(map(str, types)) <= {"full_attention", "sliding_attention"}
+    return {"full_attention", "sliding_attention"}.issuperset(layer_types(inventory))
 
 
-def elements_per_token(inventory: Inventory, recipe: Recipe) -> tuple[int, int]:
-    """Cached scalars of one token in one layer: of the first and of the second tensor.
+def layer_types(inventory: Inventory) -> tuple[str, ...]:
+    """What each layer looks back at.
 
-    Source: transformers, cache_utils.py, DynamicLayer; models/deepseek_v3 (5.x): one latent and one rotary key.
+    Source: transformers, cache_utils.py, get_layer_types_and_kwargs.
     """
-    config = inventory.config
-    latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
-    if isinstance(latent, int) and isinstance(rotary, int):
-        if not recipe.stack.caches_expanded_latents:
-            return latent, rotary
-        heads, plain, value = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
-        assert isinstance(heads, int)
-        assert isinstance(plain, int)
-        assert isinstance(value, int)
-        return heads * (plain + rotary), heads * value
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    assert isinstance(heads, int)
-    return heads * head_dim(config), heads * head_dim(config)
+    types = inventory.config.get("layer_types")
+    if isinstance(types, (list, tuple)):
+        return tuple(map(str, types))
+    return ("sliding_attention" if inventory.config.get("sliding_window") else "full_attention",) * inventory.num_layers
 
 
-def cached_tokens(inventory: Inventory, recipe: Recipe, inference: Inference) -> list[int]:
-    """Positions that each layer holds at the last decoding step.
+def capacity(recipe: Recipe, inference: Inference) -> int:
+    """Length of a static cache [tokens]: the last new token is never cached.
 
-    The last token is never cached. A sliding layer keeps its window less one; a static cache is allocated in full at first use.
-
-    Source: transformers, cache_utils.py, DynamicSlidingWindowLayer and StaticLayer; generation/utils.py, _prepare_cache_for_generation.
+    Source: transformers, generation/utils.py, generate (`max_cache_length = generation_config.max_length - 1`) and _prepare_static_cache.
     """
     total = inference.prompt_length + inference.max_new_tokens
-    window = inventory.config.get("sliding_window")
-    types = inventory.config.get("layer_types")
-    tokens = []
-    for index in range(inventory.num_layers):
-        sliding = types[index] == "sliding_attention" if isinstance(types, (list, tuple)) else isinstance(window, int)
-        length = total if inference.cache is CacheKind.STATIC else max(inference.prompt_length, total - 1)
-        if sliding and isinstance(window, int):
-            length = min(length, window if inference.cache is CacheKind.STATIC else window - 1)
-        tokens.append(length)
-    return tokens
+    return total - 1 if recipe.stack.static_cache_spares_last_token else total
 
 
-def cache_dtype(recipe: Recipe) -> DType:
-    """Type of the keys: that of the activations, which is the load type outside autocast."""
-    return recipe.dtype
+def prefill_spans(inventory: Inventory, recipe: Recipe, inference: Inference) -> Spans:
+    """The pass that reads the prompt.
 
-
-def decode_items(inventory: Inventory, recipe: Recipe, inference: Inference) -> dict[Item, int]:
-    """What is alive at the last decoding step, beside what is stored [bytes].
-
-    A dynamic cache grows by concatenation: the old and the new keys of one layer stand side by side.
-
-    Source: transformers, cache_utils.py, DynamicLayer.update; generation/utils.py, _sample (float32 copy of the logits).
+    Source: transformers, cache_utils.py, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer and StaticSlidingWindowLayer: update and
+    get_mask_sizes; masking_utils.py, _ignore_causal_mask_sdpa: up to the window's length the causal flag alone is enough.
     """
-    width = cache_dtype(recipe).itemsize
-    first, second = elements_per_token(inventory, recipe)
-    batch = inference.batch_size
-    tokens = cached_tokens(inventory, recipe, inference)
-    cache = sum(allocated(batch * n * first * width) + allocated(batch * n * second * width) for n in tokens)
-    grown = max(allocated(batch * n * max(first, second) * width) for n in tokens) if inference.cache is CacheKind.DYNAMIC else 0
-    vocabulary, hidden = inventory.config["vocab_size"], inventory.config.get("intermediate_size") or inventory.config["hidden_size"]
-    assert isinstance(vocabulary, int)
-    assert isinstance(hidden, int)
-    logits = allocated(batch * vocabulary * width) + allocated(batch * vocabulary * DType.FLOAT32.itemsize)
-    return {
-        Item.KV_CACHE: cache,
-        Item.TEMPORARY: grown + _WIDE_VECTORS * allocated(batch * hidden * width),
-        Item.LOGITS: logits,
-    }
+    prompt, window = inference.prompt_length, _window(inventory)
+    if inference.cache is CacheKind.DYNAMIC:
+        everything = Span(before=None, stored=QUERIES, attended=QUERIES, update=Update.JOINED)  # nothing old is in the way
+        return _spans(inventory, recipe, everything, everything, sliding_masked=window is not None and prompt >= window)
+    limit = capacity(recipe, inference)
+    full = Span(before=None, stored=KEYS, attended=KEYS, update=Update.WRITTEN)
+    if window is None or window > limit or not recipe.stack.caches_have_windows:
+        return _spans(inventory, recipe, full, full, sliding_masked=window is not None and window <= limit)
+    held = Extent(window)
+    if prompt > window:
+        sliding = Span(before=None, stored=held, attended=QUERIES, update=Update.PASSED)
+    else:
+        sliding = Span(before=None, stored=held, attended=held, update=Update.WRITTEN)
+    return _spans(inventory, recipe, full, sliding, sliding_masked=True)
+
+
+def decode_spans(inventory: Inventory, recipe: Recipe, inference: Inference, *, first: bool) -> Spans:
+    """A pass of one token: the first one after the prompt, or the last one.
+
+    After a prompt longer than the window, the window is a view of all the prompt's keys, until the first of these passes.
+
+    Source: as for `prefill_spans`.
+    """
+    window, seen = _window(inventory), num_keys(recipe, inference, first=first)
+    if inference.cache is CacheKind.DYNAMIC:
+        full = Span(before=_KEYS_BEFORE, stored=KEYS, attended=KEYS, update=Update.JOINED)
+        sliding_masked = window is not None and seen >= window
+        if window is None or not recipe.stack.caches_have_windows:
+            return _spans(inventory, recipe, full, full, sliding_masked=sliding_masked, decoding=True)
+        if seen <= window:
+            growing = replace(full, update=Update.JOINED_TOGETHER)
+            return _spans(inventory, recipe, full, growing, sliding_masked=sliding_masked, decoding=True)
+        held = Extent(window)
+        sliding = Span(before=_KEYS_BEFORE if first else held, stored=held, attended=held, update=Update.JOINED_TOGETHER)
+        return _spans(inventory, recipe, full, sliding, sliding_masked=True, decoding=True)
+    full = Span(before=KEYS, stored=KEYS, attended=KEYS, update=Update.WRITTEN)
+    if window is None or window > capacity(recipe, inference) or not recipe.stack.caches_have_windows:
+        return _spans(inventory, recipe, full, full, sliding_masked=True, decoding=True)
+    held = Extent(window)
+    sliding = Span(before=held, stored=held, attended=held, update=Update.SHIFTED if seen > window else Update.WRITTEN)
+    return _spans(inventory, recipe, full, sliding, sliding_masked=True, decoding=True)
+
+
+def num_keys(recipe: Recipe, inference: Inference, *, first: bool) -> int:
+    """Keys that a layer without a window looks at in the first or the last pass of one token."""
+    if inference.cache is CacheKind.STATIC:
+        return capacity(recipe, inference)
+    return inference.prompt_length + (1 if first else inference.max_new_tokens - 1)
+
+
+def _window(inventory: Inventory) -> int | None:
+    window = inventory.config.get("sliding_window")
+    return window if isinstance(window, int) and window > 0 else None
+
+
+def _spans(inventory: Inventory, recipe: Recipe, full: Span, sliding: Span, *, sliding_masked: bool, decoding: bool = False) -> Spans:
+    """Masks are sized by the first layer of their kind, or by the first layer of all.
+
+    Source: transformers, masking_utils.py, find_first_full_attention_index and create_sliding_window_causal_mask; compilable caches skip
+    no mask while they decode.
+    """
+    assert recipe.inference is not None
+    types = layer_types(inventory)
+    static = recipe.inference.cache is CacheKind.STATIC
+    of_first = sliding if types[0] == "sliding_attention" else full
+    return Spans(
+        full=full,
+        sliding=sliding,
+        mask=(full if "full_attention" in types else of_first).attended,
+        sliding_mask=(sliding if "sliding_attention" in types else of_first).attended,
+        sliding_masked=sliding_masked,
+        masks_all=static and decoding,
+        prepared=static,
+        decoding=decoding,
+    )

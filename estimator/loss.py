@@ -53,6 +53,22 @@ def cross_entropy(logits: Value, vocabulary: int) -> Value:
     return loss
 
 
+def head_logits(modules: Modules, head: str, hidden: Value, *, scaled: bool, softcap: bool) -> Value:
+    """The head's output, as the model returns it.
+
+    Args:
+        scaled: whether it is multiplied by a number.
+        softcap: whether it is divided by a number, sent through tanh, and multiplied again.
+    """
+    logits = label_logits(modules.linear(head, hidden))
+    if scaled:
+        logits = label_logits(scale(logits))
+    if softcap:
+        for step in (scale, saving_output, scale):
+            logits = label_logits(step(logits))
+    return logits
+
+
 def stock_loss(
     modules: Modules,
     head: str,
@@ -75,12 +91,7 @@ def stock_loss(
 
     Source: transformers, loss/loss_utils.py, ForCausalLMLoss.
     """
-    logits = label_logits(modules.linear(head, hidden))
-    if scaled:
-        logits = label_logits(scale(logits))
-    if softcap:
-        for step in (scale, saving_output, scale):
-            logits = label_logits(step(logits))
+    logits = head_logits(modules, head, hidden, scaled=scaled, softcap=softcap)
     full = label_logits(cast(logits, DType.FLOAT32)) if upcasts else logits
     if not keeps_half:
         logits = full

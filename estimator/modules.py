@@ -14,15 +14,18 @@ from estimator.operators import (
     clone,
     custom,
     dropout,
+    embedding,
     layer_norm,
     linear,
     mean,
     multiply,
     promoted,
+    relaid,
     rsqrt,
     scale,
     square,
     transposed,
+    with_rows,
 )
 from estimator.recipe import Quantization, QuantizationKind, Recipe
 from estimator.storage import StoredTensor
@@ -31,6 +34,7 @@ from estimator.units import ceil_div
 
 # Multiplies by its transposed weight and then adds the bias. Source: transformers, models/falcon/modeling_falcon.py, FalconLinear.forward.
 _FALCON_LINEAR = "FalconLinear"
+_TRAINED_TOKENS = "trainable_tokens_delta"
 _BLOCK = 64  # weights per absmax; BitsAndBytesConfig offers no other
 
 
@@ -49,12 +53,55 @@ class Modules:
         return name in self.tensors
 
     def parameter(self, name: str) -> Parameter:
-        """The stored tensor `name` as a leaf of the graph."""
-        stored = self.tensors[name]
-        return Parameter(self.tape, self.prefix + name, stored.num_elements, stored.dtype, stored.trainable)
+        """The stored tensor `name` as a leaf of the graph, or the copy of it that PEFT trains in its place (`modules_to_save`)."""
+        module, _, leaf = name.rpartition(".")
+        copied = f"{module}.modules_to_save.{leaf}"
+        stored = self.tensors.get(copied) or self.tensors[name]
+        # Tied modules share one leaf, which is known by where the tensor is stored.
+        known = self.prefix + name if "{}" in stored.pattern else stored.pattern
+        return Parameter(self.tape, known, stored.num_elements, stored.dtype, stored.trainable)
 
     def optional(self, name: str) -> Parameter | None:
         return self.parameter(name) if name in self.tensors else None
+
+    # -- embeddings -----------------------------------------------------------------------------------------------------------------
+
+    def embedding(self, name: str, extent: Extent, *, scaled: bool = False) -> Value:
+        """An embedding with its adapter, if it has one.
+
+        Args:
+            scaled: whether the module multiplies what it looks up by a number; what an adapter adds is then multiplied too.
+
+        Source: peft, tuners/lora/layer.py, Embedding.forward; tuners/trainable_tokens/layer.py, TrainableTokensLayer.forward_adapters.
+        """
+        outer, self.tape.scope = self.tape.scope, name
+        weight: Value = self.parameter(f"{name}.weight")
+        if self.has(f"{name}.{_TRAINED_TOKENS}"):
+            weight = self._with_trained_tokens(name, weight)
+        result = embedding(weight, extent)
+        if scaled:
+            result = scale(result)
+        if self.has(f"{name}.lora_embedding_A"):
+            result = self._adapted_embedding(name, result, extent, scaled=scaled)
+        self.tape.scope = outer
+        return result
+
+    def _adapted_embedding(self, name: str, result: Value, extent: Extent, *, scaled: bool) -> Value:
+        if self._has_magnitude(name):
+            raise NotImplementedError("DoRA on embeddings")
+        width = self.tensors[f"{name}.weight"].shape[1]
+        a, b = self.parameter(f"{name}.lora_embedding_A"), self.parameter(f"{name}.lora_embedding_B")
+        rank = b.extent.coefficient // width
+        looked_up = embedding(relaid(a), extent.scaled(rank, width))
+        added = scale(linear(looked_up, transposed(b), None, rank, width))
+        if scaled:
+            added = scale(added)
+        return cast(add(result, added), result.dtype)
+
+    def _with_trained_tokens(self, name: str, weight: Value) -> Value:
+        """`trainable_token_indices`: a copy of the whole weight with the trained rows put in."""
+        rows = cast(self.parameter(f"{name}.{_TRAINED_TOKENS}"), weight.dtype)
+        return with_rows(weight, rows)
 
     # -- linear layers --------------------------------------------------------------------------------------------------------------
 
@@ -66,6 +113,8 @@ class Modules:
         return result
 
     def _linear(self, name: str, x: Value) -> Value:
+        if self.has(f"{name}.{_TRAINED_TOKENS}"):
+            return linear(x, self._with_trained_tokens(name, self.parameter(f"{name}.weight")), None, *self.sizes(name))
         if f"{name}.lora_A.weight" not in self.tensors:
             return self._base(name, x)
         if self.tensors[f"{name}.weight"].quantization is None:
@@ -283,10 +332,15 @@ def linear_4bit(
 
     nested = [tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant else []
     unpacked = tape.new(weight, argument.dtype)
-    y = custom(
-        inputs, extent.scaled(fan_out, fan_in), argument.dtype, backward, stash=[argument] if keeps_input and argument.requires_grad else []
-    )
-    del nested, unpacked
+    dtype = argument.dtype
+    lowered: list[Value] = []
+    if tape.autocast_enabled and tape.autocast_dtype is not None and dtype is not tape.autocast_dtype:
+        # The product inside is one more F.linear, which autocast lowers whatever the compute type is.
+        dtype = tape.autocast_dtype
+        lowered = [tape.new(e, dtype) for e in (extent, weight)]
+    stash = [argument] if keeps_input and argument.requires_grad else []
+    y = custom(inputs, extent.scaled(fan_out, fan_in), dtype, backward, stash=stash)
+    del nested, unpacked, lowered
     return cast(y, before)
 
 
@@ -319,7 +373,7 @@ def linear_8bit(x: Value, fan_in: int, fan_out: int, *, bias: Value | None = Non
         bias_gradient = _bias_gradient(bias, gradient)
         unpacked = tape.new(weight, dtype)
         converted = gradient if gradient.dtype is dtype else tape.new(gradient.extent, dtype)
-        grad = tape.new(extent, dtype)
+        grad = tape.new(extent, dtype).reshaped()
         del unpacked, converted
         return [grad, bias_gradient][:num_inputs]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from estimator.dtypes import DType
 from estimator.phases import Item
-from estimator.tape import Backward, Extent, Gradients, Leaf, Node, Parameter, Value
+from estimator.tape import Backward, Extent, Gradients, Leaf, Node, Value
 
 _WIDTH_ORDER = (DType.BOOL, DType.INT64, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64)
 
@@ -25,7 +25,7 @@ def promoted(first: DType, second: DType) -> DType:
 
 
 def _larger(first: Extent, second: Extent) -> Extent:
-    return max(first, second, key=lambda e: (e.batch, e.sequence, e.coefficient))
+    return max(first, second, key=lambda e: (e.batch, e.sequence + e.keys, e.coefficient))
 
 
 # -- casts ------------------------------------------------------------------------------------------------------------------------------
@@ -288,11 +288,11 @@ def rsqrt(x: Value) -> Value:
 
 
 def dropout(x: Value, probability: float) -> Value:
-    """On CUDA the mask is one byte an element; with probability 0 nothing happens.
+    """On CUDA the mask is one byte an element; with probability 0, and outside training, nothing happens.
 
     Source: torch, ATen/native/Dropout.cpp, is_fused_kernel_acceptable; derivatives.yaml, native_dropout.
     """
-    if probability == 0.0:
+    if probability == 0.0 or not x.tape.training:
         return x
 
     def backward(node: Node, gradient: Value) -> Gradients:
@@ -358,12 +358,11 @@ def concatenate(parts: Sequence[Value]) -> Value:
     extents = [x.extent for x in parts]
 
     def backward(node: Node, gradient: Value) -> Gradients:
-        return [gradient.view(e) for e in extents]
+        return [gradient.view(e).reshaped() for e in extents]
 
     tape = parts[0].tape
     node = tape.node(parts, backward)
-    first = extents[0]
-    y = tape.new(Extent(sum(e.coefficient for e in extents), first.batch, first.sequence), dtype)
+    y = tape.new(extents[0]._replace(coefficient=sum(e.coefficient for e in extents)), dtype)
     y.node = node
     return y
 
@@ -382,6 +381,18 @@ def contiguous_copy(x: Value, extent: Extent | None = None) -> Value:
     return y
 
 
+def expanded_view(x: Value, extent: Extent) -> Value:
+    """`x.expand(…)`: the same storage seen larger; the gradient is summed back."""
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.view()]
+
+    node = x.tape.node([x], backward)
+    y = x.view(extent)
+    y.node = node
+    return y
+
+
 def transposed(x: Value) -> Value:
     """`x.T`: a view, and no leaf any more, so that autocast casts it anew at every use."""
 
@@ -390,6 +401,37 @@ def transposed(x: Value) -> Value:
 
     node = x.tape.node([x], backward)
     y = x.view()
+    y.node = node
+    return y
+
+
+def relaid(x: Value) -> Value:
+    """`x.T` of a leaf whose gradient is made in the transposed layout: what the leaf keeps is a copy in its own.
+
+    Source: torch, csrc/autograd/functions/accumulate_grad.h, accumulateGrad (clone_obey_contract).
+    """
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.tape.new(gradient.extent, gradient.dtype)]
+
+    node = x.tape.node([x], backward)
+    y = x.view()
+    y.node = node
+    return y
+
+
+def with_rows(x: Value, rows: Value) -> Value:
+    """`x.index_copy(0, index, rows)` on a constant: a second tensor of its size; saves the rows, and picks theirs out of the gradient."""
+    extent = rows.extent
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        saved = node.unpacked()
+        result = gradient.tape.new(extent, gradient.dtype)
+        del saved
+        return [None, result]
+
+    node = x.tape.node([x, rows], backward, [rows])
+    y = x.tape.new(x.extent, x.dtype)
     y.node = node
     return y
 
@@ -436,9 +478,10 @@ def linear(x: Value, weight: Value, bias: Value | None, fan_in: int, fan_out: in
         if num_inputs == 3:
             results[2] = gradient.view()
         if x_trained:
-            results[0] = tape.new(x_extent, gradient.dtype)
+            # The product is one of matrices; rows are made tokens again by a view.
+            results[0] = tape.new(x_extent, gradient.dtype).reshaped()
         if weight_trained:
-            results[1] = tape.new(weight_extent, gradient.dtype)
+            results[1] = tape.new(weight_extent, gradient.dtype).reshaped()  # a transposed view of the product
         del operands
         return results
 
@@ -459,8 +502,8 @@ def batched_product(x: Value, y: Value, result: Extent) -> Value:
         operands = node.unpacked()
         tape = gradient.tape
         results = [
-            tape.new(extents[0], gradient.dtype) if x_trained else None,
-            tape.new(extents[1], gradient.dtype) if y_trained else None,
+            tape.new(extents[0], gradient.dtype).reshaped() if x_trained else None,
+            tape.new(extents[1], gradient.dtype).reshaped() if y_trained else None,
         ]
         del operands
         return results
@@ -527,7 +570,7 @@ def _norm(x: Value, weight: Value | None, bias: Value | None, width: int, num_st
 # -- looking up and starting ------------------------------------------------------------------------------------------------------------
 
 
-def embedding(weight: Parameter, extent: Extent) -> Value:
+def embedding(weight: Value, extent: Extent) -> Value:
     """`F.embedding`: saves the indices (counted as an input of the step); a trained weight gets a dense gradient."""
     whole = weight.extent
 

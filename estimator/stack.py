@@ -301,6 +301,46 @@ class Stack:
         """
         return self.transformers < (5,)
 
+    @property
+    def caches_have_windows(self) -> bool:
+        """Whether the caches that `generate` makes keep no more than its window of a sliding layer.
+
+        Source: transformers 4.56, cache_utils.py, DynamicCache(config=…) and StaticCache; before, hybrid caches were classes of their own.
+        """
+        return self.transformers >= (4, 56)
+
+    @property
+    def static_cache_spares_last_token(self) -> bool:
+        """Whether a static cache is one token shorter than what is generated: the last token is never looked at.
+
+        Source: transformers 4.49, generation/utils.py, generate (`max_cache_length = generation_config.max_length - 1`).
+        """
+        return self.transformers >= (4, 49)
+
+    @property
+    def sdpa_packs_queries(self) -> bool:
+        """Whether a single masked query per sequence is looked at as several of one head, instead of copying keys and values for all heads.
+
+        Source: transformers 5.23, integrations/sdpa_attention.py, pack_gqa.
+        """
+        return self.transformers >= (5, 23)
+
+    @property
+    def compiles_static_decoding(self) -> bool:
+        """Whether `generate` runs torch.compile on its own when the cache is static, on CUDA, unless the model is quantized.
+
+        Source: transformers 4.47, generation/utils.py, _sample; later _valid_auto_compile_criteria.
+        """
+        return self.transformers >= (4, 47)
+
+    @property
+    def decodes_experts_one_by_one(self) -> bool:
+        """Whether `generate`, on CUDA, copies the weights of every chosen expert for every token while it decodes (`batched_mm`).
+
+        Source: transformers 5.0, generation/utils.py, _optimize_model_for_decode.
+        """
+        return self.transformers >= (5,)
+
     def flash_repeats_key_values(self, model_type: str) -> bool:
         """Whether a family copied keys and values for all query heads before flash attention, which does not need it.
 
@@ -316,6 +356,30 @@ class Stack:
         Source: transformers 4.54, integrations/sdpa_attention.py, use_gqa_in_sdpa; needs torch 2.5.
         """
         return self.transformers >= (4, 54) and self.torch >= (2, 5)
+
+    def reads_all_logits(self, model_type: str) -> bool:
+        """Whether the family makes the logits of the whole prompt where the last token's would do.
+
+        Source: transformers, models/*/modeling_*.py, forward of the head: `num_logits_to_keep` from 4.45 on, later `logits_to_keep`.
+        """
+        since = {"falcon": (4, 47), "granite": (4, 48), "gpt_neox": (4, 50), "gpt2": (4, 53), "gpt_bigcode": (5,)}
+        return self.transformers < since.get(model_type, (4, 45))
+
+    def upcasts_all_logits(self, model_type: str) -> bool:
+        """Whether the family returns its logits in float32, also where there is no loss.
+
+        Source: transformers 4.35–4.45, models/llama/modeling_llama.py, LlamaForCausalLM.forward (`logits = logits.float()`), and its like.
+        """
+        return self.transformers < (4, 46) and model_type not in ("falcon", "gpt2", "gpt_bigcode", "gpt_neox", "stablelm")
+
+    def keeps_earlier_cache(self, model_type: str) -> bool:
+        """Whether all keys and values of the tokens before stay until those with the new token are all there.
+
+        Source: transformers, generation/utils.py: until 4.41 caches were tuples, which the caller holds (4.42 on its change: it "keeps
+        copying the cache thus using much more memory"); models/gpt2/modeling_gpt2.py until 4.52, models/gpt_bigcode/modeling_gpt_bigcode.py
+        until 4.53.
+        """
+        return self.transformers < {"gpt2": (4, 53), "gpt_bigcode": (4, 54)}.get(model_type, (4, 42))
 
     def loss_leaves_half_logits(self, model_type: str) -> bool:
         """Whether the family computed its loss on the logits as they come, without a float32 copy.

@@ -1,4 +1,4 @@
-"""One training step on the tape: embedding, layers, loss and the way back.
+"""One training step on the tape: embedding, layers, loss and the way back; or the two passes of generation.
 
 Layers that are alike are run once at each end of their row; those between are taken as copies of the first, since what they keep is the
 same and what is alive changes by a constant from one to the next.
@@ -14,11 +14,12 @@ from estimator.dtypes import DType
 from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
 from estimator.inventory import Inventory
 from estimator.kernels import Kernel
-from estimator.loss import label_logits, stock_loss
+from estimator.kv_cache import KEYS, Span, Spans, decode_spans, layer_types, num_keys, prefill_spans
+from estimator.loss import head_logits, label_logits, stock_loss
 from estimator.modules import Modules
-from estimator.operators import scale
+from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, Loss, Recipe, Training
+from estimator.recipe import Attention, CacheKind, Loss, Recipe, Training
 from estimator.storage import StoredTensor
 from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
 from estimator.units import allocated
@@ -29,11 +30,15 @@ class Regime:
     """What the batch's size decides about the program, beside the sizes of its tensors."""
 
     beyond_window: bool
-    """Whether sequences are longer than the sliding window."""
+    """Whether sequences are longer than the sliding window, in training."""
     tile_rows: int | None = None
     """Tokens in a tile of TRL's loss once there are more of them."""
     chunk_rows: int = 0
     """Tokens in a chunk of Liger's loss."""
+    prefill: Spans | None = None
+    """How far caches reach while the prompt is read."""
+    decode: Spans | None = None
+    """The same for one new token; None where generation ends with the prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +85,29 @@ def run_step(
     return _program(step, stored)
 
 
-def run_prefill(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, *, names: bool = False) -> Program:
-    """Run the prompt through the model, keeping keys and values, and look at the last position's logits.
+def run_generation(
+    inventory: Inventory,
+    recipe: Recipe,
+    stored: tuple[StoredTensor, ...],
+    regime: Regime,
+    *,
+    cuda_kernels: bool = True,
+    names: bool = False,
+) -> Program:
+    """Run the prompt through the model and take the first token from the last position's logits; then one token more.
 
-    Source: transformers, generation/utils.py, _sample: `logits_to_keep=1`, then a float32 copy of the last logits.
+    The second pass has S = 1; K stands for the keys it looks at (`Regime.decode`), and in the first pass for the length of a static cache.
+
+    Source: transformers, generation/utils.py, _sample.
     """
-    step = _Step(inventory, recipe, stored, regime, cuda_kernels=True, names=names)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels, names, spans=regime.prefill)
     step.prefill()
-    return _program(step, stored)
+    peaks = dict(step.tape.peaks)
+    if regime.decode is not None:
+        following = _Step(inventory, recipe, stored, regime, cuda_kernels, names, spans=regime.decode, rows=step.rows)
+        following.decode()
+        peaks |= following.tape.peaks
+    return replace(_program(step, stored), peaks={phase: tuple(kept) for phase, kept in peaks.items()})
 
 
 def _program(step: "_Step", stored: tuple[StoredTensor, ...]) -> Program:
@@ -103,16 +123,31 @@ def _program(step: "_Step", stored: tuple[StoredTensor, ...]) -> Program:
     )
 
 
+Rows = tuple[tuple[Extent, DType], ...]
+"""One token's keys and values in one layer."""
+
+
 class _Step:
     def __init__(
-        self, inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime, cuda_kernels: bool, names: bool
+        self,
+        inventory: Inventory,
+        recipe: Recipe,
+        stored: tuple[StoredTensor, ...],
+        regime: Regime,
+        cuda_kernels: bool,
+        names: bool,
+        spans: Spans | None = None,
+        rows: Mapping[object, Rows] | None = None,
     ) -> None:
         self.inventory = inventory
         self.recipe = recipe
         self.training = training = recipe.training
         self.regime = regime
         self.family: Family = FAMILIES[inventory.model_type]
-        self.cache: list[Value] | None = None if training is not None else []
+        self.spans = spans
+        self.rows: dict[object, Rows] = dict(rows or {})
+        """Keys and values by kind of layer, in inference."""
+        self.caches: list[list[Value]] = [[] for _ in range(inventory.num_layers)]
         """Keys and values of all layers, in inference."""
         hands_out = training is not None and recipe.stack.hands_out_key_values_in_training(inventory.model_type)
         self.handed_out: list[Value] | None = [] if hands_out else None
@@ -123,7 +158,9 @@ class _Step:
             accumulating=training is not None and training.gradient_accumulation_steps > 1,
             cuda_kernels=cuda_kernels,
             names=names,
+            training=training is not None,
         )
+        self.layer_types = layer_types(inventory)
         self.layers, self.outside = layer_tensors(inventory, stored)
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
         beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
@@ -133,8 +170,10 @@ class _Step:
             modules=Modules(self.tape, "", beside, recipe),
             config=inventory.config,
             attention=recipe.attention,
-            masked=padded,
-            sliding_masked=padded or regime.beyond_window,
+            masked=padded or (spans is not None and spans.masks_all),
+            sliding_masked=padded or (regime.beyond_window if spans is None else spans.sliding_masked),
+            padded=padded,
+            spans=spans,
         )
 
     def run(self) -> None:
@@ -151,15 +190,83 @@ class _Step:
     def prefill(self) -> None:
         tape = self.tape
         tape.phase = Phase.PREFILL
+        sampled = self.sampled_from([])
+        tape.note_peak()
+        del sampled
+
+    def decode(self) -> None:
+        """One token: around the model, `generate` holds the float32 logits it chose it from, and ids and positions of all tokens so far.
+
+        Source: transformers, generation/utils.py, _sample (`next_token_logits` stays a local) and _update_model_kwargs_for_generation.
+        """
+        tape, spans = self.tape, self.spans
+        assert spans is not None
+        tape.phase = Phase.DECODE
+        for index, cache in enumerate(self.caches):
+            cache += self.cached_before(index, spans)
+        keeps_earlier = self.recipe.stack.keeps_earlier_cache(self.inventory.model_type)
+        earlier = [list(cache) for cache in self.caches] if keeps_earlier else []
+        held = self.held_by_generate()
+        sampled = self.sampled_from([tape.new(Extent(1, 1), DType.INT64)])
+        tape.note_peak()
+        del held, sampled, earlier
+
+    def cached_before(self, index: int, spans: Spans) -> list[Value]:
+        """A layer's keys and values of the tokens before."""
+        before = self._span(index, spans).before
+        assert before is not None
+        return [self.tape.new(row.times(before), dtype, Item.KV_CACHE) for row, dtype in self.rows[self._kind(index)]]
+
+    def held_by_generate(self) -> list[Value]:
+        """Ids and positions of all tokens, the mask if there is padding, and what the last token was chosen from."""
+        tape = self.tape
+        held = [tape.new(Extent(1, 1).times(KEYS), DType.INT64) for _ in range(3 if self.frame.padded else 2)]
+        held.append(tape.new(Extent(self._vocabulary, 1), DType.FLOAT32, Item.LOGITS))
+        held.append(tape.new(Extent(1, 1), DType.INT64))
+        return held
+
+    def sampled_from(self, beside: list[Value]) -> Value:
+        """The last position's logits and, when the model has returned, their float32 copy.
+
+        Args:
+            beside: what the model is given beside the ids.
+        """
+        tape = self.tape
+        unfinished = tape.new(Extent(1, 1), DType.INT64)
+        ids = tape.new(Extent(1, 1, 1), DType.INT64)
+        logits = self._last_logits()
+        beside.clear()
+        del ids
+        copy = tape.new(Extent(self._vocabulary, 1), DType.FLOAT32, Item.LOGITS)
+        del unfinished, logits
+        return copy
+
+    def _last_logits(self) -> Value:
         hidden = self.hidden_states()
-        width = self.frame.width
         head = self.inventory.output_embedding
         assert head is not None
-        last = Value(tape, Extent(width, 1, 0), hidden.dtype, hidden.storage)
-        logits = label_logits(Modules(tape, "", self._head_tensors(head), self.recipe).linear(head, last))
-        copy = tape.new(logits.extent, DType.FLOAT32, Item.LOGITS)
-        tape.note_peak()
-        del copy, logits, last, hidden
+        stack, model_type = self.recipe.stack, self.inventory.model_type
+        read = hidden
+        if not stack.reads_all_logits(model_type):
+            read = Value(self.tape, Extent(self.frame.width, 1, 0), hidden.dtype, hidden.storage)
+        logits = head_logits(
+            Modules(self.tape, "", self._head_tensors(head), self.recipe),
+            head,
+            read,
+            scaled=self.family.scales_logits,
+            softcap=self._softcaps_logits,
+        )
+        return label_logits(cast(logits, DType.FLOAT32)) if stack.upcasts_all_logits(model_type) else logits
+
+    @property
+    def _vocabulary(self) -> int:
+        vocabulary = self.inventory.config["vocab_size"]
+        assert isinstance(vocabulary, int)
+        return vocabulary
+
+    @property
+    def _softcaps_logits(self) -> bool:
+        return isinstance(self.inventory.config.get("final_logit_softcapping"), (int, float))
 
     def _forward(self) -> Value:
         """The model's forward under autocast; accelerate then turns the returned logits into float32.
@@ -197,7 +304,7 @@ class _Step:
         self._require_input_gradients(embedded)
         if family.scales_embeddings:
             embedded = scale(embedded)
-        positions = self.tape.new(Extent(1, 0, 1), DType.INT64)
+        positions = self.tape.new(Extent(1, 0, 1), DType.INT64) if self.spans is None else None
         around = family.surround(frame, embedded)
         beside: list[Value] = []
         hidden = family.finish(frame, self._run_layers(family.enter(frame, embedded, beside), around))
@@ -214,10 +321,8 @@ class _Step:
             hidden.node = _InputGradient(self.tape, hidden)
 
     def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
-        config = self.inventory.config
-        vocabulary = config["vocab_size"]
+        vocabulary = self._vocabulary
         head = self.inventory.output_embedding
-        assert isinstance(vocabulary, int)
         assert head is not None
         modules = Modules(self.tape, "", self._head_tensors(head), self.recipe)
         assert self.training is not None
@@ -230,7 +335,7 @@ class _Step:
             hidden,
             vocabulary,
             shifts_logits=stack.loss_shifts_logits,
-            softcap=isinstance(config.get("final_logit_softcapping"), (int, float)),
+            softcap=self._softcaps_logits,
             scaled=self.family.scales_logits,
             keeps_half=stack.loss_keeps_half_logits,
             upcasts=not stack.loss_leaves_half_logits(self.inventory.model_type),
@@ -251,10 +356,17 @@ class _Step:
                 raise AssertionError("the stock loss holds all logits")
 
     def _head_tensors(self, head: str) -> dict[str, StoredTensor]:
-        """A tied head works on the embedding's weight."""
+        """A tied head works on the embedding's weight, and on its trained tokens.
+
+        Source: peft, utils/other.py, set_additional_trainable_modules.
+        """
         tensors = dict(self.outside)
-        if f"{head}.weight" not in tensors:
-            tensors[f"{head}.weight"] = tensors[f"{self.inventory.input_embedding}.weight"]
+        if f"{head}.weight" in tensors:
+            return tensors
+        embedding = self.inventory.input_embedding
+        for leaf in ("weight", "trainable_tokens_delta"):
+            if f"{embedding}.{leaf}" in tensors:
+                tensors[f"{head}.{leaf}"] = tensors[f"{embedding}.{leaf}"]
         return tensors
 
     # -- layers ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +378,7 @@ class _Step:
         for index, kind in enumerate(kinds):
             entry = (kind, hidden.dtype, hidden.requires_grad)
             if entry in seen and index != last[kind]:
+                self.caches[index].clear()
                 hidden = seen[entry].stand_in(self.tape, hidden)
                 self.handed_out_by_copies += seen[entry].until_outputs_go
                 continue
@@ -274,6 +387,8 @@ class _Step:
             cached = set(self.tape.autocast_cache)
             num_handed_out = len(self.handed_out or ())
             hidden = self._run_layer(index, hidden, around)
+            if self.spans is not None and kind not in self.rows:
+                self.rows[kind] = self._rows(index)
             # The first layer is no model for the others: the embedding that enters it outlives it.
             if index > 0 and entry not in seen:
                 seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
@@ -283,31 +398,40 @@ class _Step:
         tensors = self.layers[index]
         signature = tuple((name, t.shape, t.dtype, t.trainable, t.quantization) for name, t in tensors.items())
         variant = self.family.variant(self.inventory.config, index)
-        return signature, variant, self._layer_type(index), self._is_checkpointed(index)
+        return signature, variant, self.layer_types[index], self._is_checkpointed(index)
 
-    def _layer_type(self, index: int) -> str:
-        types = self.inventory.config.get("layer_types")
-        if isinstance(types, (list, tuple)) and index < len(types):
-            return str(types[index])
-        return "sliding_attention" if self.inventory.config.get("sliding_window") else "full_attention"
+    def _rows(self, index: int) -> Rows:
+        """What the layer stored, for one token."""
+        assert self.spans is not None
+        stored = self._span(index, self.spans).stored
+        return tuple((Extent(x.extent.scaled(1, stored.coefficient).coefficient, 1), x.dtype) for x in self.caches[index])
+
+    def _span(self, index: int, spans: Spans) -> Span:
+        return spans.sliding if self.layer_types[index] == "sliding_attention" else spans.full
 
     def _is_checkpointed(self, index: int) -> bool:
         training = self.training
         return training is not None and training.gradient_checkpointing and index % training.checkpoint_every_n_layers == 0
 
     def _run_layer(self, index: int, hidden: Value, around: Surroundings) -> Value:
+        spans = self.spans
         layer = Layer(
             modules=Modules(self.tape, f"{self.inventory.layers_prefix}.{index}.", self.layers[index], self.recipe),
             config=self.inventory.config,
             index=index,
             model_type=self.inventory.model_type,
             attention=self.recipe.attention,
-            layer_type=self._layer_type(index),
-            cache=self.cache,
+            layer_type=self.layer_types[index],
+            span=None if spans is None else self._span(index, spans),
+            cache=None if spans is None else self.caches[index],
+            decoding=spans is not None and spans.decoding,
+            compiled=spans is not None and spans.decoding and self.tape.cuda_kernels and compiles_decoding(self.recipe),
             handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
         )
 
-        own = replace(around, others=())
+        # A checkpointed layer holds on to its arguments: the mask of its own kind alone.
+        is_sliding = layer.layer_type == "sliding_attention"
+        own = replace(around, others=(), mask=None) if is_sliding else replace(around, others=(), sliding_mask=None)
 
         def function(x: Value) -> Value:
             return self.family.layer(layer, x, own)
@@ -357,6 +481,8 @@ class _Copy:
     ) -> "_Copy":
         kept = Counter(tape.live)
         kept.subtract(before)
+        for held in [held for held, number in kept.items() if held[0] is Item.KV_CACHE and number < 0]:
+            del kept[held]  # the keys that were there before: a twin's are freed by its caller
         casts: Counter[Held] = Counter()
         for name in tape.autocast_cache.keys() - cached:
             storage = tape.autocast_cache[name].storage
@@ -398,6 +524,16 @@ class _Copy:
         return Value(tape, hidden.extent, hidden.dtype, hidden.storage, node)
 
 
+def compiles_decoding(recipe: Recipe) -> bool:
+    """Whether `generate` compiles the passes of one token on its own, on CUDA.
+
+    Source: transformers, generation/utils.py, _valid_auto_compile_criteria; quantizers/base.py, HfQuantizer.is_compileable.
+    """
+    inference = recipe.inference
+    static = inference is not None and inference.cache is CacheKind.STATIC
+    return static and recipe.stack.compiles_static_decoding and recipe.quantization is None
+
+
 def needs_mask(recipe: Recipe) -> bool:
     """Whether attention needs a mask beyond the causal one: for padding, or to tell samples in one row apart where the kernel does not.
 
@@ -411,18 +547,39 @@ def needs_mask(recipe: Recipe) -> bool:
 
 
 def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
-    """Which pieces of the program the batch's size selects.
+    """Which pieces of a training step the batch's size selects.
 
     Source: transformers, masking_utils.py, _ignore_causal_mask_sdpa: up to the window's length the causal flag alone is enough.
     """
-    training, inference = recipe.training, recipe.inference
-    length = training.shape[1] if training is not None else inference.prompt_length if inference is not None else 0
+    training = recipe.training
+    length = training.shape[1] if training is not None else 0
     window = inventory.config.get("sliding_window")
     return Regime(
         beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,
         tile_rows=_tile_rows(training),
         chunk_rows=_chunk_rows(training, inventory),
     )
+
+
+def generation_regimes(recipe: Recipe, inventory: Inventory) -> tuple[tuple[Regime, int], ...]:
+    """The passes of one token in which most can be alive, the last and sometimes the first, each with the keys it looks at (K)."""
+    inference = recipe.inference
+    assert inference is not None
+    prefill = prefill_spans(inventory, recipe, inference)
+    passes = {first: num_keys(recipe, inference, first=first) for first in (True, False)}
+    regimes = {
+        first: Regime(beyond_window=False, prefill=prefill, decode=decode_spans(inventory, recipe, inference, first=first))
+        for first in passes
+    }
+    match inference.max_new_tokens:
+        case 1:  # the prompt's last logits give it
+            return ((replace(regimes[True], decode=None), passes[True]),)
+        case 2:
+            return ((regimes[True], passes[True]),)
+        case _ if regimes[True] == regimes[False]:
+            return ((regimes[False], passes[False]),)
+        case _:
+            return tuple((regimes[first], passes[first]) for first in (True, False))
 
 
 def _tile_rows(training: Training | None) -> int | None:

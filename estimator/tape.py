@@ -3,9 +3,9 @@
 Blocks (`estimator.blocks`) are written as transformers writes them, on `Value`s. Every operator allocates its result, says what it saves
 for the backward pass, and how its gradients come about; lifetimes are Python's own reference counts, as they are in PyTorch. The tape adds
 up what is alive and keeps the instants at which it can be largest. Sizes stay polynomials in batch and sequence length, so that one run of
-the tape answers for every batch and length.
+the tape answers for every batch and length. Where attention looks back at a cache, the number of keys is a third variable.
 
-Legend: B micro-batch, S sequence length.
+Legend: B micro-batch, S sequence length (of the queries), K keys that attention looks at.
 """
 
 import heapq
@@ -25,32 +25,44 @@ from estimator.units import allocated
 
 
 class Extent(NamedTuple):
-    """`coefficient · B^batch · S^sequence` elements (of a tensor) or bytes (of a storage)."""
+    """`coefficient · B^batch · S^sequence · (K + offset)^keys` elements (of a tensor) or bytes (of a storage)."""
 
     coefficient: int
     batch: int = 0
     sequence: int = 0
     label: str = ""
     """What the tensor is, on a tape that names its tensors."""
+    keys: int = 0
+    """0 or 1."""
+    offset: int = 0
+    """How many keys more than K, where there is a power of it."""
 
-    def at(self, batch: int, sequence: int) -> int:
-        return self.coefficient * int(batch**self.batch) * int(sequence**self.sequence)
+    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
+        size = self.coefficient * int(batch**self.batch) * int(sequence**self.sequence)
+        return size * (keys + self.offset) if self.keys else size
 
     def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
         """The same with the coefficient multiplied by a fraction that leaves it whole."""
         scaled, rest = divmod(self.coefficient * numerator, denominator)
         assert rest == 0, (self, numerator, denominator)
-        return Extent(scaled, self.batch, self.sequence)
+        return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset)
+
+    def times(self, other: "Extent") -> "Extent":
+        """The product of two extents, of which one at most knows K."""
+        assert not (self.keys and other.keys), (self, other)
+        keyed = other if other.keys else self
+        batch, sequence = self.batch + other.batch, self.sequence + other.sequence
+        return Extent(self.coefficient * other.coefficient, batch, sequence, "", keyed.keys, keyed.offset)
 
     def totals(self) -> list[int]:
         """The coefficient in the order of `POWERS`."""
         sums = [0] * len(POWERS)
-        sums[_POWER_INDEX[self.batch, self.sequence]] = self.coefficient
+        sums[_POWER_INDEX[self.batch, self.sequence, 0]] = self.coefficient
         return sums
 
 
-# Powers of (B, S) that occur, in the order of a snapshot's totals.
-POWERS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2))
+# Powers of (B, S, K) that occur, in the order of a snapshot's totals.
+POWERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (1, 2, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1))
 _POWER_INDEX = {power: i for i, power in enumerate(POWERS)}
 
 
@@ -60,14 +72,14 @@ class Polynomial(NamedTuple):
     terms: tuple[Extent, ...]
     label: str = ""
 
-    def at(self, batch: int, sequence: int) -> int:
-        return sum(term.at(batch, sequence) for term in self.terms)
+    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
+        return sum(term.at(batch, sequence, keys) for term in self.terms)
 
     def totals(self) -> list[int]:
         """Coefficients in the order of `POWERS`."""
         sums = [0] * len(POWERS)
         for term in self.terms:
-            sums[_POWER_INDEX[term.batch, term.sequence]] += term.coefficient
+            sums[_POWER_INDEX[term.batch, term.sequence, 0]] += term.coefficient
         return sums
 
 
@@ -80,20 +92,21 @@ class Snapshot:
     """What was alive at one instant: each kind of storage and how many of it."""
 
     totals: tuple[int, ...]
-    """Bytes per power of (B, S), in the order of `POWERS`."""
+    """Bytes per power of (B, S, K), in the order of `POWERS`."""
     held: tuple[tuple[tuple[Item, Size], int], ...]
 
-    def at(self, batch: int, sequence: int) -> int:
+    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
         """Bytes before rounding [bytes]."""
-        c, b, s, bs, ss, bss = self.totals
+        c, b, s, bs, ss, bss, k, bk, sk, bsk = self.totals
         tokens = batch * sequence
-        return c + b * batch + s * sequence + tokens * (bs + bss * sequence) + ss * sequence * sequence
+        alone = c + b * batch + s * sequence + tokens * (bs + bss * sequence) + ss * sequence * sequence
+        return alone + keys * (k + bk * batch + sk * sequence + bsk * tokens) if keys else alone
 
-    def items(self, batch: int, sequence: int) -> dict[Item, int]:
+    def items(self, batch: int, sequence: int, keys: int = 0) -> dict[Item, int]:
         """Bytes per item, each storage rounded up as the allocator does [bytes]."""
         sums: dict[Item, int] = {}
         for (item, extent), number in self.held:
-            sums[item] = sums.get(item, 0) + number * allocated(extent.at(batch, sequence))
+            sums[item] = sums.get(item, 0) + number * allocated(extent.at(batch, sequence, keys))
         return sums
 
 
@@ -120,10 +133,12 @@ class Storage:
 class Value:
     """A tensor: how many elements of which type, on which storage, made by which node."""
 
-    __slots__ = ("dtype", "extent", "node", "storage", "tape")
+    __slots__ = ("dtype", "extent", "has_base", "node", "storage", "tape")
 
     def __init__(self, tape: "Tape", extent: Extent, dtype: DType, storage: Storage | None, node: "Node | Leaf | None" = None) -> None:
         self.tape = tape
+        # Whether a gradient is a view that keeps the tensor it looks at alive.
+        self.has_base = False
         self.extent = extent
         self.dtype = dtype
         self.storage = storage
@@ -135,7 +150,19 @@ class Value:
 
     def view(self, extent: Extent | None = None) -> "Value":
         """The same storage seen as a leaf without history (a gradient passed on, a detached tensor)."""
-        return Value(self.tape, extent or self.extent, self.dtype, self.storage)
+        same = Value(self.tape, extent or self.extent, self.dtype, self.storage)
+        same.has_base = self.has_base
+        return same
+
+    def reshaped(self) -> "Value":
+        """This gradient seen in another shape: as autograd's own views do, it keeps what it looks at alive, so that no other gradient is
+        added into it.
+
+        Source: torch, csrc/autograd/variable.h, DifferentiableViewMeta (`base_`).
+        """
+        same = self.view()
+        same.has_base = True
+        return same
 
 
 class Parameter(Value):
@@ -258,7 +285,13 @@ class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
     def __init__(
-        self, *, autocast_dtype: DType | None = None, accumulating: bool = False, cuda_kernels: bool = True, names: bool = False
+        self,
+        *,
+        autocast_dtype: DType | None = None,
+        accumulating: bool = False,
+        cuda_kernels: bool = True,
+        names: bool = False,
+        training: bool = True,
     ) -> None:
         self.autocast_dtype = autocast_dtype
         self.accumulating = accumulating
@@ -268,6 +301,8 @@ class Tape:
         for comparison."""
         self.names = names
         """Whether tensors carry the name of their module and operator, for explanations."""
+        self.training = training
+        """`module.training`: whether there is dropout."""
         self.scope = ""
         """The module that is running."""
         self.kernels: set[Kernel] = set()
@@ -294,18 +329,24 @@ class Tape:
 
     def grow(self, item: Item, size: Extent, number: int = 1) -> None:
         self.live[item, size] += number
-        self.totals[_POWER_INDEX[size.batch, size.sequence]] += number * size.coefficient
+        self._count(size, number)
         self._rising = True
 
     def shrink(self, item: Item, size: Extent, number: int = 1) -> None:
         if self._rising:
             self.note_peak()
-        self.totals[_POWER_INDEX[size.batch, size.sequence]] -= number * size.coefficient
+        self._count(size, -number)
         left = self.live[item, size] - number
         if left:
             self.live[item, size] = left
         else:
             del self.live[item, size]
+
+    def _count(self, size: Extent, number: int) -> None:
+        _, batch, sequence, _, keys, offset = size
+        self.totals[_POWER_INDEX[batch, sequence, keys]] += number * size.coefficient
+        if offset:
+            self.totals[_POWER_INDEX[batch, sequence, 0]] += number * size.coefficient * offset
 
     def move(self, source: Item, target: Item, size: Extent) -> None:
         """A storage changes its name, not its size."""
@@ -461,7 +502,7 @@ class Tape:
         Source: torch, autograd/engine.cpp, evaluate_function, and input_buffer.cpp, accumulate.
         """
         waiting = _dependencies(root)
-        buffers: dict[Node, Value] = {root: gradient}
+        buffers: dict[Node | str, Value] = {root: gradient}
         collected: dict[Node, list[Value]] = {}
         del gradient
         ready = [(-root.sequence, 0, root)]
@@ -480,24 +521,30 @@ class Tape:
                 # Popped, so that no name here keeps a gradient alive through the next node.
                 self._deliver(edges.pop(0), results.pop(0), buffers, collected)
             for following, _, _ in node.inputs:
-                if isinstance(following, Node):
-                    waiting[following] -= 1
-                    if waiting[following] == 0:
-                        ties += 1
-                        heapq.heappush(ready, (-following.sequence, ties, following))
+                key = _key(following)
+                if key is None:
+                    continue
+                waiting[key] -= 1
+                if waiting[key]:
+                    continue
+                if isinstance(following, AccumulateGrad) and following.name in buffers:
+                    following.receive(buffers.pop(following.name))
+                elif isinstance(following, Node):
+                    ties += 1
+                    heapq.heappush(ready, (-following.sequence, ties, following))
 
     def _deliver(
         self,
         following: "Node | Leaf | None",
         gradient: Value | None,
-        buffers: dict[Node, Value],
+        buffers: "dict[Node | str, Value]",
         collected: dict[Node, list[Value]],
     ) -> None:
         if gradient is None or following is None:
             return
         match following:
             case AccumulateGrad():
-                following.receive(gradient)
+                _accumulate(self, buffers, following.name, gradient)
             case _Arrival():
                 following.add(self, gradient)
             case Node() if following.collects:
@@ -542,22 +589,29 @@ class _Arrival(Leaf):
             self.gradient = _sum(tape, self.gradient, gradient)
 
 
-def _dependencies(root: Node) -> dict[Node, int]:
-    """How many gradients each node waits for."""
-    waiting: dict[Node, int] = {}
+def _key(following: "Node | Leaf | None") -> "Node | str | None":
+    """What gradients wait under: a node, or the name of a parameter, which every use of it leads to."""
+    return following.name if isinstance(following, AccumulateGrad) else following if isinstance(following, Node) else None
+
+
+def _dependencies(root: Node) -> dict[Node | str, int]:
+    """How many gradients each node and each parameter waits for."""
+    waiting: dict[Node | str, int] = {}
     stack = [root]
     seen = {root}
     while stack:
         for following, _, _ in stack.pop().inputs:
-            if isinstance(following, Node):
-                waiting[following] = waiting.get(following, 0) + 1
-                if following not in seen:
-                    seen.add(following)
-                    stack.append(following)
+            key = _key(following)
+            if key is None:
+                continue
+            waiting[key] = waiting.get(key, 0) + 1
+            if isinstance(following, Node) and following not in seen:
+                seen.add(following)
+                stack.append(following)
     return waiting
 
 
-def _accumulate(tape: Tape, buffers: dict[Node, Value], node: Node, gradient: Value) -> None:
+def _accumulate(tape: Tape, buffers: dict[Node | str, Value], node: Node | str, gradient: Value) -> None:
     if node in buffers:
         buffers[node] = _sum(tape, buffers.pop(node), gradient)
     else:
@@ -565,9 +619,11 @@ def _accumulate(tape: Tape, buffers: dict[Node, Value], node: Node, gradient: Va
 
 
 def _sum(tape: Tape, first: Value, second: Value) -> Value:
-    """In place where one of the two belongs to nobody else, else a third tensor."""
-    for value in (first, second):
-        # Two references: the attribute of this Value, and getrefcount's own argument.
-        if value.storage is not None and getrefcount(value.storage) <= 2:
-            return value
+    """In place of the first where nobody else holds it, else a third tensor.
+
+    Source: torch, csrc/autograd/input_buffer.cpp, can_accumulate_inplace and accumulate.
+    """
+    # Two references: the attribute of this Value, and getrefcount's own argument.
+    if first.storage is not None and not first.has_base and getrefcount(first.storage) <= 2:
+        return first
     return tape.new(first.extent, first.dtype)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -59,22 +60,33 @@ def _terms(extent: Size) -> tuple[Extent, ...]:
     return extent.terms if isinstance(extent, Polynomial) else (extent,)
 
 
-def points(smallest: int, largest: int) -> tuple[Point, ...]:
-    """Where to trace a regime: three lengths at one batch, one length at another.
+ALIGNMENTS = (8, 64, 256)
+"""Lengths are padded inside a step: masks to 8 for the memory-efficient kernel, scans to whole chunks of 64 or up to 256. What holds for
+multiples of 8 is taken to hold for every length."""
+
+
+def points(smallest: int, largest: int, alignment: int = ALIGNMENTS[0]) -> tuple[Point, ...]:
+    """Where to trace a regime: three lengths at one batch, and at another a length that tells what goes in steps.
 
     Args:
         smallest: shortest length of the regime [tokens].
         largest: longest one [tokens].
+        alignment: of the lengths that the program is to hold for [tokens].
     """
-    lengths = _lengths(smallest, largest)
-    return (*((2, length) for length in lengths), (3, lengths[0]))
+    first, step = _lengths(smallest, largest)
+    return (*((2, first + n * step) for n in range(3)), (3, first + _odd(step, alignment)))
 
 
-def _lengths(smallest: int, largest: int) -> tuple[int, int, int]:
+def _odd(step: int, alignment: int) -> int:
+    """An odd multiple of the alignment short of the step, where there is room."""
+    return (step // 4 + alignment) // alignment * alignment if alignment < step else 0
+
+
+def _lengths(smallest: int, largest: int) -> tuple[int, int]:
     for step in (512, 64, 8, 1):
         first = max(-(-smallest // step), 1) * step
         if first + 2 * step <= largest:
-            return first, first + step, first + 2 * step
+            return first, step
     raise NotOneProgramError(f"lengths from {smallest} to {largest} are too few to tell how memory grows")
 
 
@@ -82,7 +94,7 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     """The step's candidates for the peak.
 
     Args:
-        timelines: of the sampled layers, at `points`.
+        timelines: of the sampled layers, at `points`; or at two batches of one length, or at one size, for which alone it then holds.
         stands_for: see `splice.spliced`.
 
     Raises:
@@ -110,6 +122,71 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     return Program(peaks=peaks)
 
 
+OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (1, 2) for S in (32, 48, 64)), (2, 80))
+"""Where a loop over tokens is traced: three lengths at two batches, and a size at which the outcome is checked."""
+
+_OUTLINE_ERROR = 1e-3
+
+
+def outline(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> Program:
+    """The candidates of a program that makes other tensors at every length, as a loop over tokens does.
+
+    Tensors cannot be matched then, so what each pass of a layer holds at its worst is fitted, item by item: up to quadratic in the length,
+    linear in the batch. The allocator's rounding is left out.
+
+    Args:
+        timelines: of the sampled layers, at `OUTLINE_POINTS`.
+        stands_for: see `splice.spliced`.
+
+    Raises:
+        NotOneProgramError: if the last point is not met within 0.1 %.
+    """
+    *fitted, check = OUTLINE_POINTS
+    worst = {point: _worst_of_passes(spliced(timeline, stands_for), stands_for) for point, timeline in timelines.items()}
+    peaks = {}
+    for phase in _STEP_PHASES:
+        if len({len(passes[phase]) for passes in worst.values()}) > 1:
+            raise NotOneProgramError(f"the {phase.value} pass has other parts at other lengths")
+        numbers = range(len(worst[check][phase]))
+        peaks[phase] = tuple(_fitted({point: worst[point][phase][number] for point in fitted}) for number in numbers)
+        told = max((snapshot.at(*check) for snapshot in peaks[phase]), default=0)
+        seen = max((sum(held.values()) for held in worst[check][phase]), default=0)
+        if abs(told - seen) > _OUTLINE_ERROR * seen:
+            raise NotOneProgramError(f"the {phase.value} pass takes {seen} bytes at {check}, and {told} by its growth up to there")
+    return Program(peaks={phase: snapshots for phase, snapshots in peaks.items() if snapshots})
+
+
+def _worst_of_passes(whole: Timeline, stands_for: Sequence[int]) -> dict[Phase, list[Counter[Item]]]:
+    """Bytes by item at the worst instant of each pass [bytes]."""
+    first = _first_event(whole)
+    there = {event for event in whole.events[:first] if event >= 0}
+    events = np.array(whole.events, dtype=np.int64)
+    indices = np.where(events < 0, ~events, events)
+    sizes = np.array([0 if index in there else a.num_bytes for index, a in enumerate(whole.allocations)], dtype=np.int64)
+    live = np.cumsum(np.where(events < 0, -1, 1) * sizes[indices])
+    found: dict[Phase, list[Counter[Item]]] = {}
+    for phase in _STEP_PHASES:
+        found[phase] = []
+        for instants in _ranges(whole, phase, first, stands_for):
+            sums: Counter[Item] = Counter()
+            for index in _living(whole, instants.start + int(np.argmax(live[instants.start : instants.stop])), first):
+                sums[Item(whole.allocations[index].item)] += whole.allocations[index].num_bytes
+            found[phase].append(sums)
+    return found
+
+
+def _fitted(seen: Mapping[Point, Counter[Item]]) -> Snapshot:
+    lengths = sorted({S for _, S in seen})
+    held: dict[tuple[Item, Size], int] = {}
+    for item in sorted({item for sums in seen.values() for item in sums}):
+        one, two = ([Fraction(seen[B, S][item]) for S in lengths] for B in (1, 2))
+        per_batch = _quadratic(lengths, [b - a for a, b in zip(one, two, strict=True)])
+        fixed = _quadratic(lengths, [2 * a - b for a, b in zip(one, two, strict=True)])
+        terms = [Extent(ceil(c), batch, n) for batch, parts in enumerate((fixed, per_batch)) for n, c in enumerate(parts) if c]
+        held[item, Polynomial(tuple(terms))] = 1
+    return _snapshot_of(held)
+
+
 def _first_event(whole: Timeline) -> int:
     """Where the last micro-batch begins: what was there before is counted elsewhere."""
     return max(mark.event for mark, before in _with_previous(whole.marks) if mark.phase == Phase.FORWARD and before != Phase.FORWARD)
@@ -122,8 +199,8 @@ def _with_previous(marks: Sequence[Mark]) -> Iterator[tuple[Mark, str]]:
         before = mark.phase
 
 
-def _positions(whole: Timeline, phase: Phase, first: int, stands_for: Sequence[int]) -> _Integers:
-    """Instants of a phase that can be its largest.
+def _ranges(whole: Timeline, phase: Phase, first: int, stands_for: Sequence[int]) -> list[range]:
+    """Instants of a phase that can be its largest, passes of layers apart.
 
     From one copy of a layer to the next what is alive changes by a constant: the first and the last copy decide.
     """
@@ -135,7 +212,11 @@ def _positions(whole: Timeline, phase: Phase, first: int, stands_for: Sequence[i
             ends[played] = (ends.get(played, (number, 0))[0], number)
     chosen = {number for pair in ends.values() for number in pair}
     # A span begins with what the one before left.
-    ranges = [np.arange(max(mark.event - 1, first), end) for number, (mark, end) in enumerate(spans) if mark.layer < 0 or number in chosen]
+    return [range(max(mark.event - 1, first), end) for number, (mark, end) in enumerate(spans) if mark.layer < 0 or number in chosen]
+
+
+def _positions(whole: Timeline, phase: Phase, first: int, stands_for: Sequence[int]) -> _Integers:
+    ranges = [np.arange(r.start, r.stop) for r in _ranges(whole, phase, first, stands_for)]
     return np.concatenate(ranges) if ranges else np.empty(0, dtype=np.int64)
 
 
@@ -166,17 +247,22 @@ def _front(live: _Matrix, positions: _Integers) -> list[int]:
 
 
 def _snapshot(whole: Timeline, position: int, first: int, extents: Sequence[Polynomial]) -> Snapshot:
+    held: Counter[tuple[Item, Size]] = Counter()
+    for index in _living(whole, position, first):
+        allocation = whole.allocations[index]
+        held[Item(allocation.item), extents[allocation.source]._replace(label=_label(allocation.module, allocation.operator))] += 1
+    return _snapshot_of(held)
+
+
+def _living(whole: Timeline, position: int, first: int) -> set[int]:
+    """Allocations made since `first` and alive after the event at `position`."""
     living: set[int] = set()
     for event in whole.events[first : position + 1]:
         if event < 0:
             living.discard(~event)
         else:
             living.add(event)
-    held: Counter[tuple[Item, Size]] = Counter()
-    for index in living:
-        allocation = whole.allocations[index]
-        held[Item(allocation.item), extents[allocation.source]._replace(label=_label(allocation.module, allocation.operator))] += 1
-    return _snapshot_of(held)
+    return living
 
 
 def _snapshot_of(held: Mapping[tuple[Item, Size], int]) -> Snapshot:
@@ -202,41 +288,52 @@ def _extents(timelines: Mapping[Point, Timeline]) -> list[Polynomial]:
     for point, timeline in timelines.items():
         if timeline.events != reference.events or len(timeline.allocations) != len(reference.allocations):
             raise NotOneProgramError(f"the run at batch {point[0]} and length {point[1]} makes other tensors than the others")
-    (batch, *_), *_ = sizes_at = list(timelines)
-    lengths = [S for B, S in sizes_at if batch == B]
-    other = next(B for B, _ in sizes_at if batch != B)
-    columns = [[t.allocations[i].num_bytes for t in timelines.values()] for i in range(len(reference.allocations))]
     known: dict[tuple[int, ...], Polynomial] = {}
     found = []
-    for sizes in map(tuple, columns):
+    for sizes in zip(*([a.num_bytes for a in t.allocations] for t in timelines.values()), strict=True):
         if sizes not in known:
-            known[sizes] = _polynomial(sizes[:-1], sizes[-1], lengths, batch, other)
+            known[sizes] = _polynomial(tuple(timelines), sizes)
         found.append(known[sizes])
     return found
 
 
-def _polynomial(sizes: Sequence[int], other_size: int, lengths: Sequence[int], batch: int, other: int) -> Polynomial:
-    """A size in bytes as a polynomial: quadratic in the length, and proportional to the batch or independent of it."""
-    coefficients = _quadratic(lengths, sizes)
-    if other_size == sizes[0]:
-        power, divisor = 0, 1
-    elif other_size * batch == sizes[0] * other:
-        power, divisor = 1, batch
+def _polynomial(at: Sequence[Point], sizes: Sequence[int]) -> Polynomial:
+    """A size in bytes as a polynomial: up to quadratic in the length, and proportional to the batch or independent of it.
+
+    Args:
+        at: where it was seen: some lengths at one batch, then any length at another.
+        sizes: what was seen [bytes].
+    """
+    batch = at[0][0]
+    lengths = [S for B, S in at if batch == B]
+    coefficients = _parabola(lengths, sizes)
+    for power in (0, 1):
+        if all(_value(coefficients, S) * B**power == size * batch**power for (B, S), size in zip(at, sizes, strict=True)):
+            break
     else:
-        raise NotOneProgramError(f"a tensor of {sizes[0]} bytes at batch {batch} has {other_size} at batch {other}")
+        raise NotOneProgramError(f"a tensor of {sizes[0]} bytes at {at[0]} has {sizes[-1]} at {at[-1]}")
     terms = []
     for exponent, coefficient in enumerate(coefficients):
-        coefficient /= divisor
-        if coefficient.denominator != 1:
-            raise NotOneProgramError(f"a tensor of {sizes[0]}, {sizes[1]} and {sizes[2]} bytes grows by no polynomial in the length")
-        if coefficient:
-            terms.append(Extent(int(coefficient), power, exponent))
+        share = coefficient / batch**power
+        if share.denominator != 1:
+            raise NotOneProgramError(f"a tensor of {', '.join(map(str, sizes))} bytes grows by no polynomial in the length")
+        if share:
+            terms.append(Extent(int(share), power, exponent))
     return Polynomial(tuple(terms))
 
 
-def _quadratic(lengths: Sequence[int], sizes: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
+def _value(coefficients: Sequence[Fraction], length: int) -> Fraction:
+    return sum((c * length**n for n, c in enumerate(coefficients)), Fraction(0))
+
+
+def _parabola(lengths: Sequence[int], sizes: Sequence[int]) -> tuple[Fraction, ...]:
+    """Coefficients of the parabola through three points, constant first; of one point, the constant."""
+    return _quadratic(lengths, sizes) if len(lengths) == 3 else (Fraction(sizes[0]),)
+
+
+def _quadratic(lengths: Sequence[int], sizes: Sequence[int | Fraction]) -> tuple[Fraction, Fraction, Fraction]:
     """Coefficients of the parabola through three points, constant first."""
-    (x0, x1, x2), (y0, y1, y2) = lengths, sizes
+    (x0, x1, x2), (y0, y1, y2) = lengths, sizes[:3]
     slope = Fraction(y1 - y0, x1 - x0)
     bend = (Fraction(y2 - y1, x2 - x1) - slope) / (x2 - x0)
     return y0 - slope * x0 + bend * x0 * x1, slope - bend * (x0 + x1), bend

@@ -42,6 +42,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
         key = norm(m, "self_attn.k_norm", key, heads.head_dim)
     if layer.model_type != "cohere2" or layer.layer_type == "sliding_attention":
         query, key = rotated_interleaved(query, key, around)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
     return m.linear("self_attn.o_proj", output), weights
 

@@ -27,7 +27,7 @@ from estimator.operators import (
     split,
     subtract,
 )
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Gradients, Node, Value
 
 
 def _heads(layer: Layer) -> Heads:
@@ -54,8 +54,13 @@ def latent_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple
         query_rotary, key_rotary = _rotated_interleaved(query_rotary, key_rotary, around)
     else:
         query_rotary, key_rotary = rotated(query_rotary, key_rotary, around)
+    compressing = not layer.modules.recipe.stack.caches_expanded_latents
+    if compressing:
+        compact, key_rotary = layer.remember(compact, key_rotary)
     whole_query = concatenate([query_pass, query_rotary])
     key, value = _expanded(layer, compact, key_rotary, heads)
+    if not compressing:
+        key, value = layer.remember(key, value)
     probability = layer.number("attention_dropout", 0.0)
     output, weights = layer.attend_and_weights(whole_query, key, value, heads, around, probability=probability, heads_first=True)
     output = m.linear("self_attn.o_proj", output)
@@ -103,7 +108,7 @@ def _expanded(layer: Layer, latent: Value, rotary: Value, heads: Heads) -> tuple
     together = layer.modules.linear("self_attn.kv_b_proj", latent)
     key_pass, value = split(together, (nope, value_dim), nope + value_dim)
     rotary = _shared_by_heads(rotary, heads.num_heads)
-    key = together.tape.new(Extent(heads.num_heads * heads.head_dim, 1, 1), together.dtype)
+    key = together.tape.new(together.extent.scaled(heads.head_dim, nope + value_dim), together.dtype)
     key = _copied_into(key, key_pass)
     key = _copied_into(key, rotary)
     return key, value
@@ -237,6 +242,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
         key = m.rms_norm("self_attn.k_norm", key, heads.head_dim)
     query, key = _partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
     probability = layer.number("attention_dropout", 0.0)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=probability, heads_first=True)
     return m.linear("self_attn.o_proj", output), weights
 

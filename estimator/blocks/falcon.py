@@ -51,6 +51,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> Value:
     if layer.config.get("new_decoder_architecture"):
         heads = replace(heads, num_key_value_heads=heads.num_heads)
     query, key = rotated(query, key, around)
+    key, value = layer.remember(key, value)
     output = _kernel(layer, query, key, value, heads, around)
     output = m.linear("self_attention.dense", output)
     del fused
@@ -58,13 +59,12 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> Value:
 
 
 def _kernel(layer: Layer, query: Value, key: Value, value: Value, heads: Heads, around: Surroundings) -> Value:
-    layer.remember(key, value)
     if layer.attention is Attention.EAGER:
         raise NotImplementedError("eager attention of Falcon")
     if layer.attention is not Attention.SDPA:
         return flash(query, key, value, heads)
     if heads.groups > 1:
-        return written_out(query, key, value, heads, mask=around.mask, broadcasts=True)
+        return written_out(query, key, value, heads, mask=around.mask, one_query=layer.decoding, broadcasts=True)
     assert around.mask is not None
     return memory_efficient(query, key, value, around.mask, heads)
 

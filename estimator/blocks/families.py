@@ -7,8 +7,9 @@ from estimator.blocks import cohere, deepseek, falcon, gemma, gpt2, gpt_oss, lla
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
+from estimator.kv_cache import QUERIES, Spans
 from estimator.modules import Modules
-from estimator.operators import add, dropout, embedding, scale
+from estimator.operators import add, dropout
 from estimator.recipe import Attention
 from estimator.tape import Extent, Tape, Value
 
@@ -26,12 +27,20 @@ class Frame:
     """Whether an attention mask is materialised."""
     sliding_masked: bool
     """Whether the layers with a window need one."""
+    padded: bool = False
+    """Whether batches carry padding."""
+    spans: Spans | None = None
+    """How far caches reach, in inference."""
 
     @property
     def width(self) -> int:
         value = self.config["hidden_size"]
         assert isinstance(value, int)
         return value
+
+    def positions(self, number: int) -> Extent:
+        """So many elements for each position: the same in all sequences of a training batch, of each sequence its own in generation."""
+        return Extent(number, 0 if self.spans is None else 1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +64,12 @@ class Family:
 
 
 def embed_tokens(frame: Frame) -> Value:
-    return embedding(frame.modules.parameter("embed_tokens.weight"), Extent(frame.width, 1, 1))
+    return frame.modules.embedding("embed_tokens", Extent(frame.width, 1, 1))
 
 
 def embed_scaled(frame: Frame) -> Value:
     """Gemma's embedding multiplies its output by a number."""
-    return scale(embed_tokens(frame))
+    return frame.modules.embedding("embed_tokens", Extent(frame.width, 1, 1), scaled=True)
 
 
 def head_dim(config: Mapping[str, object]) -> int:
@@ -99,7 +108,7 @@ def _rotary_latent(frame: Frame, hidden: Value) -> Surroundings:
 def _rotary_complex(frame: Frame, hidden: Value) -> Surroundings:
     """Complex numbers. Source: transformers, models/deepseek_v2/modeling_deepseek_v2.py, DeepseekV2RotaryEmbedding.forward."""
     return Surroundings(
-        cos=frame.tape.new(Extent(_rope_head_dim(frame.config), 0, 1), DType.FLOAT32), mask=mask(frame, hidden.dtype, frame.masked)
+        cos=frame.tape.new(frame.positions(_rope_head_dim(frame.config)), DType.FLOAT32), mask=mask(frame, hidden.dtype, frame.masked)
     )
 
 
@@ -112,15 +121,15 @@ def _rope_head_dim(config: Mapping[str, object]) -> int:
 def _rotary(frame: Frame, dtype: DType, mask_dtype: DType, width: int | None = None) -> Surroundings:
     width = rotary_width(frame.config, head_dim(frame.config)) if width is None else width
     with frame.tape.recording(False):
-        cos, sin = (frame.tape.new(Extent(width, 0, 1), dtype) for _ in range(2))
+        cos, sin = (frame.tape.new(frame.positions(width), dtype) for _ in range(2))
         # Where layer types have frequencies of their own, so do their cos and sin: as large.
-        more = tuple(frame.tape.new(Extent(width, 0, 1), dtype) for _ in range(2 * (_num_frequency_sets(frame.config) - 1)))
-    full, sliding = _mask_kinds(frame.config)
+        more = tuple(frame.tape.new(frame.positions(width), dtype) for _ in range(2 * (_num_frequency_sets(frame.config) - 1)))
+    full, sliding = _mask_kinds(frame)
     return Surroundings(
         cos=cos,
         sin=sin,
         mask=mask(frame, mask_dtype, frame.masked) if full else None,
-        sliding_mask=mask(frame, mask_dtype, frame.sliding_masked) if sliding else None,
+        sliding_mask=mask(frame, mask_dtype, frame.sliding_masked, sliding=True) if sliding else None,
         others=more,
     )
 
@@ -141,7 +150,7 @@ def _with_both_masks(surround: Callable[[Frame, Value], Surroundings]) -> Callab
         if around.sliding_mask is not None:
             return around
         needed = frame.sliding_masked or frame.config.get("sliding_window") == 0
-        unused = mask(frame, hidden.dtype, needed)
+        unused = None if frame.spans is not None and frame.spans.prepared else mask(frame, hidden.dtype, needed, sliding=True)
         return around if unused is None else replace(around, others=(*around.others, unused))
 
     return both
@@ -155,20 +164,31 @@ def _num_frequency_sets(config: Mapping[str, object]) -> int:
     return max(1, len(set(types) & set(parameters)))
 
 
-def _mask_kinds(config: Mapping[str, object]) -> tuple[bool, bool]:
+def _mask_kinds(frame: Frame) -> tuple[bool, bool]:
     """Whether a mask for all and one for the last few positions is asked for."""
-    types = config.get("layer_types")
+    types = frame.config.get("layer_types")
     if isinstance(types, (list, tuple)):
-        return True, "sliding_attention" in types
-    sliding = bool(config.get("sliding_window"))
+        return "full_attention" in types or frame.spans is None or not frame.spans.prepared, "sliding_attention" in types
+    sliding = bool(frame.config.get("sliding_window"))
     return not sliding, sliding
 
 
-def mask(frame: Frame, dtype: DType, needed: bool) -> Value | None:
-    """sdpa takes a boolean mask, eager one in the model's type and always."""
+def mask(frame: Frame, dtype: DType, needed: bool, *, sliding: bool = False) -> Value | None:
+    """sdpa takes a boolean mask, eager one in the model's type and always.
+
+    Without padding a boolean mask is one for all sequences, unless it is made before the model is called.
+
+    Source: transformers, masking_utils.py, sdpa_mask and eager_mask; generation/utils.py, prepare_inputs_for_generation (`.contiguous()`).
+    """
+    spans = frame.spans
+    length = QUERIES if spans is None else spans.sliding_mask if sliding else spans.mask
     if frame.attention is Attention.EAGER:
-        return frame.tape.new(Extent(1, 1, 2), dtype)
-    return frame.tape.new(Extent(1, 1, 2), DType.BOOL) if needed and frame.attention is Attention.SDPA else None
+        return frame.tape.new(Extent(1, 1, 1).times(length), dtype)
+    if not needed or frame.attention is not Attention.SDPA:
+        return None
+    prepared = spans is not None and spans.prepared and (frame.masked or sliding)
+    shared = spans is not None and not (frame.padded or prepared)
+    return frame.tape.new(Extent(1, 0 if shared else 1, 1).times(length), DType.BOOL)
 
 
 def finish_rms(frame: Frame, hidden: Value) -> Value:
@@ -211,7 +231,7 @@ def number(config: Mapping[str, object], name: str) -> float:
 
 def embedded_as(name: str) -> Callable[[Frame], Value]:
     def embed(frame: Frame) -> Value:
-        return embedding(frame.modules.parameter(f"{name}.weight"), Extent(frame.width, 1, 1))
+        return frame.modules.embedding(name, Extent(frame.width, 1, 1))
 
     return embed
 
@@ -222,7 +242,7 @@ def masks_alone(frame: Frame, hidden: Value) -> Surroundings:
 
 def _enter_gpt2(frame: Frame, embedded: Value, beside: list[Value]) -> Value:
     """Source: transformers, models/gpt2/modeling_gpt2.py, GPT2Model.forward."""
-    positions = embedding(frame.modules.parameter("wpe.weight"), Extent(frame.width, 0, 1))
+    positions = frame.modules.embedding("wpe", frame.positions(frame.width))
     beside.append(positions)
     return dropout(add(embedded, positions), number(frame.config, "embd_pdrop"))
 

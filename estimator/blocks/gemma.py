@@ -38,6 +38,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     # Gemma 3 does not hand its soft cap on to the kernel.
     softcap = "self_attn.q_norm.weight" not in m.tensors and layer.config.get("attn_logit_softcapping") is not None
     probability = layer.number("attention_dropout", 0.0)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=probability, softcap=softcap)
     return m.linear("self_attn.o_proj", output), weights
 

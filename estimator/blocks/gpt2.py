@@ -18,6 +18,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
         layer.handed_out.append(key.view())
     # GPT-2's softmax is not asked for float32: without autocast it stays in the type of the scores.
     in_float32 = m.tape.autocast_enabled or layer.config.get("multi_query") is not None
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
         query, key, value, heads, around, probability=layer.number("attn_pdrop", 0.0), softmax_in_float32=in_float32
     )

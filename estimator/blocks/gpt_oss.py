@@ -3,9 +3,9 @@
 Source: transformers, models/gpt_oss/modeling_gpt_oss.py; integrations/moe.py, grouped_mm_experts_forward.
 """
 
-from estimator.attention import Heads, repeated
+from estimator.attention import Heads, repeated, scores_extent
 from estimator.blocks.layer import Layer, Surroundings
-from estimator.blocks.moe import adapted, experts_per_token, grouped_product, num_experts, summed_over_choices, top
+from estimator.blocks.moe import adapted, experts_copied, experts_per_token, grouped_product, num_experts, summed_over_choices, top
 from estimator.blocks.olmo import rms_norm
 from estimator.dtypes import DType
 from estimator.kernels import Kernel
@@ -40,12 +40,12 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     key = m.linear("self_attn.k_proj", hidden)
     value = m.linear("self_attn.v_proj", hidden)
     query, key = _rotated(query, key, around)
+    key, value = layer.remember(key, value)
     probability = layer.number("attention_dropout", 0.0)
     weights: Value | None = None
     if layer.attention is Attention.EAGER:
-        layer.remember(key, value)
         mask = around.sliding_mask if layer.layer_type == "sliding_attention" else around.mask
-        output, weights = _with_sinks(query, key, value, m.parameter("self_attn.sinks"), mask, heads, probability)
+        output, weights = _with_sinks(query, key, value, m.parameter("self_attn.sinks"), mask, heads, probability, one_query=layer.decoding)
     else:
         output, _ = layer.attend_and_weights(query, key, value, heads, around, probability=probability, heads_first=True)
     return m.linear("self_attn.o_proj", output), weights
@@ -69,7 +69,7 @@ def _halves_rotated(x: Value, around: Surroundings) -> Value:
 
 
 def _with_sinks(
-    query: Value, key: Value, value: Value, sinks: Value, mask: Value | None, heads: Heads, probability: float
+    query: Value, key: Value, value: Value, sinks: Value, mask: Value | None, heads: Heads, probability: float, *, one_query: bool
 ) -> tuple[Value, Value]:
     """Eager attention whose softmax has one more column, which nobody attends to.
 
@@ -79,7 +79,7 @@ def _with_sinks(
     """
     query.tape.kernels.add(Kernel.EAGER)
     key, value = repeated(key, heads.groups), repeated(value, heads.groups)
-    weights = scale(batched_product(query, key, Extent(heads.num_heads, 1, 2)))
+    weights = scale(batched_product(query, key, scores_extent(query, key, heads)))
     if mask is not None:
         weights = add(weights, mask)
     combined = _joined(weights, sinks)
@@ -90,7 +90,7 @@ def _with_sinks(
     weights = cast(dropout(scores, probability), value.dtype)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
     output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
-    output = clone(output)
+    output = output if one_query else clone(output)
     del column, combined
     return output, weights
 
@@ -151,6 +151,8 @@ def mixture(layer: Layer, hidden: Value) -> tuple[Value, Value]:
 
 def experts(layer: Layer, hidden: Value, weights: Value, indices: Value) -> Value:
     """Source: integrations/moe.py, grouped_mm_experts_forward, with biases."""
+    if layer.copies_experts:
+        return experts_copied(layer, hidden, weights, layer.integer("intermediate_size"), gate)
     m, tape = layer.modules, hidden.tape
     width, expert_width, chosen = layer.integer("hidden_size"), layer.integer("intermediate_size"), experts_per_token(layer.config)
     pairs = weights.extent

@@ -1,9 +1,12 @@
 """What a decoder layer is given beside its input."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 from estimator.attention import Heads, eager, expanded, flash, scaled_dot_product
+from estimator.dtypes import DType
+from estimator.kv_cache import QUERIES, Span, Update
 from estimator.modules import Modules
 from estimator.operators import clone
 from estimator.phases import Item
@@ -34,10 +37,21 @@ class Layer:
     model_type: str
     attention: Attention
     layer_type: str = "full_attention"
+    span: Span | None = None
+    """How far the layer's cache reaches, in inference."""
     cache: list[Value] | None = None
-    """Where keys and values go in inference."""
+    """Keys and values that are there before; those that are there after take their place."""
+    decoding: bool = False
+    """Whether there is one query for each sequence."""
+    compiled: bool = False
+    """Whether torch.compile runs the layer."""
     handed_out: list[Value] | None = None
     """Where a layer puts what it returns beside the hidden states."""
+
+    @property
+    def copies_experts(self) -> bool:
+        """Whether the weights of the chosen experts are copied for every token."""
+        return self.decoding and self.modules.recipe.stack.decodes_experts_one_by_one
 
     def integer(self, name: str) -> int:
         value = self.config[name]
@@ -80,8 +94,8 @@ class Layer:
         Args:
             heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token.
         """
-        self.remember(key, value)
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
+        cached = self.span is not None
         if self.attention is Attention.EAGER:
             return eager(
                 query,
@@ -92,29 +106,69 @@ class Layer:
                 probability=probability,
                 softcap=softcap,
                 in_float32=softmax_in_float32,
-                heads_first=heads_first,
+                queries_first=heads_first or self.decoding,
+                keys_first=heads_first or cached,
+                values_first=cached,
+                one_query=self.decoding,
             )
         stack = self.modules.recipe.stack
+        copies_output = heads_first and not self.decoding  # one query lies the same way round in both layouts
         if self.attention is not Attention.SDPA:
             if stack.flash_repeats_key_values(self.model_type):
                 query, key, value, heads = expanded(query, key, value, heads)
             output = flash(query, key, value, heads)
-            return (clone(output) if heads_first else output), None
+            return (clone(output) if copies_output else output), None
         if mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels:
-            query, key, value, heads = expanded(query, key, value, heads)
+            if self.decoding and stack.sdpa_packs_queries and not self.compiled:
+                # The queries of a group are looked at as queries of one head.
+                heads = replace(heads, num_key_value_heads=heads.num_heads)
+            else:
+                query, key, value, heads = expanded(query, key, value, heads)
         capability = self.modules.recipe.compute_capability
-        return scaled_dot_product(query, key, value, mask, heads, capability, heads_first=heads_first), None
+        return scaled_dot_product(query, key, value, mask, heads, capability, heads_first=copies_output, one_query=self.decoding), None
 
-    def remember(self, key: Value, value: Value) -> None:
-        """In inference, keys and values are copied into the cache.
+    def remember(self, key: Value, value: Value) -> tuple[Value, Value]:
+        """In inference, keys and values go to the cache, and what attention looks at comes from there.
 
-        Source: transformers, cache_utils.py, DynamicLayer.update; models/deepseek_v3 (5.x) caches the latent instead.
+        Source: transformers, cache_utils.py, DynamicLayer.update, StaticLayer.lazy_initialization and update,
+        StaticSlidingWindowLayer.update; generation is the same in models/deepseek_v3 (5.x), with the latent for a key.
         """
-        if self.cache is None:
-            return
-        latent = self.config.get("kv_lora_rank")
-        if isinstance(latent, int) and not self.modules.recipe.stack.caches_expanded_latents:
-            rotary = self.integer("qk_rope_head_dim")
-            self.cache.append(key.tape.new(Extent(latent + rotary, 1, 1), key.dtype, Item.KV_CACHE))
-            return
-        self.cache.extend(x.tape.new(x.extent, x.dtype, Item.KV_CACHE) for x in (key, value))
+        span, cache = self.span, self.cache
+        if span is None or cache is None:
+            return key, value
+        tape = key.tape
+        new = (key, value)
+        if span.before is None and span.update is not Update.JOINED:
+            cache.extend(tape.new(_of(x, span.stored), x.dtype, Item.KV_CACHE) for x in new)
+        match span.update:
+            case Update.JOINED | Update.JOINED_TOGETHER:
+                old = list(cache) if span.update is Update.JOINED_TOGETHER else []
+                for index, x in enumerate(new):
+                    if span.before is not None and not self.modules.recipe.stack.keeps_earlier_cache(self.model_type):
+                        _relabelled(cache[index], Item.TEMPORARY)
+                    joined = tape.new(_of(x, span.stored), x.dtype, Item.KV_CACHE)
+                    cache[index : index + 1] = [joined]
+                    del joined
+                del old
+            case Update.WRITTEN:
+                positions = [tape.new(QUERIES, DType.INT64) for _ in range(2)]
+                del positions
+            case Update.SHIFTED:
+                rolled = [tape.new(x.extent, x.dtype) for x in cache]
+                del rolled
+            case Update.PASSED:
+                return key, value
+            case _:
+                assert_never(span.update)
+        key, value = (cached.view(_of(x, span.attended)) for cached, x in zip(cache, new, strict=True))
+        return key, value
+
+
+def _of(x: Value, length: Extent) -> Extent:
+    """Keys or values of so many tokens instead of those of the pass."""
+    return Extent(x.extent.coefficient, x.extent.batch).times(length)
+
+
+def _relabelled(x: Value, item: Item) -> None:
+    if x.storage is not None:
+        x.storage.relabel(item)

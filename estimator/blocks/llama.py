@@ -30,6 +30,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     value = m.linear("self_attn.v_proj", hidden)
     if rotates(layer.config, layer.index):
         query, key = rotated(query, key, around)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
     return m.linear("self_attn.o_proj", output), weights
 

@@ -8,7 +8,7 @@ Source: transformers, integrations/moe.py, grouped_mm_experts_forward (the defau
 MixtralTopKRouter and MixtralSparseMoeBlock; models/qwen3_moe/modeling_qwen3_moe.py, models/qwen2_moe/modeling_qwen2_moe.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
@@ -190,6 +190,8 @@ def normalized(x: Value, chosen: int) -> Value:
 
 def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_width: int) -> Value:
     """All experts at once on tokens sorted by expert."""
+    if layer.copies_experts:
+        return experts_copied(layer, hidden, weights, expert_width, gate)
     m = layer.modules
     tape = m.tape
     width, chosen = layer.integer("hidden_size"), experts_per_token(layer.config)
@@ -215,6 +217,43 @@ def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_
     result = cast(final, hidden.dtype)
     del sorted_ids, counted, selected, final, gate_up, down, up_factors, down_factors
     return result
+
+
+def experts_copied(
+    layer: Layer,
+    hidden: Value,
+    weights: Value,
+    expert_width: int,
+    gate: Callable[[Value], Value],
+) -> Value:
+    """The weights of every chosen expert are copied for every token: quick for few tokens, and as large as the experts chosen.
+
+    Source: transformers, integrations/moe.py, batched_mm_experts_forward.
+    """
+    m, tape = layer.modules, layer.modules.tape
+    width, chosen = layer.integer("hidden_size"), experts_per_token(layer.config)
+    pairs = weights.extent
+    selected = tape.new(hidden.extent.scaled(chosen), hidden.dtype)
+    gate_up, up_factors = adapted(m, "mlp.experts.gate_up_proj")
+    copies = tape.new(pairs.scaled(2 * expert_width * width), gate_up.dtype)
+    bias = _copied_bias(m, "mlp.experts.gate_up_proj_bias", pairs.scaled(2 * expert_width))
+    projected = gate(tape.new(pairs.scaled(2 * expert_width), copies.dtype))
+    down, down_factors = adapted(m, "mlp.experts.down_proj")
+    # The same local: the copies of the first weights stay until those of the second are there.
+    copies = tape.new(pairs.scaled(width * expert_width), down.dtype)
+    bias = _copied_bias(m, "mlp.experts.down_proj_bias", pairs.scaled(width))
+    projected = tape.new(pairs.scaled(width), copies.dtype)
+    weighted = multiply(projected, weights)
+    final = summed_over_choices(weighted, chosen)
+    result = cast(final, hidden.dtype)
+    del selected, copies, bias, final, gate_up, down, up_factors, down_factors
+    return result
+
+
+def _copied_bias(m: Modules, name: str, extent: Extent) -> Value | None:
+    """The bias of each pair of a token and an expert, if there is one. It is added in place."""
+    stored = m.optional(name)
+    return None if stored is None else m.tape.new(extent, stored.dtype)
 
 
 def gate(x: Value) -> Value:
@@ -280,6 +319,7 @@ def olmoe_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[
     if layer.config.get("clip_qkv") is not None:
         query, key, value = clamp_in_place(query), clamp_in_place(key), clamp_in_place(value)
     query, key = rotated(query, key, around)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
     return m.linear("self_attn.o_proj", output), weights
 

@@ -14,6 +14,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     fused = m.linear("attention.query_key_value", hidden)
     query, key, value = split(fused, (1, 1, 1), 3)
     query, key = partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)[:2]
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
         query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True
     )

@@ -39,6 +39,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     if layer.config.get("clip_qkv") is not None:
         query, key, value = clamp_in_place(query), clamp_in_place(key), clamp_in_place(value)
     query, key = rotated_in_float32(query, key, around)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))
     return m.linear("self_attn.o_proj", output), weights
 

@@ -21,6 +21,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
         query = m.layer_norm("self_attn.q_layernorm", query, heads.head_dim)
         key = m.layer_norm("self_attn.k_layernorm", key, heads.head_dim)
     query, key, held = partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
         query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True
     )
@@ -67,6 +68,7 @@ def fused_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[
     query, key, value = _slices(query_key_value, heads)
     width = rotary_width(layer.config, heads.head_dim)
     query, key = _rotated(query, key, around, width, heads.head_dim)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
         query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True
     )

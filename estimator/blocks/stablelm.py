@@ -27,6 +27,7 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
         query = norm_per_head(m, "self_attn.q_layernorm", query, heads.num_heads, heads.head_dim)
         key = norm_per_head(m, "self_attn.k_layernorm", key, heads.num_key_value_heads, heads.head_dim)
     query, key, held = partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
+    key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
         query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True
     )

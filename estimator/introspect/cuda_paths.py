@@ -12,15 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import bitsandbytes
 import torch
 from bitsandbytes.autograd import _functions as bnb_autograd
+from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
+from transformers import GenerationMixin
 
 AUTOCAST_KEY = "AutocastCPU"
 
@@ -279,7 +282,37 @@ def _layer_norm_backward_kernel(grad: torch.Tensor, x: torch.Tensor, shape: Any,
     return torch.ops.aten.native_layer_norm_backward.default(grad, x, shape, mean.to(own), rstd.to(own), *rest)
 
 
+def _attention_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any) -> Any:
+    """Without a mask CUDA takes flash, whose output lies in memory as the query does, like the CPU's; with one the memory-efficient
+    kernel, whose output lies token after token whatever the query does.
+
+    Source: torch, ATen/native/transformers/cuda/attention.cu, _efficient_attention_forward (`res` is an empty (B, M, heads, Kv)).
+    """
+    output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(query, key, value, *rest, **named)
+    return (output if named.get("attn_mask") is None else _token_after_token(output)), logsumexp
+
+
+def _attention_backward_kernel(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+) -> Any:
+    """Flash's gradients lie as query, key and value do, the memory-efficient kernel's token after token, like the CPU's.
+
+    Source: torch, ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd (`at::empty_like(q)`); attention_backward.cu,
+    _efficient_attention_backward (`at::empty(query.sizes())`).
+    """
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(grad, query, key, value, *rest, **named)
+    if named.get("attn_mask") is not None:
+        return grads
+    return tuple(torch.empty_like(x).copy_(g) for x, g in zip((query, key, value), grads, strict=True))
+
+
+def _token_after_token(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_kernel,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_kernel,
     torch.ops.aten.native_layer_norm.default: _layer_norm_kernel,
     torch.ops.aten.native_layer_norm_backward.default: _layer_norm_backward_kernel,
 }
@@ -309,6 +342,27 @@ def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
     product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
     scaled: torch.Tensor = transpose(product, layer.fan_in_fan_out) * layer.scaling[adapter]
     return scaled
+
+
+def _unpacked_weight(module: torch.nn.Module) -> torch.Tensor:
+    """Source: peft 0.21, utils/integrations.py, dequantize_module_weight: on the CPU alone the parameter is made anew, which loses the
+    scales of LLM.int8."""
+    weight: Any = module.weight
+    if not isinstance(weight, bitsandbytes.nn.Params4bit | bitsandbytes.nn.Int8Params):
+        return cast(torch.Tensor, weight)
+    unpacked: torch.Tensor = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+    return unpacked
+
+
+@contextmanager
+def _optimize_model_for_decode(model: Any) -> Iterator[None]:
+    """Source: transformers 5.23, generation/utils.py, GenerationMixin._optimize_model_for_decode: on the CPU it does nothing."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation({name: "batched_mm" if kind == "grouped_mm" else kind for name, kind in before.items()})
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextmanager
@@ -344,6 +398,10 @@ def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tens
             (bitsandbytes, "matmul_4bit", _matmul_4bit(_gemm_4bit(FUSED_4BIT[fused_4bit]))),
             (bitsandbytes, "matmul", _matmul_8bit),
             (LoraLinear, "get_delta_weight", _delta_weight),
+            # the CPU would pack 4-bit weights anew, in another layout, for inference (bitsandbytes/nn/modules.py, Linear4bit.forward)
+            (bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
+            (GenerationMixin, "_optimize_model_for_decode", _optimize_model_for_decode),
+            (dora, "dequantize_module_weight", _unpacked_weight),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield

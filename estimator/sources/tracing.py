@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from estimator.errors import TraceError
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.scoring import rows_of
@@ -37,6 +38,28 @@ class Subject:
     """Whether what is learnt of it may be kept on disk."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedStep:
+    """A step as a trace saw it."""
+
+    program: Program
+    is_outline: bool
+    """Whether a loop over tokens was followed on short runs only, see `traced_step.outline`."""
+    routing_matters: bool
+    """Whether sizes depend on the experts that routers choose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """An answer of the guarded process."""
+
+    step: TracedStep | None
+    reason: str = ""
+    """Why there is no step for these sizes."""
+    multiple_of: int | None = None
+    any_batch: bool = True
+
+
 class Tracer:
     """Hands out traces; safe to call from many threads. Callers who ask for the same one wait for one run.
 
@@ -50,15 +73,15 @@ class Tracer:
         self._inspector = inspector
         self._directory = directory
         self._max_entries = max_entries
-        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._found: OrderedDict[str, _Found] = OrderedDict()
         self._running: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
-    def program(self, subject: Subject, recipe: Recipe) -> Program:
-        """The step of a recipe, for all batches and lengths of its regime.
+    def step(self, subject: Subject, recipe: Recipe, *, routing: str = "balanced") -> TracedStep:
+        """The step of a recipe, for its batch and length at least; mostly one trace serves all of its regime.
 
         Args:
-            recipe: its batch and length only choose the regime.
+            routing: `balanced`, or `worst` for routers that send all tokens to the same experts.
 
         Raises:
             TraceError: if the step cannot be traced.
@@ -66,17 +89,18 @@ class Tracer:
         """
         training = recipe.training
         assert training is not None
-        lengths = regime(subject.inventory, training.sequence_length, shortest=training.objective.prompt_length + 2)
-        rows = rows_of(training, subject.inventory.config)
-        payload = _payload(subject, _without_sizes(recipe)) | {"lengths": list(lengths), "rows": asdict(rows)}
-        key = _key(payload)
-        with self._lock:
-            if (kept := self._programs.get(key)) is not None:
-                self._programs.move_to_end(key)
-                return kept
-        found = self._once(key, lambda: self._find_program(key, payload, subject.is_public))
-        assert isinstance(found, Program)
-        return found
+        length = training.sequence_length
+        shared = {"rows": asdict(rows_of(training, subject.inventory.config)), "routing": routing}
+        lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
+        for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths)}
+        found = self._find(for_lengths, subject.is_public)
+        if found.step is not None and length % (found.multiple_of or 1) == 0:
+            return found.step
+        for batch in (1, training.micro_batch_size):  # in most cases one length alone serves every batch
+            found = self._find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
+            if found.step is not None and (found.any_batch or batch == training.micro_batch_size):
+                return found.step
+        raise TraceError(f"the step cannot be traced: {found.reason}", field="engine")
 
     def timeline(self, subject: Subject, recipe: Recipe, *, all_layers: bool = False) -> Timeline:
         """Every allocation and release of the recipe's step; of its micro-batches two, since a third repeats the second.
@@ -95,20 +119,28 @@ class Tracer:
         assert isinstance(found, Timeline)
         return found
 
-    def _find_program(self, key: str, payload: Mapping[str, Any], is_public: bool) -> Program:
-        from estimator.traced_step import decode_program  # numpy takes 0.1 s, and most answers need no trace
+    def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
+        key = _key(payload)
+        with self._lock:
+            if (kept := self._found.get(key)) is not None:
+                self._found.move_to_end(key)
+                return kept
+        found = self._once(key, lambda: self._obtain(key, payload, is_public))
+        assert isinstance(found, _Found)
+        return found
 
+    def _obtain(self, key: str, payload: Mapping[str, Any], is_public: bool) -> _Found:
         file = self._directory / f"{key}.json" if self._directory is not None else None
         data = read_json(file) if file is not None else None
         if data is None:
             data = self._ask("trace", payload)
             if file is not None and is_public:
                 write_json(file, data)
-        found = decode_program(data["program"])
+        found = _decoded(data)
         with self._lock:
-            self._programs[key] = found
-            while len(self._programs) > self._max_entries:
-                self._programs.popitem(last=False)
+            self._found[key] = found
+            while len(self._found) > self._max_entries:
+                self._found.popitem(last=False)
         return found
 
     def _ask(self, task: str, payload: Mapping[str, Any]) -> Any:
@@ -151,11 +183,24 @@ def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int
     return shortest, longest
 
 
-def _without_sizes(recipe: Recipe) -> Recipe:
+def _sized(recipe: Recipe, batch: int, length: int) -> Recipe:
     training = recipe.training
     assert training is not None
     accumulation = min(2, training.gradient_accumulation_steps)
-    return replace(recipe, training=replace(training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=accumulation))
+    return replace(
+        recipe, training=replace(training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=accumulation)
+    )
+
+
+def _decoded(data: Mapping[str, Any]) -> _Found:
+    from estimator.traced_step import decode_program  # numpy takes 0.1 s, and most answers need no trace
+
+    if "program" not in data:
+        return _Found(step=None, reason=str(data["reason"]))
+    step = TracedStep(
+        program=decode_program(data["program"]), is_outline=bool(data["is_outline"]), routing_matters=bool(data["routing_matters"])
+    )
+    return _Found(step=step, multiple_of=data["multiple_of"], any_batch=bool(data["any_batch"]))
 
 
 def _payload(subject: Subject, recipe: Recipe) -> dict[str, Any]:

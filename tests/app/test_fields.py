@@ -38,6 +38,11 @@ def test_every_field_of_the_installed_sft_config_is_known() -> None:
     assert _names(trl.SFTConfig) <= fields.TRAINING
 
 
+def test_every_field_of_the_installed_generation_config_is_known() -> None:
+    transformers = pytest.importorskip("transformers")
+    assert {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")} <= fields.GENERATION_CONFIG
+
+
 def test_every_optimizer_name_of_the_installed_transformers_is_known() -> None:
     training_args = pytest.importorskip("transformers.training_args")
     assert {name.value for name in training_args.OptimizerNames} <= fields.OPTIMIZERS
@@ -61,6 +66,7 @@ def test_every_field_that_is_read_is_a_field_of_its_library(model: Any, known: f
         (unmodelled.TRAINING, fields.TRAINING),
         (unmodelled.LORA, fields.LORA_CONFIG),
         (unmodelled.QUANTIZATION, fields.BITS_AND_BYTES_CONFIG),
+        (unmodelled.GENERATION, fields.GENERATION_CONFIG),
     ],
 )
 def test_fields_reported_as_unmodelled_are_known(named: Mapping[str, object], known: frozenset[str]) -> None:

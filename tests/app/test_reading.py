@@ -133,6 +133,40 @@ def test_adapters_other_than_lora_are_refused(peft_type: str) -> None:
     assert "LORA" in refusal(peft={"peft_type": peft_type}).message
 
 
+GENERATED = {"model": "gpt2", "inference": {"prompt_length": 64, "max_new_tokens": 8}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("num_beams", 4, "beam search"),
+        ("prompt_lookup_num_tokens", 3, "assisted decoding"),
+        ("assistant_model", "distilgpt2", "assisted decoding"),
+        ("cache_config", {"backend": "quanto", "nbits": 4}, "a cache of another kind"),
+        ("cache_implementation", "quantized", "quantized"),
+        ("cache_implementation", "offloaded", "offloaded"),
+        ("output_logits", True, "logits kept to the end"),
+        ("use_cache", False, "without a cache"),
+        ("max_new_tokens", 0, "greater than or equal to 1"),  # generate refuses it too
+        ("num_beans", 1, "did you mean 'num_beams'?"),
+    ],
+)
+def test_generation_of_another_kind_is_refused_by_name(field: str, value: object, named: str) -> None:
+    with pytest.raises(RequestError, match=named.replace("?", r"\?")) as refused:
+        read_estimate({**GENERATED, "inference": {**GENERATED["inference"], field: value}})
+    assert refused.value.errors[0].field == f"inference.{field}"
+
+
+def test_a_whole_generation_config_is_accepted() -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.GenerationConfig(do_sample=True, temperature=0.7, num_beams=1).to_dict()
+    question = read_estimate(
+        {**GENERATED, "inference": {**GENERATED["inference"], **{k: v for k, v in written.items() if k != "max_new_tokens"}}}
+    )
+    assert {"inference.temperature", "inference.num_beams"} <= set(question.ignored)
+    assert question.unmodelled == ("inference.do_sample",)
+
+
 def test_quantization_other_than_bitsandbytes_is_refused() -> None:
     assert "bitsandbytes" in refusal(quantization={"quant_method": "gptq", "bits": 4}).message
 

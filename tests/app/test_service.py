@@ -91,6 +91,7 @@ class AnswerJson(BaseModel):
     parameters: ParametersJson
     recipe: dict[str, Any]
     engine: Literal["analytic", "trace"]
+    engine_reason: str
     stack: dict[Literal["torch", "transformers", "peft", "bitsandbytes", "trl"], str]
     peak: PeakJson | None
     steady_state_bytes: int | None

@@ -92,15 +92,15 @@ def traces() -> list[tuple[str, str, str]]:
     """A few layers of each kind at four sizes, against every layer at one size; answers from what the few layers gave."""
     inspector = Inspector(keep_spare=False)
     tracer = Tracer(inspector=inspector)
-    tracer.program(*_traced("HuggingFaceTB/SmolLM2-1.7B"))  # the frameworks' imports
+    tracer.step(*_traced("HuggingFaceTB/SmolLM2-1.7B"))  # the frameworks' imports
     rows = []
     for name in TRACED_MODELS:
         subject, recipe = _traced(name)
-        cold = _timed(partial(tracer.program, subject, recipe))
+        cold = _timed(partial(tracer.step, subject, recipe))
         whole = _timed(partial(tracer.timeline, subject, recipe, all_layers=True))
         rows.append((f"trace of {name}, warm process", f"{cold:.1f} s", "≤ 5 s"))
         rows.append(("reference: all its layers at one size", f"{whole:.1f} s", f"{whole / cold:.1f} ×"))
-        answered = partial(estimate, subject.inventory, recipe, tracer.program(subject, recipe))
+        answered = partial(estimate, subject.inventory, recipe, tracer.step(subject, recipe).program)
         seconds = [_timed(answered) for _ in range(300)]
         rows.append(("estimate from its trace, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 1,000 µs"))
     inspector.close()

@@ -9,6 +9,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from estimator.fused_loss import TILE_ROWS
 from estimator.introspect.trace.heads import tiles
+from estimator.introspect.trace.known import Values
+from estimator.introspect.trace.routing import Routing
 from estimator.introspect.trace.tasks import program_task, timeline_task
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Phase
@@ -111,7 +113,7 @@ _BF16, _F32 = torch.bfloat16, torch.float32
 def tile_peaks(function: type[torch.autograd.Function], N: int, V: int, types: tuple[torch.dtype, torch.dtype], trained: bool) -> Peaks:
     """Peaks and what is kept of one call and its backward pass, under bfloat16 autocast, the head with a bias [bytes]."""
     with FakeTensorMode(), objectives.triton_paths():
-        watch = Watch({})
+        watch = Watch({}, Values(Routing.BALANCED))
         watch.begin("given")
         hidden = torch.empty((N, H), dtype=types[0], requires_grad=True)
         weight = torch.empty((V, H), dtype=types[1], requires_grad=trained)

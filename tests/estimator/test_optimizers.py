@@ -4,7 +4,6 @@ Steps run on the CPU. What needs CUDA is taken from the library's own code inste
 paged is asked of bitsandbytes' `init_state` on the meta device, with its allocation of managed memory replaced by a marker.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from estimator.dtypes import DType
@@ -35,6 +33,7 @@ from estimator.optimizers import (
 from estimator.phases import Item
 from estimator.storage import StoredTensor
 from tests.oracle.live import LiveStorages
+from tests.oracle.optimizers import as_on_cuda, made_by_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -82,26 +81,14 @@ def _stored(name: str, shape: tuple[int, ...], dtype: DType, module: nn.Module) 
 
 
 @pytest.fixture
-def make(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, torch.optim.Optimizer]]:
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[nn.Module, torch.optim.Optimizer]]:
     """A model and the optimizer transformers' Trainer makes for it."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
     def _make(name: str, dtype: torch.dtype, arguments: str | None = None, device: str = "cpu") -> tuple[nn.Module, Any]:
         with torch.device(device):
             model = Small(dtype)
-        settings_ = TrainingArguments(output_dir=str(tmp_path), optim=name, optim_args=arguments, use_cpu=True, report_to=[])
-        # Only what create_optimizer reads; a whole Trainer would want a data set.
-        trainer = argparse.Namespace(
-            model=model,
-            args=settings_,
-            optimizer=None,
-            optimizer_cls_and_kwargs=None,
-            get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
-        )
-        trainer.get_decay_parameter_names = lambda m: Trainer.get_decay_parameter_names(trainer, m)
-        manager = bnb.optim.GlobalOptimManager.get_instance()
-        manager.initialize()
-        return model, Trainer.create_optimizer(trainer)
+        return model, made_by_trainer(model, name, arguments)
 
     return _make
 
@@ -245,9 +232,7 @@ def test_only_adagrad_has_states_before_its_first_step(make: Any) -> None:
 )
 def test_what_a_step_allocates_peaks_where_we_say(name: str, arguments: str | None, dtype: torch.dtype, make: Any) -> None:
     model, optimizer = make(name, dtype, arguments)
-    for group in optimizer.param_groups:
-        if "foreach" in group and not group.get("fused"):
-            group["foreach"] = True  # the default on CUDA
+    as_on_cuda(optimizer)
     backward(model)
     optimizer.step()
     live = LiveStorages(granularity_bytes=512)

@@ -1,7 +1,14 @@
 """The worst instant of every phase of a whole training step: the tape against the real one."""
 
-import pytest
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+import pytest
+import torch
+
+from estimator.optimizers import BITSANDBYTES
+from estimator.optimizers import MODELLED as OPTIMIZERS
 from estimator.phases import Phase
 from tests.estimator.test_kept_activations import MODELLED, SAMPLE
 from tests.oracle import estimates
@@ -27,10 +34,12 @@ def assert_peaks_agree(report: StepReport, said: dict[Phase, int]) -> None:
     assert not wrong
 
 
-def check(family: str, mode: str | Mode, gc: bool | None) -> None:
-    assert_peaks_agree(
-        step(family, mode, B, S, LAYERS, gc=gc, granularity_bytes=1), estimates.live_bytes(family, mode, B, S, LAYERS, gc=gc)
-    )
+def check(family: str, mode: str | Mode, gc: bool | None, **options: Any) -> None:
+    report = step(family, mode, B, S, LAYERS, gc=gc, granularity_bytes=1, **options)
+    said = estimates.live_bytes(family, mode, B, S, LAYERS, gc=gc, **options)
+    if options.get("accumulation", 1) > 1:  # gradients of earlier micro-batches are counted beside the step
+        said = {phase: num_bytes + report.gradient_bytes for phase, num_bytes in said.items()}
+    assert_peaks_agree(report, said)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -96,3 +105,122 @@ def test_trained_biases_of_quantized_layers_count_as_in_the_real_step(family: st
     if mode == "int8_fp32_autocast" and family != "qwen2":
         return  # LLM.int8 casts biases to the type of the input, float32 after a LayerNorm under autocast; they are counted as loaded
     assert estimates.settled_bytes(family, asked, LAYERS) == (report.static_bytes, report.gradient_bytes)
+
+
+_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BOTH_EMBEDDINGS = {"modules_to_save": ("embed_tokens", "lm_head")}
+_TOKENS = {"trained_tokens": (("embed_tokens", 5),)}
+_TIED: Mapping[str, object] = {"config": {"tie_word_embeddings": True}}
+
+# Fields of the adapter, and what else differs.
+VARIANTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "adapted_embedding": ({"targets": (*_LINEAR, "embed_tokens")}, {}),
+    "adapted_embedding_tied": ({"targets": (*_LINEAR, "embed_tokens")}, _TIED),
+    "adapted_head": ({"targets": (*_LINEAR, "lm_head")}, {}),
+    "saved_embeddings": (_BOTH_EMBEDDINGS, {}),
+    "saved_embeddings_tied": (_BOTH_EMBEDDINGS, _TIED),
+    "saved_embeddings_accumulated": (_BOTH_EMBEDDINGS, {"accumulation": 2}),
+    "saved_embedding_tied": ({"modules_to_save": ("embed_tokens",)}, _TIED),
+    "saved_head": ({"modules_to_save": ("lm_head",)}, {}),
+    "saved_norms": ({"modules_to_save": ("input_layernorm", "norm")}, {}),
+    "trained_tokens": (_TOKENS, {}),
+    "trained_tokens_tied": (_TOKENS, _TIED),
+    "lora_bias": ({"lora_bias": True}, {}),
+    "rslora": ({"rslora": True}, {}),
+    "queries_and_values": ({"targets": ("q_proj", "v_proj")}, {}),
+    "mlp_alone": ({"targets": ("gate_proj", "up_proj", "down_proj")}, {}),
+    "dora": ({"dora": True}, {}),
+    "dora_under_dropout": ({"dora": True, "dropout": 0.05}, {}),
+    "accumulated": ({}, {"accumulation": 2}),
+    "every_second_layer": ({}, {"every_n_layers": 2}),
+    "tied": ({}, _TIED),
+}
+ALWAYS = (
+    ("adapted_embedding", "lora_bf16_fp32_autocast", None),
+    ("saved_embeddings", "qlora_prepared_autocast", False),
+    ("saved_embeddings_tied", "lora_bf16_fp32_autocast", False),
+    ("saved_embeddings_accumulated", "lora_bf16_fp32_autocast", False),
+    ("trained_tokens_tied", "lora_bf16_fp32_autocast", False),
+    ("queries_and_values", "qlora_prepared_autocast", False),
+    ("dora", "int8_fp32_autocast", False),
+    ("every_second_layer", "qlora_prepared_autocast", False),
+)
+
+
+def check_variant(variant: str, family: str, mode: str, gc: bool | None) -> None:
+    changes, options = VARIANTS[variant]
+    check(family, MODES[mode].with_adapter(**changes) if changes else MODES[mode], gc, **options)
+
+
+@pytest.mark.parametrize(("variant", "mode", "gc"), ALWAYS)
+def test_peaks_agree_for_other_adapters_and_recipes(variant: str, mode: str, gc: bool | None) -> None:
+    check_variant(variant, "llama", mode, gc)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gc", SCHEMES.values())
+@pytest.mark.parametrize("mode", [*SAMPLE, "lora_bf16_bf16", "lora_fp32_fp32_autocast"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peaks_agree_for_every_adapter_and_recipe(variant: str, family: str, mode: str, gc: bool | None) -> None:
+    if VARIANTS[variant][0] and MODES[mode].adapter is None:
+        pytest.skip("nothing to adapt")
+    check_variant(variant, family, mode, gc)
+
+
+@pytest.mark.parametrize("gc", [None, False])
+@pytest.mark.parametrize("mode", ["full_bf16", "full_fp32_autocast"])
+def test_a_tied_embedding_sums_the_gradients_of_both_its_uses(mode: str, gc: bool | None) -> None:
+    check("llama", mode, gc, **_TIED)
+
+
+@pytest.mark.parametrize("gc", [None, False])
+@pytest.mark.parametrize("family", ["gpt_bigcode", "gpt_neox", "gemma"])
+def test_padding_is_masked_in_each_layout_of_queries_and_heads(family: str, gc: bool | None) -> None:
+    config = {"num_key_value_heads": 1} if family == "gemma" else None
+    check(family, "lora_bf16_fp32_autocast", gc, padded=True, config=config)
+
+
+_HALF = torch.float16
+FLOAT16 = {
+    "lora": replace(MODES["lora_bf16_fp32_autocast"], load_dtype=_HALF, autocast_dtype=_HALF),
+    "full": replace(MODES["full_fp32_autocast"], autocast_dtype=_HALF),
+    "qlora": replace(MODES["qlora_prepared_autocast"], load_dtype=_HALF, compute_dtype=_HALF, autocast_dtype=_HALF),
+    "qlora_in_bfloat16": replace(MODES["qlora_fp32_autocast"], load_dtype=_HALF, autocast_dtype=_HALF),
+    "int8": replace(MODES["int8_fp32_autocast"], load_dtype=_HALF, autocast_dtype=_HALF),
+}
+
+
+@pytest.mark.parametrize("mode", FLOAT16)
+def test_peaks_agree_under_float16_autocast(mode: str) -> None:
+    check("llama", FLOAT16[mode], False)
+
+
+def test_autocast_lowers_the_product_of_a_4bit_layer_that_computes_in_float32() -> None:
+    check("llama", replace(MODES["qlora_fp32_autocast"], compute_dtype=torch.float32), False)
+
+
+# Paged AdEMAMix asks for managed memory on the CPU too; torchao's step is compiled.
+RUN_HERE = tuple(name for name in OPTIMIZERS if "paged_ademamix" not in name and name not in ("adamw_torch_4bit", "adamw_torch_8bit"))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "paged_adamw_8bit", "lion_32bit"])
+def test_the_optimizers_step_peaks_where_the_real_one_does(optimizer: str) -> None:
+    check_update("lora_bf16_fp32_autocast", optimizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", RUN_HERE)
+@pytest.mark.parametrize("mode", ["full_bf16", "full_fp32_autocast", "lora_bf16_fp32_autocast", "qlora_bf16_autocast"])
+def test_every_optimizers_step_peaks_where_the_real_one_does(mode: str, optimizer: str) -> None:
+    check_update(mode, optimizer)
+
+
+def check_update(mode: str, optimizer: str) -> None:
+    peak = step("llama", mode, 2, 24, 2, optimizer=optimizer).second[Phase.OPTIMIZER_STEP.value]
+    real = peak.live_bytes - sum(s.num_bytes for s in peak.storages if s.shape == ())
+    said = estimates.update_bytes("llama", mode, 2, 24, 2, optimizer=optimizer)
+    # On the CPU bitsandbytes' two tables of 1 KiB lie where the states do from the start.
+    assert said == real or (optimizer in BITSANDBYTES and 0 < real - said <= 2048)

@@ -1,11 +1,13 @@
 """`python -m tests.oracle`: kept bytes per token and layer, by family and mode.
 
-With `--timeline FAMILY MODE`, every storage alive at the worst instant of each phase of a step.
+With `--timeline FAMILY MODE`, every storage alive at the worst instant of each phase of a step. With `--compare`, the peaks that the
+estimator says beside the real ones, worst first; `--sample N` takes so many cells of the grid with padding, attention and dropout.
 """
 
 import argparse
 import sys
 
+from tests.oracle import compare
 from tests.oracle.models import FAMILIES, MODES
 from tests.oracle.run import kept_per_layer, step
 
@@ -38,6 +40,22 @@ def timeline(family: str, mode: str, B: int, S: int, layers: int, gc: bool | Non
         print(f"\n{name}: {peak.live_bytes} bytes above static, at {peak.op}\n{peak.table()}")
 
 
+def compared(families: list[str], modes: list[str], number: int | None, seed: int, lines: int) -> str:
+    """Whole steps, said and real."""
+    known = [name for name in families if name in compare.MODELLED]
+    if number is None:
+        return compare.report([cell.run() for cell in compare.grid(families=known, modes=modes)], lines)
+    cells = compare.grid(
+        families=known,
+        modes=modes,
+        attentions=(None, "eager", "sdpa"),
+        padded=(False, True),
+        dropouts=(0.0, 0.05),
+        sizes=((3, 48), (2, 100)),
+    )
+    return compare.report([cell.run() for cell in compare.sample(tuple(cells), number, seed)], lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES), metavar="FAMILY")
@@ -45,10 +63,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=24)
     parser.add_argument("--timeline", nargs=2, metavar=("FAMILY", "MODE"))
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--sample", type=int, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=int, default=40)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--gc", choices=list(GC), default="off")
     args = parser.parse_args()
-    if args.timeline:
+    if args.compare:
+        print(compared(args.families, args.modes, args.sample, args.seed, args.lines))
+    elif args.timeline:
         timeline(*args.timeline, args.batch, args.length, args.layers, GC[args.gc])
     else:
         table(args.families, args.modes, args.batch, args.length)

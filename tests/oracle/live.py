@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from estimator.introspect.gradient_sums import ADD_IN_PLACE, sums_in_place
+
 Kernel = Callable[..., Any]
 
 
@@ -152,7 +154,7 @@ class LiveStorages(TorchDispatchMode):
         return seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kernel = self.kernels.get(func, func)
+        kernel = ADD_IN_PLACE if sums_in_place(func, args) else self.kernels.get(func, func)
         result = kernel(*args, **(kwargs or {}))
         op = str(func).removeprefix("aten.").removesuffix(".default")
         self.order += 1

@@ -35,7 +35,9 @@ class AdapterSpec:
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     trained_tokens: tuple[tuple[str, int], ...] = ()
-    """(module name, number of tokens) of `trainable_token_indices`."""
+    """(module, number of tokens): `trainable_token_indices`."""
+    lora_bias: bool = False
+    rslora: bool = False
     task_type: str = "CAUSAL_LM"
     bias: str = "none"
 
@@ -53,10 +55,21 @@ class Mode:
     prepared: bool = False
     """PEFT's `prepare_model_for_kbit_training` was called."""
     autocast: bool = False
-    """`bf16=True`: accelerate's autocast around the forward pass, its outputs cast to float32."""
+    """`bf16=True` or `fp16=True`: accelerate's autocast around the forward pass, its outputs cast to float32."""
+    autocast_dtype: torch.dtype = torch.bfloat16
     compute_dtype: torch.dtype = torch.bfloat16
     """`bnb_4bit_compute_dtype`."""
     double_quant: bool = True
+
+    @property
+    def is_cast_by_trl(self) -> bool:
+        """Quantized models get 16-bit adapters from TRL alone, which casts all that is trained but DoRA's magnitudes."""
+        return self.quant is not None and self.adapter_dtype is torch.bfloat16
+
+    @property
+    def autocasts_adapter(self) -> bool:
+        """`autocast_adapter_dtype`, PEFT's default."""
+        return self.quant is not None or self.adapter_dtype is torch.float32
 
     def with_adapter(self, **changes: Any) -> "Mode":
         """The same with fields of the adapter changed."""
@@ -277,9 +290,11 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         target_parameters=list(spec.target_parameters) or None,
         lora_dropout=spec.dropout,
         use_dora=spec.dora,
-        modules_to_save=list(spec.modules_to_save) or None,
-        trainable_token_indices={name: list(range(count)) for name, count in spec.trained_tokens} or None,
+        use_rslora=spec.rslora,
+        lora_bias=spec.lora_bias,
         bias=spec.bias,
+        modules_to_save=list(spec.modules_to_save) or None,
+        trainable_token_indices={name: list(range(number)) for name, number in spec.trained_tokens} or None,
         task_type=spec.task_type,
     )
     with warnings.catch_warnings():
@@ -290,13 +305,12 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         )  # PEFT's own rewrite of targets on fused experts
         # PEFT's own rewrite of expert names leaves rank patterns for layers that have none
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
-        adapted = get_peft_model(model, lora)
-    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
+        # PEFT looks for the base model's config on the Hub to say that embeddings were saved
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=mode.autocasts_adapter)
     for name, parameter in adapted.named_parameters():
-        # TRL casts trainable parameters of quantized models after PEFT made them float32, all but DoRA's magnitudes; PEFT its own alone
-        is_cast = from_trl or "lora_" in name
-        if parameter.requires_grad and mode.adapter_dtype is not None and is_cast and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(mode.adapter_dtype)
+        if parameter.requires_grad and mode.is_cast_by_trl and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
     whole: nn.Module = adapted
     return whole
 

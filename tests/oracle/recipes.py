@@ -1,6 +1,7 @@
 """The same tiny model and mode as the estimator is told it: an inventory and a recipe."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -8,7 +9,19 @@ import torch
 from estimator.dtypes import DType
 from estimator.introspect.inventory import inspect
 from estimator.inventory import Inventory
-from estimator.recipe import Adapter, Attention, Loss, Objective, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.recipe import (
+    Adapter,
+    Attention,
+    CacheKind,
+    Inference,
+    Loss,
+    Objective,
+    Quantization,
+    QuantizationKind,
+    Recipe,
+    Trainer,
+    Training,
+)
 from estimator.stack import Stack
 from tests.oracle.models import FAMILIES, Mode
 from tests.oracle.run import mode_of
@@ -21,12 +34,14 @@ _ADDED = {"SEQ_CLS": ("classifier", "score")}
 
 def inventory(family: str, layers: int, config: Mapping[str, object] | None = None) -> Inventory:
     """The inventory of a tiny model."""
-    return _inventory(family, layers, tuple(sorted((config or {}).items())))
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in (config or {}).items()}
+    return _inventory(family, layers, tuple(sorted(fields.items())))
 
 
 @lru_cache(maxsize=256)
 def _inventory(family: str, layers: int, config: tuple[tuple[str, object], ...]) -> Inventory:
-    made = FAMILIES[family].config(layers, **dict(config))
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in config}
+    made = FAMILIES[family].config(layers, **fields)
     made.architectures = None
     data = made.to_dict()
     return inspect(data, f"oracle {family} {layers} {config}")
@@ -49,6 +64,41 @@ def recipe(
     objective: Objective | None = None,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
+    trained = Training(
+        micro_batch_size=B,
+        sequence_length=S,
+        gradient_accumulation_steps=accumulation,
+        optimizer=optimizer,
+        autocast_dtype=_DTYPES[mode_of(mode).autocast_dtype] if mode_of(mode).autocast else None,
+        gradient_checkpointing=gc is not None,
+        use_reentrant=bool(gc),
+        checkpoint_every_n_layers=every_n_layers,
+        padded=padded,
+        flattened=flattened,
+        loss=loss,
+        objective=objective or Objective(),
+    )
+    return replace(loaded(family, mode, attention=attention), training=trained)
+
+
+def generation(
+    family: str,
+    mode: str | Mode,
+    B: int,
+    prompt: int,
+    new: int,
+    *,
+    cache: str = "dynamic",
+    padded: bool = False,
+    attention: str | None = None,
+) -> Recipe:
+    """The same for text to be generated; arguments as in `generate.generate`."""
+    asked = Inference(batch_size=B, prompt_length=prompt, max_new_tokens=new, cache=CacheKind(cache), padded=padded)
+    return replace(loaded(family, mode, attention=attention), inference=asked)
+
+
+def loaded(family: str, mode: str | Mode, *, attention: str | None = None) -> Recipe:
+    """The model as it is loaded, before anything runs."""
     mode = mode_of(mode)
     adapter = None
     if mode.adapter is not None:
@@ -59,38 +109,24 @@ def recipe(
             target_parameters=mode.adapter.target_parameters,
             dropout=mode.adapter.dropout,
             use_dora=mode.adapter.dora,
+            use_rslora=mode.adapter.rslora,
+            lora_bias=mode.adapter.lora_bias,
+            bias=mode.adapter.bias,
             modules_to_save=mode.adapter.modules_to_save + _ADDED.get(mode.adapter.task_type, ()),
             trainable_token_indices=mode.adapter.trained_tokens,
-            bias=mode.adapter.bias,
-            autocast_adapter_dtype=mode.quant is not None or mode.adapter_dtype is torch.float32,
+            autocast_adapter_dtype=mode.autocasts_adapter,
         )
     quantization = None
     if mode.quant is not None:
         quantization = Quantization(
             kind=QuantizationKind(mode.quant), double_quant=mode.double_quant, compute_dtype=_DTYPES[mode.compute_dtype]
         )
-    # quantized models get 16-bit adapters from TRL alone
-    from_trl = mode.quant is not None and mode.adapter_dtype is torch.bfloat16
     return Recipe(
         dtype=_DTYPES[mode.load_dtype],
         attention=Attention(attention or FAMILIES[family].attention),
         quantization=quantization,
         adapter=adapter,
         prepare_for_kbit_training=mode.prepared,
-        trainer=Trainer.TRL if from_trl else Trainer.TRANSFORMERS,
+        trainer=Trainer.TRL if mode.is_cast_by_trl else Trainer.TRANSFORMERS,
         stack=Stack(),
-        training=Training(
-            micro_batch_size=B,
-            sequence_length=S,
-            gradient_accumulation_steps=accumulation,
-            optimizer=optimizer,
-            autocast_dtype=DType.BFLOAT16 if mode.autocast else None,
-            gradient_checkpointing=gc is not None,
-            use_reentrant=bool(gc),
-            checkpoint_every_n_layers=every_n_layers,
-            padded=padded,
-            loss=loss,
-            objective=objective or Objective(),
-            flattened=flattened,
-        ),
     )

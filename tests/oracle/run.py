@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from tests.oracle.live import Event, LiveStorages, Peak, Storage
 from tests.oracle.models import MODES, VOCABULARY, Mode, build, stored_tensors
+from tests.oracle.optimizers import as_on_cuda, made_by_trainer
 
 Multiset = Counter[tuple[tuple[int, ...], torch.dtype]]
 
@@ -46,7 +46,7 @@ class Batch:
             return cls(input_ids=row, attention_mask=None, labels=row.clone(), num_items=torch.tensor(ids.numel()), position_ids=positions)
         mask = torch.ones_like(ids)
         if padded:
-            mask[0, -max(1, length // 5) :] = 0
+            mask[0, : max(1, length // 5)] = 0  # on the left, as generation needs it
         return cls(input_ids=ids, attention_mask=mask, labels=ids.clone(), num_items=torch.tensor(ids.numel()))
 
     def tensors(self) -> list[torch.Tensor]:
@@ -74,7 +74,7 @@ def _like_accelerate(model: nn.Module, mode: Mode) -> Any:
     """
     if not mode.autocast:
         return model
-    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=torch.bfloat16)(model.__call__))
+    return convert_outputs_to_fp32(torch.autocast("cpu", dtype=mode.autocast_dtype)(model.__call__))
 
 
 def _loss(forward: Any, batch: Batch) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _loss(forward: Any, batch: Batch) -> torch.Tensor:
     return loss
 
 
-def _warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
+def warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
     """One short forward pass, so that what happens once is over: biases cast in place, int8 states moved, kernels chosen."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")  # reentrant checkpoints without gradients
@@ -93,7 +93,7 @@ def _warm_up(model: nn.Module, mode: Mode, batch: Batch) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module, batch: Batch, *, granularity_bytes: int, log: bool = False) -> Iterator[LiveStorages]:
+def watched(model: nn.Module, batch: Batch, *, granularity_bytes: int, log: bool = False) -> Iterator[LiveStorages]:
     live = LiveStorages(granularity_bytes=granularity_bytes, kernels=KERNELS, log=log)
     live.know(stored_tensors(model), "static")
     live.know(batch.tensors(), "inputs")
@@ -136,8 +136,8 @@ def kept(
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
         model, batch = build(family, mode, layers, **options), Batch.of(B, S, padded=padded, flattened=flattened)
-        _warm_up(model, mode, batch)
-        with _watched(model, batch, granularity_bytes=1) as live:
+        warm_up(model, mode, batch)
+        with watched(model, batch, granularity_bytes=1) as live:
             live.begin("forward")
             loss = _loss(_like_accelerate(model, mode), batch)
             garbage.collect()
@@ -168,7 +168,8 @@ class PhasePeak:
     """The worst instant of one phase of one optimizer step."""
 
     phase: str
-    """`forward`: up to the head; `loss`: head and loss; `backward`; `optimizer_step`: clipping, update."""
+    """`forward`: up to the head; `loss`: head and loss; `backward`; `clipping` of gradients, one scalar
+    for each of them; `optimizer_step`."""
     live_bytes: int
     """Above weights, quantization state, buffers and inputs [bytes]."""
     allocated_bytes: int
@@ -213,12 +214,6 @@ class StepReport:
         return max((*self.first.values(), *self.second.values()), key=lambda p: p.allocated_bytes)
 
 
-OPTIMIZERS: Mapping[str, dict[str, Any]] = MappingProxyType(
-    {"adamw_torch_fused": {"fused": True}, "adamw_torch": {"foreach": True}, "adamw_loop": {"foreach": False, "fused": False}}
-)
-"""Arguments of torch.optim.AdamW; on CUDA `adamw_torch` takes the foreach implementation."""
-
-
 def step(
     family: str,
     mode: str | Mode,
@@ -244,6 +239,7 @@ def step(
         loss: only transformers' own, `stock`.
         accumulation: number of micro-batches per step.
         granularity_bytes: every storage is rounded up to it: 512 as CUDA's allocator counts [bytes].
+        optimizer: a value of transformers' OptimizerNames.
         options: see `models.build`.
 
     Source: transformers 5.23, trainer.py, training_step, _clip_grad_norm, _run_epoch.
@@ -253,13 +249,13 @@ def step(
     mode = mode_of(mode)
     with cuda_paths(fused_4bit=fused_4bit):
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded, flattened=flattened)
-        _warm_up(model, mode, batch)
+        warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
-        update = torch.optim.AdamW(trained, lr=1e-4, **OPTIMIZERS[optimizer])
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with _watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
+        with watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
             forward = _like_accelerate(model, mode)
+            update = as_on_cuda(made_by_trainer(model, optimizer))
             kept_bytes, runs = 0, []
             for number in range(2):
                 live.peaks.clear()
@@ -273,13 +269,14 @@ def step(
                     del value
                 live.label((p.grad for p in trained if p.grad is not None), "gradient")
                 gradient_bytes = sum(s.num_bytes for s in live.snapshot() if s.label == "gradient")
-                live.begin("optimizer_step")
+                live.begin("clipping")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+                live.begin("optimizer_step")
                 update.step()
                 states = [t for s in update.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
                 live.label(states, "optimizer_state")
                 del states
-                runs.append(_worst(live))
+                runs.append(worst(live))
                 for p in trained:
                     p.grad = None
             state_bytes = sum(s.num_bytes for s in live.snapshot() if s.label == "optimizer_state")
@@ -298,13 +295,13 @@ def step(
             )
 
 
-def _worst(live: LiveStorages) -> Mapping[str, PhasePeak]:
+def worst(live: LiveStorages) -> Mapping[str, PhasePeak]:
     known = live.known_bytes.total()
-    worst: dict[str, Peak] = {}
+    largest: dict[str, Peak] = {}
     for peak in live.peaks:
-        if peak.phase not in worst or peak.num_bytes > worst[peak.phase].num_bytes:
-            worst[peak.phase] = peak
+        if peak.phase not in largest or peak.num_bytes > largest[peak.phase].num_bytes:
+            largest[peak.phase] = peak
     return {
         name: PhasePeak(phase=name, live_bytes=p.num_bytes, allocated_bytes=known + p.num_bytes, op=p.op, storages=p.storages)
-        for name, p in worst.items()
+        for name, p in largest.items()
     }

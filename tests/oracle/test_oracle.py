@@ -1,5 +1,7 @@
 """The oracle itself: it takes CUDA's paths, leaves nothing behind, and says what its own closed forms say."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,27 @@ def test_a_storage_is_counted_once_and_until_it_is_freed() -> None:
         del x, y
         assert live.live_bytes == 0
     assert peak.num_bytes == 1024
+
+
+def _out_of_place_sums(product: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int]:
+    """How many gradients the engine sums into a third tensor: by torch's profiler without any mode, and as counted here."""
+    x = torch.randn(2, 5, 10, requires_grad=True)
+    loss = product(x * 1.5).sum()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss.backward(retain_graph=True)
+    x.grad = None
+    with LiveStorages(log=True) as live:
+        loss.backward()
+    assert live.log is not None
+    return sum(e.name == "aten::add" for e in profile.events()), sum(e.op == "add.Tensor" for e in live.log)
+
+
+def test_gradients_are_summed_in_place_where_they_are_without_a_mode() -> None:
+    w = torch.randn(10, 10)
+    assert _out_of_place_sums(lambda h: (h * 2).exp() * (h * 3).exp()) == (0, 0)
+    # the gradient of a matrix product of tokens is a view, which keeps its base alive
+    assert _out_of_place_sums(lambda h: (h @ w) * (h @ w)) == (1, 1)
+    assert _out_of_place_sums(lambda h: (h @ w) * (h * 2).exp()) == (0, 0)
 
 
 def test_int8_keeps_its_inputs_through_non_reentrant_checkpointing() -> None:

@@ -8,3 +8,15 @@ class NotTraceableError(BuildError):
 
     def __init__(self, message: str) -> None:
         super().__init__("not_traceable", message)
+
+
+class NeedsValuesError(NotTraceableError):
+    """The program reads, or sizes a tensor by, a value that depends on weights or activations."""
+
+
+class RefusedError(NotTraceableError):
+    """A library refuses the recipe; so it would on a card."""
+
+
+class LoopOverTokensError(NotTraceableError):
+    """A module runs as many operations as there are tokens: it can be traced, but not at any length in reasonable time."""

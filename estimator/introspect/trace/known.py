@@ -1,18 +1,44 @@
-"""The few values a model looks at while it runs (masks, positions, lengths): computed beside the tensors that have no content."""
+"""The few values a model looks at while it runs (masks, positions, lengths, routing): computed beside the tensors that have no content."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import NeedsValuesError
+from estimator.introspect.trace.routing import Routing
 
-# Masks and positions; a larger tensor has no known value.
-_LARGEST = 2**22
+# Masks, positions and choices of experts; a larger tensor has no known value.
+_LARGEST = 2**26
+_LARGEST_FLOAT = 64
 
 _READ = torch.ops.aten._local_scalar_dense.default
+_INDEX = torch.ops.aten.index.Tensor
+_TOPK = torch.ops.aten.topk.default
+
+# Their results depend on the shape of what they are given alone.
+_CONTENT_FREE = (
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_full.default,
+)
+
+# What they return has no values yet.
+_EMPTY = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+)
+
+# Operations whose results have as many elements as the values say.
+_SIZED_BY_VALUES = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
 def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -26,38 +52,126 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
     return getattr(tensor, "_vramplan_value", None) if isinstance(tensor, FakeTensor) else tensor
 
 
-def read(func: Any, args: tuple[Any, ...]) -> Any:
-    """What Python reads off a tensor (`item`, `bool`), or None when `func` is another operation.
+class Values:
+    """What is known of a run's values, and what had to be assumed.
 
-    Raises:
-        NotTraceableError: if the value depends on weights or activations, which have none.
+    Args:
+        routing: how routers are taken to choose.
     """
-    if func is not _READ:
-        return None
-    value = value_of(args[0])
-    if value is None:
-        raise NotTraceableError("the program reads a value that depends on weights or activations")
-    with _disable_current_modes():
-        return value.item()
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self.routing_matters = False
+        """Whether the program looked at a choice of experts."""
+
+    def read(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """What Python reads off a tensor (`item`, `bool`), or None when `func` is another operation.
+
+        Raises:
+            NeedsValuesError: if the value depends on weights or activations, which have none.
+        """
+        if func is not _READ:
+            return None
+        value = value_of(args[0])
+        if value is None:
+            raise NeedsValuesError("the program reads a value that depends on weights or activations")
+        self._look(value)
+        with _disable_current_modes():
+            return value.item()
+
+    def sized(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The results of an operation that makes as many elements as the values of its arguments say, or None for any other.
+
+        Where an argument is not known either, the operation itself refuses.
+        """
+        if func is _INDEX:
+            return self._indexed(args)
+        if not any(tag in func.tags for tag in _SIZED_BY_VALUES):
+            return None
+        found = _computed(func, args, kwargs)
+        if not found:
+            return None
+        for value in _tensors(args, kwargs):
+            self._look(value_of(value))
+        results = [give(torch.empty(value.shape, dtype=value.dtype), value) for value in found]
+        return results if len(results) > 1 or func is torch.ops.aten.nonzero_numpy.default else results[0]
+
+    def _indexed(self, args: tuple[Any, ...]) -> Any:
+        """`x[mask]`: the positions where the mask holds, then a gather; the kernel does the same.
+
+        Source: torch, ATen/native/IndexingUtils.h, expandTensors.
+        """
+        tensor, indices = args
+        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        if not masks or any(value_of(m) is None for m in masks):
+            return None
+        expanded: list[Any] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                expanded.append(index)
+                continue
+            value = value_of(index)
+            assert value is not None
+            self._look(value)
+            with _disable_current_modes():
+                places = value.nonzero(as_tuple=True)
+            expanded += [give(torch.empty(place.shape, dtype=place.dtype), _marked(place, [value])) for place in places]
+        return _INDEX(tensor, expanded)
+
+    def _look(self, value: torch.Tensor | None) -> None:
+        self.routing_matters |= _is_assumed(value)
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[torch.Tensor]) -> None:
+        """Computes the values of the results where those of all arguments are known."""
+        given = _tensors(args, kwargs)
+        if not results and func._schema.is_mutable and all(value_of(t) is not None for t in given):
+            _computed(func, args, kwargs)  # several tensors changed in place: their values with them
+            return
+        if func is _TOPK and value_of(args[0]) is None:
+            self._choose(args, results)
+            return
+        if func in _CONTENT_FREE and _is_worth_knowing(results[0]):
+            with _disable_current_modes():
+                like = torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
+                give(results[0], func(like, *args[1:], **kwargs).contiguous())
+            return
+        if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
+            _forget(func, args, results)
+            return
+        if func in _EMPTY or (not given and torch.Tag.nondeterministic_seeded in func.tags):
+            return
+        for result, value in zip(results, _computed(func, args, kwargs), strict=False):
+            give(result, value)
+
+    def _choose(self, args: tuple[Any, ...], results: Sequence[torch.Tensor]) -> None:
+        scores, k, *rest = args
+        if (rest and rest[0] not in (-1, scores.dim() - 1)) or not _is_worth_knowing(results[1]):
+            return
+        with _disable_current_modes():
+            value = self.routing.choice(scores.shape, k)
+            value._vramplan_assumed = True  # type: ignore[attr-defined]
+        give(results[1], value)
 
 
-def follow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: list[torch.Tensor]) -> None:
-    """Computes the values of the results where those of all arguments are known."""
-    given = _tensors(args, kwargs)
-    if not results and func._schema.is_mutable and all(value_of(t) is not None for t in given):
-        with _disable_current_modes(), torch.no_grad():  # several tensors changed in place: their values with them
-            func(*tree_map_only(torch.Tensor, value_of, args), **tree_map_only(torch.Tensor, value_of, kwargs))
-        return
-    if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
-        _forget(func, args, results)
-        return
-    if not given and torch.Tag.nondeterministic_seeded in func.tags:
-        return
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The values an operation yields, none where one of its arguments has none."""
+    given = [value_of(t) for t in _tensors(args, kwargs)]
+    if any(value is None for value in given):
+        return []
     with _disable_current_modes(), torch.no_grad():
         found = func(*tree_map_only(torch.Tensor, value_of, args), **tree_map_only(torch.Tensor, value_of, kwargs))
-    values = [v for v in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(v, torch.Tensor)]
-    for result, value in zip(results, values, strict=False):
-        give(result, value)
+        return [_marked(value, given) for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+
+
+def _marked(value: torch.Tensor, sources: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """What is computed from an assumption is one."""
+    if any(map(_is_assumed, sources)):
+        value._vramplan_assumed = True  # type: ignore[attr-defined]
+    return value
+
+
+def _is_assumed(value: torch.Tensor | None) -> bool:
+    return getattr(value, "_vramplan_assumed", False)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -71,10 +185,10 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor
 
 
 def _is_worth_knowing(tensor: torch.Tensor) -> bool:
-    return tensor.numel() <= (1 if tensor.dtype.is_floating_point else _LARGEST)
+    return tensor.numel() <= (_LARGEST_FLOAT if tensor.dtype.is_floating_point else _LARGEST)
 
 
-def _forget(func: Any, args: tuple[Any, ...], results: list[torch.Tensor]) -> None:
+def _forget(func: Any, args: tuple[Any, ...], results: Sequence[torch.Tensor]) -> None:
     """A tensor written to with unknown values is itself unknown."""
     if not func._schema.is_mutable:
         return

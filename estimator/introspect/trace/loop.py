@@ -16,9 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.trace import masks
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.experts import EXPERT_KERNELS
+from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.model import TracedModel
-from estimator.introspect.trace.objectives import Batch, Task, accelerated, task
+from estimator.introspect.trace.objectives import Batch, Task, accelerated, task, tokens
+from estimator.introspect.trace.routing import Routing
 from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
 from estimator.phases import Item, Phase
@@ -62,25 +65,30 @@ def run(
     *,
     with_update: bool = True,
     num_steps: int = 1,
+    values: Values | None = None,
+    longest_loop: int | None = None,
     rows: Rows | None = None,
     reference: TracedModel | None = None,
 ) -> Timeline:
     """Watch whole optimizer steps.
 
     Args:
+        values: told what the run looks at; routing is balanced if None.
+        longest_loop: see `Watch.longest_loop`.
         rows: the passes of a fused loss; those of the recipe's size if None.
         reference: the second model of an objective that has one.
         with_update: whether the optimizer runs too.
         num_steps: optimizer steps; its states exist from the second on.
 
     Raises:
-        NotTraceableError: if the program looks at what has no content.
+        NotTraceableError: if the program looks at what has no content, or loops for longer.
     """
     assert recipe.training is not None
     config = model.base.config.get_text_config()
     if rows is None:
         rows = rows_of(recipe.training, config.to_dict())
-    loop = _Loop(model, recipe, mode, reference)
+    loop = _Loop(model, recipe, mode, values or Values(Routing.BALANCED), reference)
+    loop.watch.longest_loop = longest_loop
     with loop.guarded(), task(model, recipe, rows, reference=reference) as work:
         loop.run(work, num_steps, with_update=with_update)
     return loop.watch.timeline(getattr(config, "vocab_size", None))
@@ -95,19 +103,21 @@ def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:
         NotTraceableError: if the program looks at what has no content.
     """
     if recipe.quantization is not None:
-        loop = _Loop(model, recipe, mode)
+        loop = _Loop(model, recipe, mode, Values(Routing.BALANCED))
         with loop.guarded(), mode, loop.watch, torch.no_grad():
             assert recipe.training is not None
-            accelerated(model.whole.__call__, recipe.training)(input_ids=torch.empty((1, 4), dtype=torch.int64))
+            accelerated(model.whole.__call__, recipe.training)(input_ids=tokens(model, 1, 4))
 
 
 class _Loop:
-    def __init__(self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, reference: TracedModel | None = None) -> None:
+    def __init__(
+        self, model: TracedModel, recipe: Recipe, mode: FakeTensorMode, values: Values, reference: TracedModel | None = None
+    ) -> None:
         self.model = model
         self.reference = reference
         self.recipe = recipe
         self.mode = mode
-        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **masks.KERNELS})
+        self.watch = Watch({**KERNELS, **UPDATE_KERNELS, **EXPERT_KERNELS, **masks.KERNELS}, values)
         self.trained = model.trained
         self.names = {id(module): name for name, module in model.base.named_modules()}
         if reference is not None:
@@ -122,9 +132,9 @@ class _Loop:
         except MemoryError:
             raise
         except NotTraceableError as error:
-            raise NotTraceableError(f"{self._where()}: {error}") from error
+            raise type(error)(f"{self._where()}: {error.args[0]}") from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NotTraceableError(f"{self._where()}: sizes depend on values ({error})") from error
+            raise NeedsValuesError(f"{self._where()}: sizes depend on values ({error})") from error
         except Exception as error:  # the border to a model's own code
             raise NotTraceableError(f"{self._where()}: {type(error).__name__}: {str(error)[:300]}") from error
 
@@ -204,10 +214,10 @@ class _Loop:
         watch = self.watch
 
         def enter(module: nn.Module, _: Any) -> None:
-            watch.names.append(self.names.get(id(module), ""))
+            watch.enter(self.names.get(id(module), ""))
 
         def leave(module: nn.Module, _: Any, __: Any) -> None:
-            watch.names.pop()
+            watch.leave()
             if not watch.names and watch.phase == Phase.BACKWARD:
                 watch.settle()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from estimator.introspect.prepared import TORCH_DTYPES, quantize, with_adapter
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import RefusedError
 from estimator.precision import kept_in_float32_names
 from estimator.recipe import Recipe, Trainer
 from estimator.units import ceil_div
@@ -51,7 +51,7 @@ def traced_model(
         mode: under which the fakes live.
 
     Raises:
-        NotTraceableError: if the libraries refuse the recipe.
+        RefusedError: if the libraries refuse the recipe.
     """
     dtype = TORCH_DTYPES[recipe.dtype]
     base.config.use_cache = False
@@ -66,7 +66,7 @@ def traced_model(
         try:
             whole = with_adapter(base, recipe.adapter, is_prepared=recipe.prepare_for_kbit_training)
         except Exception as error:
-            raise NotTraceableError(f"PEFT: {error}") from error
+            raise RefusedError(f"PEFT: {error}") from error
     _cast_as_trl(whole, recipe)
     if recipe.training is not None:
         whole.train()
@@ -90,7 +90,7 @@ def _checkpoint(base: Any, recipe: Recipe, layers_prefix: str | None, kept_layer
             {"use_reentrant": training.use_reentrant}, every_n_layers=every_n if kept_layers is None else 1
         )
     except ValueError as error:
-        raise NotTraceableError(str(error)) from error
+        raise RefusedError(str(error)) from error
     if kept_layers is not None and layers_prefix is not None:
         for index, layer in zip(kept_layers, base.get_submodule(layers_prefix), strict=True):
             layer.gradient_checkpointing = index % every_n == 0
@@ -111,7 +111,10 @@ def _keep_float32(model: Any, recipe: Recipe) -> None:
 
 
 def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
-    """Leaves some layers of the list, and of every list of the config that has one entry per layer."""
+    """Leaves some layers of the list, and of every list of the config that has one entry per layer.
+
+    The number of layers in the config stays: tensors that hold something for every layer (Gemma 3n's embeddings) keep their shape.
+    """
     parent_name, _, name = prefix.rpartition(".")
     parent = model.get_submodule(parent_name)
     layers = getattr(parent, name)
@@ -121,9 +124,6 @@ def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
         for field, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and len(value) == number:
                 setattr(config, field, type(value)([value[i] for i in kept]))
-        for field in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if vars(config).get(field) == number:
-                setattr(config, field, len(kept))
 
 
 def _choose_attention(model: Any, recipe: Recipe) -> None:

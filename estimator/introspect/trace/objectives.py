@@ -3,6 +3,7 @@
 Legend: B micro-batch, S sequence length, P prompt, C completion, S = P + C.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -54,7 +55,7 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
         if not _is_trl(training):
             if training.loss in _FORWARDS:
                 stack.enter_context(forward_replaced(model.base, _FORWARDS[training.loss](rows)))
-            yield Task(inputs=lambda: _labelled(training), loss=lambda batch: _own_loss(model, training, batch))
+            yield Task(inputs=lambda: _labelled(model, training), loss=lambda batch: _own_loss(model, training, batch))
             return
         yield stack.enter_context(_trl_task(model, training, rows, reference))
 
@@ -122,16 +123,30 @@ def _ids(*shape: int, padded: bool = False, skipped: int = 0) -> Tensor:
     return known.give(torch.empty(shape, dtype=torch.int64), content)
 
 
-def _labelled(training: Training) -> Batch:
-    """Source: transformers, data/data_collator.py; trainer.py, get_batch_samples."""
+def tokens(model: TracedModel, *shape: int) -> Tensor:
+    """Ordinary text: no token that stands for padding, an image or the end of a text, all of which lie at the ends of vocabularies."""
+    config = model.base.config
+    size = getattr(config.get_text_config(), "vocab_size", None) or config.vocab_size
+    return torch.full(shape, size // 2)
+
+
+def _labelled(model: TracedModel, training: Training) -> Batch:
+    """Source: transformers, data/data_collator.py; trainer.py, get_batch_samples and _set_signature_columns_if_needed."""
     shape = (training.micro_batch_size, training.sequence_length)
     of_sequence = training.objective.kind is ObjectiveKind.CLASSIFICATION
-    return {
-        "input_ids": _ids(*shape),
-        "labels": _ids(*(shape[:1] if of_sequence else shape)),
-        "attention_mask": _ids(*shape, padded=training.padded),
-        "num_items_in_batch": torch.empty((), dtype=torch.int64),
-    }
+    batch = {"input_ids": tokens(model, *shape), "labels": tokens(model, *(shape[:1] if of_sequence else shape))}
+    if "attention_mask" in inspect.signature(model.base.forward).parameters:
+        batch["attention_mask"] = _ids(*shape, padded=training.padded)
+    if _accepts_loss_arguments(model):
+        batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+    return batch
+
+
+def _accepts_loss_arguments(model: TracedModel) -> bool:
+    """Source: transformers, trainer.py, Trainer.__init__, model_accepts_loss_kwargs."""
+    declared = getattr(model.base, "accepts_loss_kwargs", None)
+    parameters = inspect.signature(model.base.forward).parameters.values()
+    return bool(declared) if declared is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _pairs(training: Training) -> Batch:
@@ -273,7 +288,7 @@ def _task_of(kind: ObjectiveKind, model: TracedModel, training: Training, refere
                 loss: Tensor = sft.compute_loss(whole, inputs, num_items_in_batch=number)
                 return loss
 
-            return Task(inputs=lambda: _labelled(training), loss=sft_loss)
+            return Task(inputs=lambda: _labelled(model, training), loss=sft_loss)
         case ObjectiveKind.DPO:
             dpo = _bare(DPOTrainer, model, training, gradient_checkpointing_kwargs=None)
             dpo.__dict__.update(

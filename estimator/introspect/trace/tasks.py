@@ -1,7 +1,7 @@
 """What the worker is asked of traces: the program of a step for every size, and one whole timeline."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -10,34 +10,66 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from estimator.classification import with_head
 from estimator.introspect.build import build
 from estimator.introspect.prepared import TORCH_DTYPES
-from estimator.introspect.trace.errors import NotTraceableError
-from estimator.introspect.trace.layers import Sample, sample
+from estimator.introspect.trace.errors import LoopOverTokensError, NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.known import Values
+from estimator.introspect.trace.layers import Sample, sample, whole
 from estimator.introspect.trace.loop import cuda_program, run, warm_up
 from estimator.introspect.trace.model import traced_model
 from estimator.introspect.trace.objectives import reference_model
+from estimator.introspect.trace.routing import Routing
 from estimator.recipe import Recipe
 from estimator.scoring import Rows
 from estimator.splice import spliced
+from estimator.step import Program
 from estimator.timeline import Timeline, encode_timeline
-from estimator.traced_step import NotOneProgramError, Point, encode_program, points, program
+from estimator.traced_step import ALIGNMENTS, OUTLINE_POINTS, NotOneProgramError, Point, encode_program, outline, points, program
+
+# A scan over tokens written in Python takes several operations per token; a scan over chunks far less than one.
+_LONGEST_LOOP = 3
+_SHORTEST_LOOP = 1500
 
 _RECIPE = TypeAdapter(Recipe)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracedProgram:
+    """A step's candidates for the peak, and what they hold for."""
+
+    program: Program
+    multiple_of: int | None
+    """Lengths that it holds for are multiples of this; None: only the length, or size, that was asked for."""
+    any_batch: bool
+    sample: Sample
+    is_outline: bool
+    """Whether it was fitted to short runs, see `traced_step.outline`."""
+    routing_matters: bool
+    """Whether sizes depend on the experts that routers choose."""
 
 
 def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
     """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest], "rows"}` → the step's candidates for the peak.
 
+    With `"exact": true`, for the recipe's own length alone, and where the batch makes another program of it for the recipe's own batch.
+    With `"routing": "worst"`, for all tokens choosing the same experts. Where no program holds for many lengths the result has a `reason`
+    and no program.
+
     Raises:
         BuildError: if transformers cannot build the model.
-        NotTraceableError: if its step cannot run without values, or is not the same program at all sizes of the regime.
+        NotTraceableError: if its step cannot run without values.
     """
-    session = _Session(payload)
+    session = Session(payload)
     try:
-        timelines = {point: session.run(point) for point in points(*payload["lengths"])}
-        found = program(timelines, session.sample.stands_for)
+        found = session.exact_program() if payload.get("exact") else session.program(*payload["lengths"])
     except NotOneProgramError as error:
-        raise NotTraceableError(str(error)) from error
-    return {"program": encode_program(found), "layers": _layers(session.sample)}
+        return {"reason": str(error)}
+    return {
+        "program": encode_program(found.program),
+        "multiple_of": found.multiple_of,
+        "any_batch": found.any_batch,
+        "is_outline": found.is_outline,
+        "routing_matters": found.routing_matters,
+        "layers": _layers(found.sample),
+    }
 
 
 def timeline_task(payload: Mapping[str, Any]) -> dict[str, object]:
@@ -46,7 +78,7 @@ def timeline_task(payload: Mapping[str, Any]) -> dict[str, object]:
     Raises:
         BuildError, NotTraceableError: as for the program.
     """
-    session = _Session(payload)
+    session = Session(payload)
     training = session.recipe.training
     assert training is not None
     traced = session.run((training.micro_batch_size, training.sequence_length))
@@ -57,24 +89,37 @@ def _layers(chosen: Sample) -> dict[str, object]:
     return {"run": list(chosen.kept), "stands_for": list(chosen.stands_for)}
 
 
-class _Session:
-    """One model, run at several sizes."""
+class Session:
+    """One model, run at several sizes.
+
+    Args:
+        payload: `{"config", "recipe", "layers_prefix"}`, and where wanted `"all_layers"` and `"routing"`.
+
+    Raises:
+        BuildError, NotTraceableError: as for the program.
+    """
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
+        self.payload = payload
         self.recipe: Recipe = _RECIPE.validate_python(payload["recipe"])
+        self.values = Values(Routing(payload.get("routing", Routing.BALANCED)))
+        self.longest_loop: int | None = None
+        """Operations per token that one call of a module may run."""
+        self._build(all_layers=bool(payload.get("all_layers")))
+
+    def _build(self, *, all_layers: bool) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        prefix = payload["layers_prefix"]
+        prefix = self.payload["layers_prefix"]
         training = self.recipe.training
         assert training is not None
-        config = with_head(payload["config"], training.objective)
-        self.rows = Rows(**payload["rows"]) if "rows" in payload else None
+        config = with_head(self.payload["config"], training.objective)
+        self.rows = Rows(**self.payload["rows"]) if "rows" in self.payload else None
         kind, model = build(config, TORCH_DTYPES[self.recipe.dtype])
         if training.objective.kind.is_classification and kind != "sequence_classification":
             raise NotTraceableError(f"{type(model).__name__} is no model for sequence classification")
         layers = list(model.get_submodule(prefix)) if prefix else []
         every_n = self.recipe.training.checkpoint_every_n_layers if self.recipe.training is not None else 1
-        whole = range(len(layers))
-        self.sample = Sample(kept=tuple(whole), stands_for=tuple(whole)) if payload.get("all_layers") else sample(layers, every_n)
+        self.sample = whole(len(layers)) if all_layers else sample(layers, every_n)
         with cuda_program(self.recipe, cuda_kernels=True):
             self.model = traced_model(model, self.recipe, prefix, self.sample.kept, self.mode)
             self.reference = reference_model(
@@ -82,9 +127,119 @@ class _Session:
             )
             warm_up(self.model, self.recipe, self.mode)
 
+    def program(self, shortest: int, longest: int) -> TracedProgram:
+        """For the lengths of a regime, all of them or those that fill whole chunks.
+
+        Raises:
+            NotTraceableError: as `run`.
+            NotOneProgramError: if the lengths differ in more than size.
+        """
+        return self._guarded_by_outline(lambda: self._for_lengths(shortest, longest))
+
+    def _for_lengths(self, shortest: int, longest: int) -> TracedProgram:
+        timelines: dict[Point, Timeline] = {}
+        for alignment in ALIGNMENTS:
+            wanted = points(shortest, longest, alignment)
+            for point in wanted:
+                if point not in timelines:
+                    timelines[point] = self.run(point)
+            try:
+                found = program({point: timelines[point] for point in wanted}, self.sample.stands_for)
+            except NotOneProgramError as error:
+                reason = error
+                continue
+            return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment)
+        raise reason
+
+    def _guarded_by_outline(self, make: Callable[[], TracedProgram]) -> TracedProgram:
+        """A program made by full traces, or where those would take as long as there are tokens, by its outline."""
+        self.longest_loop = _LONGEST_LOOP
+        try:
+            return make()
+        except LoopOverTokensError:
+            self.longest_loop = None
+        try:
+            timelines = {point: self.run(point) for point in OUTLINE_POINTS}
+            return self._program(outline(timelines, self.sample.stands_for), multiple_of=1, is_outline=True)
+        except NotOneProgramError:
+            return make()
+
+    def exact_program(self) -> TracedProgram:
+        """For the recipe's own length, and every batch or, failing that, its own.
+
+        Raises:
+            NotTraceableError: as `run`.
+        """
+        return self._guarded_by_outline(self._exact)
+
+    def _exact(self) -> TracedProgram:
+        batch, length = self._size
+        timelines = {(B, length): self.run((B, length)) for B in (batch, batch + 1)}
+        try:
+            return self._program(program(timelines, self.sample.stands_for), multiple_of=None)
+        except NotOneProgramError:
+            return self._at_size()
+
+    def at_size(self) -> TracedProgram:
+        """For the recipe's own batch and length alone.
+
+        Raises:
+            NotTraceableError: as `run`.
+        """
+        return self._guarded_by_outline(self._at_size)
+
+    def _at_size(self) -> TracedProgram:
+        found = program({self._size: self.run(self._size)}, self.sample.stands_for)
+        return self._program(found, multiple_of=None, any_batch=False)
+
+    @property
+    def _size(self) -> Point:
+        training = self.recipe.training
+        assert training is not None
+        return training.micro_batch_size, training.sequence_length
+
+    @property
+    def runs_all_layers(self) -> bool:
+        return len(self.sample.kept) == len(self.sample.stands_for)
+
+    def _program(self, found: Program, *, multiple_of: int | None, any_batch: bool = True, is_outline: bool = False) -> TracedProgram:
+        return TracedProgram(
+            is_outline=is_outline,
+            program=found,
+            multiple_of=multiple_of,
+            any_batch=any_batch,
+            sample=self.sample,
+            routing_matters=self.values.routing_matters,
+        )
+
     def run(self, point: Point) -> Timeline:
+        """One step at a batch and length.
+
+        A model that goes by the positions of its layers breaks where some are missing: then all of them run.
+        """
+        try:
+            return self._run(point)
+        except (NeedsValuesError, LoopOverTokensError):
+            raise
+        except NotTraceableError:
+            if self.runs_all_layers:
+                raise
+            self._build(all_layers=True)
+            return self._run(point)
+
+    def _run(self, point: Point) -> Timeline:
         training = self.recipe.training
         assert training is not None
         recipe = replace(self.recipe, training=replace(training, micro_batch_size=point[0], sequence_length=point[1]))
+        limit = None if self.longest_loop is None else max(self.longest_loop * point[1], _SHORTEST_LOOP)
         with cuda_program(recipe, cuda_kernels=True):
-            return run(self.model, recipe, self.mode, with_update=False, rows=self.rows, reference=self.reference)
+            return run(
+                self.model,
+                recipe,
+                self.mode,
+                with_update=False,
+                values=self.values,
+                longest_loop=limit,
+                rows=self.rows,
+                reference=self.reference,
+            )

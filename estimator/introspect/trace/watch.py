@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from estimator.introspect.trace import known
+from estimator.introspect.gradient_sums import ADD_IN_PLACE, sums_in_place
+from estimator.introspect.trace.errors import LoopOverTokensError
+from estimator.introspect.trace.known import Values
 from estimator.phases import Item, Phase
 from estimator.timeline import Allocation, Mark, Segment, Timeline
 
@@ -31,11 +33,13 @@ class Watch(TorchDispatchMode):
 
     Args:
         kernels: operations to be answered by something else, see `cuda_paths.KERNELS`.
+        values: what is known of the tensors' content.
     """
 
-    def __init__(self, kernels: Mapping[Any, Kernel]) -> None:
+    def __init__(self, kernels: Mapping[Any, Kernel], values: Values) -> None:
         super().__init__()
         self.kernels = kernels
+        self.values = values
         self.phase = ""
         self.allocations: list[Allocation] = []
         self.events: list[int] = []
@@ -43,6 +47,9 @@ class Watch(TorchDispatchMode):
         self.marks: list[Mark] = []
         self.names: list[str] = []
         """Modules running forward, outermost first."""
+        self.longest_loop: int | None = None
+        """How many operations one call of a module may run; None for any number."""
+        self._operations: list[int] = []
         self.deepest = ""
         """The module of the last operation."""
         self._modules_by_node: dict[int, str] = {}
@@ -130,6 +137,16 @@ class Watch(TorchDispatchMode):
                 ordered += sorted(run, reverse=True) if is_release else run
         return tuple(ordered)
 
+    def enter(self, module: str) -> None:
+        """A module's forward pass begins."""
+        self.names.append(module)
+        self._operations.append(0)
+
+    def leave(self) -> None:
+        """It ends."""
+        self.names.pop()
+        self._operations.pop()
+
     # -- what happens -------------------------------------------------------------------------------------------------------------------
 
     def _see(self, tensor: torch.Tensor, operator: str, module: str, item: str = "") -> None:
@@ -177,21 +194,31 @@ class Watch(TorchDispatchMode):
             return self.names[-1]
         return self._modules_by_node.get(node._sequence_nr() + 1, "")
 
+    def _count(self) -> None:
+        if self._operations:
+            self._operations[-1] += 1
+            if self.longest_loop is not None and self._operations[-1] > self.longest_loop and not self.values.routing_matters:
+                raise LoopOverTokensError(f"one call runs more than {self.longest_loop} operations")
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # asked of every fake at every turn
             return _CPU
         kwargs = kwargs or {}
-        value = known.read(func, args)
+        value = self.values.read(func, args)
         if value is not None:
             return value
         if self._leaving:
             self._leaving = False
             self.mark(Segment.OUTSIDE)
         self.deepest = self.names[-1] if self.names else self.deepest
-        kernel = self.kernels.get(func, func)
-        result = kernel(*args, **kwargs)
+        if func.namespace == "aten":  # an error must not pass through queries such as `prim.device`
+            self._count()
+        result = self.values.sized(func, args, kwargs)
+        if result is None:
+            kernel = ADD_IN_PLACE if sums_in_place(func, args) else self.kernels.get(func, func)
+            result = kernel(*args, **kwargs)
         results = [result] if isinstance(result, torch.Tensor) else [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        known.follow(func, args, kwargs, results)
+        self.values.follow(func, args, kwargs, results)
         if results:
             module = self._module()
             operator = func._schema.name.removeprefix("aten::")

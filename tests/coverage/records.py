@@ -1,0 +1,51 @@
+"""What is known so far, kept line by line so that a stopped run goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from estimator.sources.cache import library_versions
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "build" / "coverage.jsonl"
+
+_LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
+_TRACED_BY = (*sorted((ROOT / "estimator").rglob("*.py")), *sorted((ROOT / "tests" / "coverage").glob("*.py")))
+
+
+@cache
+def stamp() -> str:
+    """Of the libraries and of our own code: records of another stamp are no answer."""
+    digest = hashlib.sha256(repr(library_versions(_LIBRARIES)).encode())
+    for path in _TRACED_BY:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Records:
+    """Results by what was asked.
+
+    Args:
+        file: where they are kept.
+        any_stamp: whether results of other code count too.
+    """
+
+    def __init__(self, file: Path = FILE, *, any_stamp: bool = False) -> None:
+        self.file = file
+        self.results: dict[str, Any] = {key: value for key, mark, value in _lines(file) if any_stamp or mark == stamp()}
+
+    def add(self, key: str, value: Any) -> None:
+        self.results[key] = value
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as lines:
+            lines.write(json.dumps([key, stamp(), value]) + "\n")
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str, Any]]:
+    if file.exists():
+        for line in file.read_text().splitlines():
+            key, mark, value = json.loads(line)
+            yield key, mark, value
