@@ -134,6 +134,7 @@ def render_recipe(recipe: Recipe) -> Json:
         "peft": None if recipe.adapter is None else _adapter(recipe.adapter),
         "prepare_model_for_kbit_training": recipe.prepare_for_kbit_training,
         "trainer": recipe.trainer.value,
+        "task": None if recipe.training is None else _task(recipe.training.objective),
         "training": None if recipe.training is None else _training(recipe.training),
         "inference": None if recipe.inference is None else _inference(recipe.inference),
         "compute_capability": ".".join(map(str, recipe.compute_capability)),
@@ -188,13 +189,12 @@ def _training(training: Training) -> Json:
             "every_n_layers": training.checkpoint_every_n_layers,
         },
         "loss": training.loss.value,
-        "objective": _objective(training.objective),
         "padded": training.padded,
         "padding_free": training.flattened,
     }
 
 
-def _objective(objective: Objective) -> Json:
+def _task(objective: Objective) -> Json:
     return {
         "kind": objective.kind.value,
         "reference": objective.reference.value,

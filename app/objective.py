@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from app.request import ObjectiveFields, Request
+from app.request import Request, TaskFields
 from estimator.classification import with_head
 from estimator.errors import RequestError
 from estimator.recipe import Loss, Objective, ObjectiveKind, Reference
@@ -27,7 +27,7 @@ LOSSES: Mapping[ObjectiveKind, Loss] = MappingProxyType(
     }
 )
 
-_FIELD = "training.objective"
+_FIELD = "task"
 _FROM_TRL = (ObjectiveKind.DPO, ObjectiveKind.REWARD, ObjectiveKind.GRPO)
 _WITH_PROMPT = (ObjectiveKind.DPO, ObjectiveKind.GRPO)
 
@@ -38,7 +38,7 @@ def resolve_objective(request: Request, stack: Stack) -> Objective:
     Raises:
         RequestError: if no trainer of the libraries trains for it as asked.
     """
-    asked = _asked(request)
+    asked = request.task
     kind = ObjectiveKind(asked.kind)
     if kind is not ObjectiveKind.SFT:
         _check_trainer(kind, request, stack)
@@ -52,10 +52,6 @@ def resolve_objective(request: Request, stack: Stack) -> Objective:
     )
 
 
-def _asked(request: Request) -> ObjectiveFields:
-    return (request.training.objective if request.training is not None else None) or ObjectiveFields()
-
-
 def _check_trainer(kind: ObjectiveKind, request: Request, stack: Stack) -> None:
     accepted = "trl" if kind in _FROM_TRL else "transformers"
     if request.trainer != accepted:
@@ -64,7 +60,7 @@ def _check_trainer(kind: ObjectiveKind, request: Request, stack: Stack) -> None:
         raise RequestError(f"{_FIELD}.kind: {kind.value!r} is answered for trl 1.16 and later", field="stack.trl")
 
 
-def _reference(kind: ObjectiveKind, asked: ObjectiveFields, *, has_adapter: bool) -> Reference:
+def _reference(kind: ObjectiveKind, asked: TaskFields, *, has_adapter: bool) -> Reference:
     """Source: trl 1.16, DPOTrainer.__init__ and GRPOTrainer.__init__."""
     needed = {ObjectiveKind.DPO: not asked.precompute_ref_log_probs, ObjectiveKind.GRPO: asked.beta not in (None, 0.0)}
     if not needed.get(kind, False):
@@ -72,7 +68,7 @@ def _reference(kind: ObjectiveKind, asked: ObjectiveFields, *, has_adapter: bool
     return Reference.ADAPTER_OFF if has_adapter and not asked.ref_model else Reference.MODEL
 
 
-def _num_labels(kind: ObjectiveKind, asked: ObjectiveFields) -> int:
+def _num_labels(kind: ObjectiveKind, asked: TaskFields) -> int:
     """Source: trl 1.16, trainer/reward_trainer.py, RewardTrainer.__init__, which refuses a model with more than one."""
     if kind is ObjectiveKind.REWARD and asked.num_labels not in (None, 1):
         raise RequestError(f"{_FIELD}.num_labels: a reward model has 1, not {asked.num_labels}", field=f"{_FIELD}.num_labels")
@@ -81,7 +77,7 @@ def _num_labels(kind: ObjectiveKind, asked: ObjectiveFields) -> int:
     return 1
 
 
-def _keeps_old_log_probs(asked: ObjectiveFields, request: Request) -> bool:
+def _keeps_old_log_probs(asked: TaskFields, request: Request) -> bool:
     """Source: trl 1.16, trainer/grpo_trainer.py, GRPOTrainer._generate_and_score_completions."""
     assert request.training is not None
     steps = request.training.gradient_accumulation_steps or 1
@@ -94,7 +90,7 @@ def sequence_length(request: Request) -> int | None:
     Raises:
         RequestError: if the prompt's length is missing, or fills the sequence.
     """
-    asked = _asked(request)
+    asked = request.task
     assert request.training is not None
     length, prompt = request.training.max_length, asked.max_prompt_length
     field = f"{_FIELD}.max_prompt_length"

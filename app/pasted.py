@@ -82,7 +82,7 @@ def canonical(payload: Mapping[str, Any]) -> Pasted:
         top["training"] = _training(top["training"], pasted)
     if isinstance(top.get("inference"), dict):
         top["inference"] = _inference(top["inference"], pasted)
-    for name in ("hardware", "stack"):
+    for name in ("hardware", "stack", "task"):
         if isinstance(top.get(name), dict):
             top[name] = {k: v for k, v in top[name].items() if v is not None}
     pasted.ignored.sort()
@@ -175,7 +175,7 @@ def _training(values: dict[str, Any], pasted: Pasted) -> dict[str, Any]:
     values = _renamed({k: v for k, v in values.items() if v is not None}, _TRAINING_ALIASES, "training.")
     if values.pop("adafactor", False):
         _set_once(values, "optim", "adafactor", "training.adafactor")
-    for key in ("gradient_checkpointing_kwargs", "liger_kernel_config", "objective"):
+    for key in ("gradient_checkpointing_kwargs", "liger_kernel_config"):
         if isinstance(values.get(key), dict):
             values[key] = {k: v for k, v in values[key].items() if v is not None}
     if evaluates(values):

@@ -80,7 +80,7 @@ class LigerFields(Border):
     fused_linear_cross_entropy: bool | None = None
 
 
-class ObjectiveFields(Border):
+class TaskFields(Border):
     """What is trained for, with the fields of `DPOConfig`, `GRPOConfig` and of a classification head that decide memory."""
 
     kind: Literal["sft", "dpo", "reward", "classification", "grpo"] = "sft"
@@ -115,7 +115,6 @@ class TrainingFields(Border):
     packing_strategy: Name | None = None
     padding_free: bool = False
     per_device_eval_batch_size: Batch | None = None
-    objective: ObjectiveFields | None = None
     router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] | None = None
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | Literal["auto"] | None = None
 
@@ -159,6 +158,7 @@ class Request(Border):
     peft: PeftFields | None = None
     prepare_model_for_kbit_training: bool | None = None
     trainer: Literal["transformers", "trl"] = "transformers"
+    task: TaskFields = TaskFields()
     training: TrainingFields | None = None
     padded: bool = False
     inference: InferenceFields | None = None

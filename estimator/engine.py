@@ -279,7 +279,8 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
-    head = Head.FULL_LOGITS if training.loss is Loss.STOCK else Head.FUSED
+    has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
+    head = Head.FULL_LOGITS if has_logits else Head.FUSED
     reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=head)
     return Estimate(
         parameters=static.parameters,

@@ -22,7 +22,7 @@ NOW = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "bitsandby
 
 def question(objective: dict[str, Any], *, trainer: str = "trl", peft: Any = None, trl: str = "1.16.0", **training: Any) -> Any:
     payload = {"model": LLAMA, "stack": NOW | {"trl": trl}, "trainer": trainer, "peft": peft, "dtype": "bfloat16"}
-    return read_estimate({**payload, "training": {**training, "objective": objective}}).request
+    return read_estimate({**payload, "training": training, "task": objective}).request
 
 
 def objective(given: dict[str, Any], **rest: Any) -> Objective:
@@ -88,9 +88,9 @@ def test_a_classification_head_has_as_many_rows_as_labels() -> None:
         ({"kind": "dpo"}, {"trainer": "transformers", "max_length": 512}, "trainer"),
         ({"kind": "classification"}, {}, "trainer"),
         ({"kind": "dpo"}, {"trl": "0.25.0"}, "stack.trl"),
-        ({"kind": "reward", "num_labels": 3}, {}, "training.objective.num_labels"),
-        ({"kind": "grpo"}, {}, "training.objective.max_prompt_length"),
-        ({"kind": "dpo", "max_prompt_length": 512}, {"max_length": 512}, "training.objective.max_prompt_length"),
+        ({"kind": "reward", "num_labels": 3}, {}, "task.num_labels"),
+        ({"kind": "grpo"}, {}, "task.max_prompt_length"),
+        ({"kind": "dpo", "max_prompt_length": 512}, {"max_length": 512}, "task.max_prompt_length"),
     ],
 )
 def test_what_no_trainer_trains_is_refused_by_name(given: dict[str, Any], rest: dict[str, Any], field: str) -> None:
