@@ -17,7 +17,7 @@ TEST_STAMP := $(VENV)/.installed-test
 SOURCES := app calibration estimator tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test serve test lint format pytest slow bench accuracy coverage catalogue clean
+.PHONY: help install install-test serve test lint format pytest slow bench accuracy agreement coverage catalogue clean
 
 help:
 	@grep -E '^#   ' Makefile | cut -c5-
@@ -65,6 +65,9 @@ slow: $(TEST_STAMP)
 
 bench: $(TEST_STAMP)
 	$(PY) -m tests.benchmarks.speed
+
+agreement: $(TEST_STAMP)
+	$(PY) -m calibration.agreement
 
 coverage: $(TEST_STAMP)
 	$(PY) -m tests.coverage
