@@ -21,7 +21,7 @@ from app.plan import plan
 from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES, read_json
 from app.service import answer
-from app.wording import plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
+from app.wording import engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -97,6 +97,7 @@ def _view(result: Mapping[str, Any]) -> Json:
         "answer": estimate,
         "verdict": verdict_sentence(estimate),
         "verdict_class": estimate["fit"]["verdict"] if estimate["fit"] else "unknown",
+        "engine": engine_phrase(estimate),
         "chart": chart_of(estimate),
         "request": orjson.dumps(_without_nulls(result["request"]), option=orjson.OPT_INDENT_2).decode(),
         "plan": None,

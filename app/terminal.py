@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
-from app.wording import plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
+from app.wording import engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
@@ -185,5 +185,5 @@ def _context(answer: Json) -> str:
     model, counts, versions = answer["model"], answer["parameters"], answer["stack"]
     return escape(
         f"{model['id'] or model['model_type']}: {counts['total']:,} parameters, {counts['trainable']:,} trainable; "
-        f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}"
+        f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}; {engine_phrase(answer)}"
     )

@@ -61,3 +61,8 @@ def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def engine_phrase(answer: Json) -> str:
+    """What the step was worked out with, and why."""
+    return f"{'closed forms' if answer['engine'] == 'analytic' else 'traced'} ({answer['engine_reason']})"
