@@ -185,5 +185,6 @@ def _context(answer: Json) -> str:
     model, counts, versions = answer["model"], answer["parameters"], answer["stack"]
     return escape(
         f"{model['id'] or model['model_type']}: {counts['total']:,} parameters, {counts['trainable']:,} trainable; "
-        f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, trl {versions['trl']}; {engine_phrase(answer)}"
+        f"transformers {versions['transformers']}, peft {versions['peft']}, bitsandbytes {versions['bitsandbytes']}, "
+        f"trl {versions['trl']}; {engine_phrase(answer)}"
     )

@@ -25,6 +25,7 @@ import estimator
 from estimator.errors import ConfigError, InspectionError, InspectionLimitError, SourceUnavailableError, TraceError
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "VIRTUAL_ENV")
+_DOING = {"trace": "tracing the step", "timeline": "tracing the step"}
 _CONFIG_KINDS = ("unknown_model_type", "config", "class")
 _POLL_SECONDS = 0.05
 
@@ -50,6 +51,7 @@ class Process:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.num_requests = 0
+        self._doing = ""
         self._ready = False
         self._popen = subprocess.Popen(
             [sys.executable, "-P", "-m", "estimator.introspect.worker"],
@@ -82,6 +84,7 @@ class Process:
         message = json.dumps({"task": task, "payload": payload, "cpu_seconds": limits.cpu_seconds}, allow_nan=False).encode() + b"\n"
         if len(message) > limits.request_bytes:
             raise ConfigError(f"config: {len(message)} bytes; accepted: at most {limits.request_bytes}", field="model.config")
+        self._doing = _DOING.get(task, "building the model")
         self._wait_until_ready()
         self.num_requests += 1
         try:
@@ -90,7 +93,7 @@ class Process:
             self._popen.stdin.flush()
         except OSError:
             raise self._died() from None
-        return _result(self._answer(limits.wall_seconds, limits.resident_bytes))
+        return _result(self._doing, self._answer(limits.wall_seconds, limits.resident_bytes))
 
     def close(self) -> None:
         """Ends the process and waits for it."""
@@ -115,12 +118,10 @@ class Process:
             except queue.Empty:
                 if time.monotonic() >= deadline:
                     self.close()
-                    raise InspectionLimitError(
-                        f"building the model took longer than {seconds:g} s and was stopped", field="model"
-                    ) from None
+                    raise InspectionLimitError(f"{self._doing} took longer than {seconds:g} s and was stopped", field="model") from None
                 if resident_bytes is not None and (used := _resident_bytes(self.pid)) > resident_bytes:
                     self.close()
-                    message = f"building the model took {used} bytes of memory, more than the limit of {resident_bytes}, and was stopped"
+                    message = f"{self._doing} took {used} bytes of memory, more than the limit of {resident_bytes}, and was stopped"
                     raise InspectionLimitError(message, field="model") from None
                 continue
             if line is None:
@@ -132,7 +133,7 @@ class Process:
         self.close()
         code = self._popen.returncode
         if code in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0)):
-            return InspectionLimitError("building the model ran into the limit of processor time or memory", field="model")
+            return InspectionLimitError(f"{self._doing} ran into the limit of processor time or memory", field="model")
         return InspectionError(f"the inspecting process ended unexpectedly (exit status {code})", field="model")
 
     def _read(self) -> None:
@@ -237,7 +238,7 @@ def default_inspector() -> Inspector:
     return inspector
 
 
-def _result(answer: dict[str, Any]) -> Any:
+def _result(doing: str, answer: dict[str, Any]) -> Any:
     if answer.get("ok"):
         return answer["result"]
     kind, message = answer.get("kind"), str(answer.get("message"))
@@ -246,7 +247,7 @@ def _result(answer: dict[str, Any]) -> Any:
     if kind == "not_traceable":
         raise TraceError(f"the step cannot be traced: {message}", field="engine")
     if kind == "limit":
-        raise InspectionLimitError(f"building the model ran into a limit of the inspecting process: {message}", field="model")
+        raise InspectionLimitError(f"{doing} ran into a limit of the inspecting process: {message}", field="model")
     raise InspectionError(message, field="model")
 
 

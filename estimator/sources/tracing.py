@@ -67,12 +67,21 @@ class Tracer:
         inspector: the processes that trace.
         directory: where programs are kept; None keeps them in memory only.
         max_entries: programs held in memory (about 50 KiB each).
+        wall_seconds: what one trace may take [s].
     """
 
-    def __init__(self, *, inspector: Inspector | None = None, directory: Path | None = None, max_entries: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        inspector: Inspector | None = None,
+        directory: Path | None = None,
+        max_entries: int = 256,
+        wall_seconds: float = _WALL_SECONDS,
+    ) -> None:
         self._inspector = inspector
         self._directory = directory
         self._max_entries = max_entries
+        self._wall_seconds = wall_seconds
         self._found: OrderedDict[str, _Found] = OrderedDict()
         self._running: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
@@ -145,7 +154,7 @@ class Tracer:
 
     def _ask(self, task: str, payload: Mapping[str, Any]) -> Any:
         inspector = self._inspector if self._inspector is not None else default_inspector()
-        return inspector.run(task, payload, wall_seconds=_WALL_SECONDS)
+        return inspector.run(task, payload, wall_seconds=self._wall_seconds)
 
     def _once(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of one call of `make` for all who ask while it runs."""
