@@ -23,6 +23,8 @@ FORMAT = 2
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
+# A batch of one needs fewer copies than others.
+_EXACT_BATCH = 2
 _LONGEST = 2**20
 
 
@@ -35,6 +37,17 @@ class Subject:
     inventory: Inventory
     is_public: bool = True
     """Whether what is learnt of it may be kept on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What the worker said of a recipe."""
+
+    program: Program | None
+    """None where lengths differ in more than size."""
+    multiple_of: int | None
+    """What lengths must be multiples of; None: only the length that was asked for."""
+    any_batch: bool
 
 
 class Tracer:
@@ -50,15 +63,16 @@ class Tracer:
         self._inspector = inspector
         self._directory = directory
         self._max_entries = max_entries
-        self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._programs: OrderedDict[str, _Kept] = OrderedDict()
         self._running: dict[str, Future[Any]] = {}
         self._lock = threading.Lock()
 
     def program(self, subject: Subject, recipe: Recipe) -> Program:
-        """The step of a recipe, for all batches and lengths of its regime.
+        """The step of a recipe, for all batches and lengths of its regime; where lengths differ in more than size (scans over chunks), for
+        the recipe's length or size.
 
         Args:
-            recipe: its batch and length only choose the regime.
+            recipe: its batch and length only choose the regime, where they can.
 
         Raises:
             TraceError: if the step cannot be traced.
@@ -66,16 +80,27 @@ class Tracer:
         """
         training = recipe.training
         assert training is not None
-        lengths = regime(subject.inventory, training.sequence_length, shortest=training.objective.prompt_length + 2)
+        length = training.sequence_length
+        lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
         rows = rows_of(training, subject.inventory.config)
-        payload = _payload(subject, _without_sizes(recipe)) | {"lengths": list(lengths), "rows": asdict(rows)}
+        beside = {"lengths": list(lengths), "rows": asdict(rows)}
+        found = self._kept(subject, _payload(subject, _with_sizes(recipe, 1, 1)) | beside)
+        if found.program is None or (found.multiple_of is not None and length % found.multiple_of):
+            found = self._kept(subject, _payload(subject, _with_sizes(recipe, _EXACT_BATCH, length)) | beside | {"exact": True})
+        if found.program is None or not found.any_batch:
+            size = _with_sizes(recipe, training.micro_batch_size, length)
+            found = self._kept(subject, _payload(subject, size) | beside | {"exact": True})
+        assert found.program is not None
+        return found.program
+
+    def _kept(self, subject: Subject, payload: Mapping[str, Any]) -> "_Kept":
         key = _key(payload)
         with self._lock:
             if (kept := self._programs.get(key)) is not None:
                 self._programs.move_to_end(key)
                 return kept
         found = self._once(key, lambda: self._find_program(key, payload, subject.is_public))
-        assert isinstance(found, Program)
+        assert isinstance(found, _Kept)
         return found
 
     def timeline(self, subject: Subject, recipe: Recipe, *, all_layers: bool = False) -> Timeline:
@@ -95,7 +120,7 @@ class Tracer:
         assert isinstance(found, Timeline)
         return found
 
-    def _find_program(self, key: str, payload: Mapping[str, Any], is_public: bool) -> Program:
+    def _find_program(self, key: str, payload: Mapping[str, Any], is_public: bool) -> "_Kept":
         from estimator.traced_step import decode_program  # numpy takes 0.1 s, and most answers need no trace
 
         file = self._directory / f"{key}.json" if self._directory is not None else None
@@ -104,7 +129,8 @@ class Tracer:
             data = self._ask("trace", payload)
             if file is not None and is_public:
                 write_json(file, data)
-        found = decode_program(data["program"])
+        program = decode_program(data["program"]) if "program" in data else None
+        found = _Kept(program=program, multiple_of=data.get("multiple_of"), any_batch=data.get("any_batch", True))
         with self._lock:
             self._programs[key] = found
             while len(self._programs) > self._max_entries:
@@ -151,11 +177,12 @@ def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int
     return shortest, longest
 
 
-def _without_sizes(recipe: Recipe) -> Recipe:
+def _with_sizes(recipe: Recipe, batch: int, length: int) -> Recipe:
     training = recipe.training
     assert training is not None
     accumulation = min(2, training.gradient_accumulation_steps)
-    return replace(recipe, training=replace(training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=accumulation))
+    sizes = replace(training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=accumulation)
+    return replace(recipe, training=sizes)
 
 
 def _payload(subject: Subject, recipe: Recipe) -> dict[str, Any]:
