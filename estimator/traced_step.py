@@ -126,7 +126,8 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
 
 
 OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (2, 3) for S in (32, 48, 64)), (4, 80))
-"""Where a loop over tokens is traced: three lengths at two batches (a batch of one needs fewer copies), and a size for the check."""
+"""Where a loop over tokens is traced: three lengths at two batches, and a size at which the outcome is checked. A batch of one needs fewer
+copies than others and is none of them."""
 
 _OUTLINE_ERROR = 1e-3
 

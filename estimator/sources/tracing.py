@@ -20,10 +20,12 @@ from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
 from estimator.timeline import Timeline, decode_timeline
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
+# A batch of one needs fewer copies than others.
+_EXACT_BATCH = 2
 _LONGEST = 2**20
 
 
@@ -105,7 +107,7 @@ class Tracer:
         found = self._find(for_lengths, subject.is_public)
         if found.step is not None and length % (found.multiple_of or 1) == 0:
             return found.step
-        for batch in (1, training.micro_batch_size):  # in most cases one length alone serves every batch
+        for batch in (_EXACT_BATCH, training.micro_batch_size):  # in most cases one length alone serves every batch
             found = self._find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
             if found.step is not None and (found.any_batch or batch == training.micro_batch_size):
                 return found.step

@@ -15,6 +15,9 @@ FILE = ROOT / "docs" / "coverage.md"
 SPLICE_LIMIT = 1e-3
 """Few layers spliced and all layers may differ by no more."""
 
+Results = Mapping[str, Any]
+"""By architecture, and by architecture and recipe, as `Records` keeps them."""
+
 _OUTCOMES = {
     "traced": "traced",
     "refused": "refused by transformers or PEFT, as on a card",
@@ -50,7 +53,7 @@ class Row:
         return max(found) if found else None
 
 
-def rows(results: Mapping[str, Any]) -> Iterator[Row]:
+def rows(results: Results) -> Iterator[Row]:
     """The architectures whose config builds."""
     for name, about in results.items():
         if "/" in name or not about["built"]:
@@ -65,7 +68,7 @@ def rows(results: Mapping[str, Any]) -> Iterator[Row]:
         )
 
 
-def summary(results: Mapping[str, Any]) -> str:
+def summary(results: Results) -> str:
     """The counts, a line each."""
     table = list(rows(results))
     unbuilt = [name for name, about in results.items() if "/" not in name and not about["built"]]
@@ -76,8 +79,8 @@ def summary(results: Mapping[str, Any]) -> str:
         f"- {counts.total()} of {sum(row.expected for row in table)} recipes run: "
         + ", ".join(f"{counts[outcome]} {text}" for outcome, text in _OUTCOMES.items() if counts[outcome]),
         f"- {_share(counts['traced'], possible)} of the recipes that no library refuses are traced",
-        f"- {_share(sum(row.number('traced') > 0 for row in table), sum(bool(row.cells) for row in table))} of the architectures tried are "
-        "traced under at least one recipe",
+        f"- {_share(sum(row.number('traced') > 0 for row in table), sum(bool(row.cells) for row in table))} of the architectures tried "
+        "are traced under at least one recipe",
     ]
     reach = Counter(row.reach["value"] for row in table if "value" in row.reach)
     if reach:
@@ -101,21 +104,21 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Results) -> str:
     """The document."""
     table = list(rows(results))
     versions = ", ".join(" ".join(pair) for pair in library_versions(("torch", "transformers", "peft", "bitsandbytes", "accelerate")))
     parts = [
         "# Coverage of the trace",
-        "Written by `make coverage`. Every causal language model of the installed transformers at the defaults of its config class "
-        "(with what `tests/coverage/architectures.py` completes), under full training, LoRA and QLoRA (nf4) on all linear layers, "
-        "bfloat16 with autocast, eager attention and sdpa as far as the class has them, checkpointing on and off.",
+        "Written by `make coverage`. Every causal language model of the installed transformers at the defaults of its config class (with "
+        "what `tests/coverage/architectures.py` completes), under full training, LoRA and QLoRA (nf4) on all linear layers, bfloat16 with "
+        "autocast, eager attention and sdpa as far as the class has them, checkpointing on and off.",
         f"Versions: {versions}.",
         summary(results),
-        f"Recipes: traced of tried. Lengths: what one program holds for. Splice: few layers against all, batch {ODD_BATCH}, length "
-        f"{ODD_LENGTH}, the phase that differs most. Closed form: against the trace, batch {BATCH}, length {LONGEST}, the recipe and phase "
-        "that differ most. A model with fewer positions is traced at a length that fits. Routing: how much the peak grows when all tokens "
-        "choose the same experts instead of all experts alike; empty where sizes do not depend on the choice.",
+        "Recipes: traced of tried. Lengths: what one program holds for. Splice: few layers against all, batch "
+        f"{ODD_BATCH}, length {ODD_LENGTH}, the phase that differs most. Closed form: against the trace, batch {BATCH}, length {LONGEST}, "
+        "the recipe and phase that differ most. A model with fewer positions is traced at a length that fits. Routing: how much the peak "
+        "grows when all tokens choose the same experts instead of all experts alike; empty where sizes do not depend on the choice.",
         "\n".join(_table(table)),
         "## What is not traced, and why",
         "\n".join(_reasons(table)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from estimator.introspect.trace.errors import NeedsValuesError, RefusedError
 from estimator.introspect.trace.layers import sample
 from estimator.introspect.trace.tasks import Session
 from estimator.recipe import Attention, Recipe
+from estimator.sources.tracing import Subject, Tracer
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.traced_step import NotOneProgramError
@@ -94,3 +96,15 @@ def test_what_a_library_refuses_is_told_apart_from_what_needs_values() -> None:
         model = architecture(name)
         with pytest.raises(refusal):
             Session(payload(model.config, cell.recipe(512))).run((2, 512))
+
+
+def test_the_program_of_a_scan_over_chunks_is_asked_for_again_at_its_own_length(tmp_path: Path) -> None:
+    # no infinity goes to the worker
+    model = small("bamba", num_hidden_layers=4, time_step_limit=[0.0, 1e9])
+    tracer = Tracer(directory=tmp_path)
+    subject = Subject(config=model.config, inventory=model.inventory)
+    found = {length: tracer.step(subject, training(3, length, method="full")).program for length in (300, 777)}
+    for length, program in found.items():
+        timeline = tracer.timeline(subject, training(3, length, method="full"))
+        rounded = {phase.value: max(sum(s.items(3, length).values()) for s in snapshots) for phase, snapshots in program.peaks.items()}
+        assert rounded == above_stored(timeline)

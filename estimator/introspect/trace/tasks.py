@@ -132,6 +132,8 @@ class Session:
             if not self.runs_all_layers:
                 self._build(all_layers=True)
                 return
+            if isinstance(error, NotTraceableError):
+                raise
             raise NotTraceableError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
     def _prepare(self, model: Any, another: Callable[[], Any]) -> None:
