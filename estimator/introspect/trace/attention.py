@@ -101,12 +101,15 @@ class CudaAttention:
         """Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, select_sdp_backend; attention.cpp, scaled_dot_product_attention."""
         query, key, value = _lower_precision(query), _lower_precision(key), _lower_precision(value)
         head_dim = query.shape[-1]
+        # Heads that are left to broadcasting fit no fused kernel; grouped ones fit flash alone.
+        # Source: sdp_utils_cpp.h, check_batch_size_and_num_heads_dense.
+        are_alike = query.shape[1] == key.shape[1] == value.shape[1]
         fits_flash = self.has_flash and query.dtype.itemsize == 2 and head_dim == value.shape[-1] <= _FLASH_LARGEST_HEAD
         result: Any
-        if attn_mask is None and fits_flash:
+        if attn_mask is None and fits_flash and (are_alike or enable_gqa):
             self.ran.add(Kernel.FLASH)
             result = Flash.apply(query, key, value)
-        elif not enable_gqa or query.shape[1] == key.shape[1]:
+        elif are_alike:
             self.ran.add(Kernel.MEMORY_EFFICIENT)
             result = MemoryEfficient.apply(query, key, value, _bias(attn_mask, query))
         else:
