@@ -73,12 +73,11 @@ def compare(closed: Estimate, traced: Estimate) -> tuple[float, float]:
 
 
 def small(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a small vocabulary, wherever it names one."""
-    return {
-        key: small(value) if isinstance(value, Mapping) else SMALL_VOCABULARY if key == "vocab_size" else value
-        for key, value in config.items()
-        if not key.endswith("_token_id")
+    """The config with a small vocabulary wherever it names one, and no token beyond it."""
+    found: dict[str, Any] = {
+        key: small(value) if isinstance(value, Mapping) else value for key, value in config.items() if not key.endswith("_token_id")
     }
+    return found | {"vocab_size": SMALL_VOCABULARY, "pad_token_id": 0} if "vocab_size" in config else found
 
 
 def cells(
