@@ -10,7 +10,21 @@ from dataclasses import dataclass
 
 from estimator.dtypes import DType
 from estimator.loss import label_logits
-from estimator.operators import add, cast, custom, linear, lower_precision, mean, multiply, negate, relaid, saving_output, scale, transposed
+from estimator.operators import (
+    add,
+    cast,
+    custom,
+    linear,
+    lower_precision,
+    mean,
+    multiply,
+    negate,
+    promoted,
+    relaid,
+    saving_output,
+    scale,
+    transposed,
+)
 from estimator.phases import Item
 from estimator.tape import Extent, Gradients, Node, Parameter, Value
 from estimator.units import ceil_div
@@ -77,14 +91,15 @@ def tiled_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
     tile, chunk = rows.scaled(_TILE_COLUMNS), rows.scaled(width)
     slices = [Extent(min(head.vocabulary - start, _TILE_COLUMNS) * width) for start in range(0, head.vocabulary, _TILE_COLUMNS)]
     parts = [head.weight] if head.bias is None else [head.weight, head.bias]
-    dtype, weight_dtype = hidden.dtype, head.weight.dtype
     inputs = [(x.extent, x.dtype, x.requires_grad) for x in (hidden, *parts)]
 
+    converts_hidden, converts_weight = hidden.dtype is not compute, head.weight.dtype is not compute
+
     def chunk_cast() -> Value | None:
-        return None if dtype is compute else tape.new(chunk, compute)
+        return tape.new(chunk, compute) if converts_hidden else None
 
     def slice_cast(extent: Extent) -> Value | None:
-        return None if weight_dtype is compute else tape.new(extent, compute)
+        return tape.new(extent, compute) if converts_weight else None
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
@@ -180,32 +195,33 @@ def liger_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
     compute = _compute_dtype(hidden)
     rows, weight = head.rows(hidden, in_pass), head.weight
     inputs: list[Value] = [hidden, weight] if head.bias is None else [hidden, weight, head.bias]
-    needed = [True, weight.requires_grad, True]
+    needed = [x.requires_grad or x is not weight for x in inputs]
+    all_rows = head.rows(hidden, None)
 
     def backward(node: Node, gradient: Value) -> Gradients:
         gradients = node.unpacked()
-        return [gradients.pop(0).view() if kept else None for _, kept in zip(inputs_extents, needed, strict=False)]
+        return [gradients.pop(0).view() if made else None for made in needed]
 
-    inputs_extents = [x.extent for x in inputs]
-    labels = [tape.new(head.rows(hidden, None), DType.INT64) for _ in range(2)]
-    kept = [tape.new(x.extent, x.dtype) for x, kept in zip(inputs, needed, strict=False) if kept]
-    losses = tape.new(head.rows(hidden, None), DType.FLOAT32)
-    mask = tape.new(head.rows(hidden, None), DType.BOOL)
+    labels = [tape.new(all_rows, DType.INT64) for _ in range(2)]
+    kept = [tape.new(x.extent, x.dtype) for x, made in zip(inputs, needed, strict=True) if made]
+    losses = tape.new(all_rows, DType.FLOAT32)
+    mask = tape.new(all_rows, DType.BOOL)
+    chunk = rows.scaled(head.width)
     logits: Value | None = None
     for _ in _passes(in_pass):
         # The logits of the pass before are alive until these are there, and in the name of their gradient until the bias is added.
         gradient = logits
         logits = _liger_logits(hidden, head, rows, compute)
         if head.bias is not None:
-            logits = tape.new(logits.extent, compute, Item.LOGITS)
+            logits = tape.new(logits.extent, promoted(compute, head.bias.dtype), Item.LOGITS)
         gradient = logits
-        matrix = lower_precision(weight)
-        product = tape.new(rows.scaled(head.width), compute)
-        del matrix, product
+        operands = [_converted(logits, logits.extent, compute), lower_precision(weight)]
+        product = tape.new(chunk, compute)
+        del operands, product
         if weight.requires_grad:
-            chunk = None if hidden.dtype is compute else tape.new(rows.scaled(head.width), compute)
+            casts = [_converted(logits, logits.extent, compute), _converted(hidden, chunk, compute)]
             product = tape.new(weight.extent, compute)
-            del chunk
+            del casts
             summed = cast(product, DType.FLOAT32)
             del product, summed
     loss = custom(inputs, Extent(1), DType.FLOAT32, backward, saved=kept)
@@ -216,14 +232,15 @@ def liger_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
 def _liger_logits(hidden: Value, head: Head, rows: Extent, compute: DType) -> Value:
     """`chunk @ weight.t()`, a view that autocast casts anew."""
     tape = hidden.tape
-    casts = [
-        tape.new(extent, compute)
-        for extent, dtype in ((rows.scaled(head.width), hidden.dtype), (head.weight.extent, head.weight.dtype))
-        if dtype is not compute
-    ]
+    casts = [_converted(hidden, rows.scaled(head.width), compute), _converted(head.weight, head.weight.extent, compute)]
     logits = tape.new(rows.scaled(head.vocabulary), compute, Item.LOGITS)
     del casts
     return logits
+
+
+def _converted(x: Value, extent: Extent, dtype: DType) -> Value | None:
+    """A part of `x` in another type, or nothing where it is the type that it has."""
+    return None if x.dtype is dtype else x.tape.new(extent, dtype)
 
 
 def liger_chunk_rows(num_tokens: int, vocabulary: int, width: int) -> int:
