@@ -190,10 +190,16 @@ def _largest(extents: Counter[Size], size: Callable[[Size], int], name: str = ""
 def _term(extent: Size) -> str:
     if isinstance(extent, Polynomial):
         return " + ".join(map(_term, extent.terms)) if len(extent.terms) == 1 else f"({' + '.join(map(_term, extent.terms))})"
-    factors = [f"{extent.coefficient:,}"] + ["B"] * extent.batch + (["S"] if extent.sequence == 1 else ["S²"] if extent.sequence else [])
+    factors = [f"{extent.coefficient:,}"] + ["B"] * extent.batch
+    if extent.sequence:
+        factors.append(_shifted("S", extent.shift) if extent.sequence == 1 else "S²")
     if extent.keys:
-        factors.append(f"(K {'+' if extent.offset > 0 else '-'} {abs(extent.offset)})" if extent.offset else "K")
+        factors.append(_shifted("K", extent.offset))
     return "·".join(factors)
+
+
+def _shifted(variable: str, number: int) -> str:
+    return f"({variable} {'+' if number > 0 else '-'} {abs(number)})" if number else variable
 
 
 _WORDS = {

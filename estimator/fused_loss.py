@@ -1,10 +1,30 @@
 """Losses that never hold the logits of all tokens: TRL's tiles, TRL's checkpointed chunks, Liger's fused linear cross-entropy.
 
-Legend: T = B·S tokens, V vocabulary, h hidden size.
+They go through the scored positions pass by pass. What a pass allocates is the same in all, so two are run where there are more: the
+second begins while variables of the first are still alive, and the last one is taken to be full.
+
+Legend: T = B·S tokens, N = B·(S - 1) scored positions, V vocabulary, h hidden size.
 """
 
+from dataclasses import dataclass
+
 from estimator.dtypes import DType
-from estimator.operators import cast, custom, linear, lower_precision
+from estimator.loss import label_logits
+from estimator.operators import (
+    add,
+    cast,
+    custom,
+    linear,
+    lower_precision,
+    mean,
+    multiply,
+    negate,
+    promoted,
+    relaid,
+    saving_output,
+    scale,
+    transposed,
+)
 from estimator.phases import Item
 from estimator.tape import Extent, Gradients, Node, Parameter, Value
 from estimator.units import ceil_div
@@ -16,125 +36,211 @@ _TILE_COLUMNS = 32768
 CHUNK_ROWS = 256
 
 
-def scored(hidden: Value) -> Value:
-    """`hidden[mask]`: the positions with a label, all of them here; its gradient is put into zeros of the full size, twice (index, slice).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The output layer, whose tensors these losses use without calling it."""
 
-    Source: trl, trainer/utils.py, add_fused_lm_head.
+    weight: Parameter
+    """(V, h)"""
+    bias: Parameter | None
+    width: int
+    vocabulary: int
+
+    def rows(self, hidden: Value, in_pass: int | None) -> Extent:
+        """Rows of one pass over `hidden`; with None all of them."""
+        return hidden.extent.scaled(1, self.width) if in_pass is None else Extent(in_pass)
+
+
+def scored(hidden: Value) -> Value:
+    """`hidden[:, :-1][mask]`: the positions whose next token has a label; the gradient is put into zeros of the size before, twice.
+
+    Source: trl 1.16, trainer/utils.py, add_fused_lm_head; trl 1.9, trainer/sft_trainer.py, _chunked_cross_entropy_loss.
     """
     tape = hidden.tape
+    whole = hidden.extent
+    extent = whole._replace(shift=-1)
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
-        indexed = tape.new(gradient.extent, gradient.dtype)
-        sliced = tape.new(gradient.extent, gradient.dtype)
+        indexed = tape.new(extent, gradient.dtype)
+        sliced = tape.new(whole, gradient.dtype)
         del saved, indexed
         return [sliced]
 
-    rows = Extent(1, 1, 1)
+    rows = Extent(1, 1, 1, shift=-1)
     indices = [tape.new(rows, DType.INT64) for _ in range(2)]
     node = tape.node([hidden], backward, indices)
-    y = tape.new(hidden.extent, hidden.dtype)
+    y = tape.new(extent, hidden.dtype)
     y.node = node
     return y
 
 
-def tiled_loss(hidden: Value, weight: Parameter, width: int, tile_rows: int | None) -> Value:
+def tiled_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
     """TRL ≥ 1.16: log-probabilities from tiles of 4,096 tokens by 32,768 entries, recomputed backward.
 
     Args:
         hidden: (T, h).
-        tile_rows: 4,096, or None while there are fewer tokens.
+        in_pass: 4,096, or None while no more are scored.
 
     Source: trl 1.16, kernels/chunked_logprob.py, ChunkedLogProbFunction.
     """
     tape = hidden.tape
     hidden = scored(hidden)
-    compute = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else hidden.dtype
-    rows, vector = hidden.extent.scaled(1, width), DType.FLOAT32
-    tile = rows.scaled(_TILE_COLUMNS) if tile_rows is None else Extent(tile_rows * _TILE_COLUMNS)
-    chunk = hidden.extent if tile_rows is None else Extent(tile_rows * width)
-    vocabulary = weight.extent.coefficient // width
-    slice_extent = Extent(min(vocabulary, _TILE_COLUMNS) * width)
-    extent, dtype, weight_extent, weight_dtype = hidden.extent, hidden.dtype, weight.extent, weight.dtype
-    trained = weight.requires_grad
+    compute = _compute_dtype(hidden)
+    rows, all_rows, width = head.rows(hidden, in_pass), head.rows(hidden, None), head.width
+    tile, chunk = rows.scaled(_TILE_COLUMNS), rows.scaled(width)
+    slices = [Extent(min(head.vocabulary - start, _TILE_COLUMNS) * width) for start in range(0, head.vocabulary, _TILE_COLUMNS)]
+    parts = [head.weight] if head.bias is None else [head.weight, head.bias]
+    inputs = [(x.extent, x.dtype, x.requires_grad) for x in (hidden, *parts)]
 
-    def buffers() -> list[Value]:
-        taken = [tape.new(tile, compute, Item.LOGITS)]
-        if dtype is not compute:
-            taken.append(tape.new(chunk, compute))
-        if weight_dtype is not compute:
-            taken.append(tape.new(slice_extent, compute))
-        return taken
+    converts_hidden, converts_weight = hidden.dtype is not compute, head.weight.dtype is not compute
+
+    def chunk_cast() -> Value | None:
+        return tape.new(chunk, compute) if converts_hidden else None
+
+    def slice_cast(extent: Extent) -> Value | None:
+        return tape.new(extent, compute) if converts_weight else None
 
     def backward(node: Node, gradient: Value) -> Gradients:
         saved = node.unpacked()
-        grad_hidden = tape.new(extent, DType.FLOAT32)
-        grad_weight = tape.new(weight_extent, DType.FLOAT32) if trained else None
-        taken = buffers()
-        result = grad_hidden if dtype is DType.FLOAT32 else tape.new(extent, dtype)
-        cast_weight = grad_weight if grad_weight is None or weight_dtype is DType.FLOAT32 else tape.new(weight_extent, weight_dtype)
-        del saved, taken, grad_hidden, grad_weight
-        return [result, cast_weight]
+        sums = [tape.new(extent, DType.FLOAT32) if needed else None for extent, _, needed in inputs]
+        taken = tape.new(tile, compute, Item.LOGITS)
+        hidden_chunk = columns = None
+        for _ in _passes(in_pass):
+            hidden_chunk = chunk_cast()
+            for extent in slices:
+                columns = slice_cast(extent)  # the one before is alive until this one is there
+        results = [s if s is None or of is DType.FLOAT32 else tape.new(extent, of) for s, (extent, of, _) in zip(sums, inputs, strict=True)]
+        del saved, sums, taken, hidden_chunk, columns
+        return results
 
-    statistics = [tape.new(rows, vector) for _ in range(7)]
-    taken = buffers()
-    targets, normalizers = tape.new(rows, DType.INT64), tape.new(rows, vector)
-    log_probabilities = custom([hidden, weight], rows, vector, backward, saved=[hidden, targets, normalizers])
-    del statistics, taken
+    targets = tape.new(all_rows, DType.INT64)
+    statistics = [tape.new(all_rows, DType.FLOAT32) for _ in range(7)]
+    taken = tape.new(tile, compute, Item.LOGITS)
+    hidden_chunk = None
+    for _ in _passes(in_pass):
+        hidden_chunk = chunk_cast()
+        for extent in slices:
+            columns = slice_cast(extent)
+            del columns
+    normalizers = tape.new(all_rows, DType.FLOAT32)
+    log_probabilities = custom([hidden, *parts], all_rows, DType.FLOAT32, backward, saved=[hidden, targets, normalizers])
+    del statistics, taken, hidden_chunk
     return _summed(log_probabilities)
 
 
-def chunked_loss(hidden: Value, weight: Parameter, width: int, vocabulary: int) -> Value:
+def chunked_loss(hidden: Value, head: Head, in_pass: int | None, *, scaled: bool, softcap: bool) -> Value:
     """TRL 1.4 to 1.15: chunks of 256 tokens, each a checkpointed float32 product with a float32 copy of the head.
 
-    One chunk is run: the others come before or after it in the same memory.
+    The gradients of the chunks, each of the size of all scored hidden states and of the head, are added up while the next one is made.
 
-    Source: trl 1.9, trainer/sft_trainer.py, _chunked_cross_entropy_loss.
+    Args:
+        in_pass: 256, or None while no more are scored.
+        scaled: whether logits are multiplied by a number.
+        softcap: whether they are divided by a number, sent through tanh, and multiplied again.
+
+    Source: trl 1.9, trainer/sft_trainer.py, _chunked_cross_entropy_loss and _chunk.
     """
     tape = hidden.tape
     hidden = scored(hidden)
     extent, dtype = hidden.extent, hidden.dtype
-    rows = Extent(CHUNK_ROWS)
+    rows = head.rows(hidden, in_pass)
 
-    def backward(node: Node, gradient: Value) -> Gradients:
+    def sliced(node: Node, gradient: Value) -> Gradients:
         return [tape.new(extent, dtype)]
 
-    part = Value(tape, rows.scaled(width), dtype, hidden.storage, tape.node([hidden], backward))
-
     def chunk(x: Value) -> Value:
-        logits = linear(cast(x, DType.FLOAT32), cast(weight, DType.FLOAT32), None, width, vocabulary)
+        weight = cast(head.weight, DType.FLOAT32)
+        weight = relaid(weight) if isinstance(weight, Parameter) and weight.requires_grad else transposed(weight)
+        full = cast(x, DType.FLOAT32)
+        logits = label_logits(linear(full, weight, None, head.width, head.vocabulary))
+        del full, weight
+        if head.bias is not None:
+            logits = label_logits(add(logits, cast(head.bias, DType.FLOAT32)))
+        if scaled:
+            logits = label_logits(scale(logits))
+        if softcap:
+            for step in (scale, saving_output, scale):
+                logits = label_logits(step(logits))
         log_probabilities = _log_softmax(logits)
         loss = _picked(log_probabilities, rows)
-        entropy = [tape.new(log_probabilities.extent, DType.FLOAT32, Item.LOGITS) for _ in range(2)]
-        del entropy
+        valid = tape.new(rows, DType.BOOL)
+        # The entropy is only shown, and yet autograd follows it.
+        product = label_logits(multiply(label_logits(saving_output(log_probabilities)), log_probabilities))
+        entropy = mean(product, head.vocabulary)
+        del product
+        entropy = multiply(negate(entropy), valid)
+        del logits, entropy
         return loss
 
-    return tape.checkpoint(chunk, part, use_reentrant=False)
+    loss: Value | None = None
+    for _ in _passes(in_pass):
+        part = Value(tape, rows.scaled(head.width), dtype, hidden.storage, tape.node([hidden], sliced))
+        one = tape.checkpoint(chunk, part, use_reentrant=False)
+        loss = one if loss is None else add(loss, one)
+    assert loss is not None
+    return loss
 
 
-def liger_loss(hidden: Value, weight: Parameter, width: int, chunk_rows: int) -> Value:
+def liger_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
     """Liger's fused linear cross-entropy: logits of one chunk at a time; the gradients are made in the forward pass and kept.
+
+    Args:
+        hidden: (T, h), the last token of a sequence among them.
+        in_pass: rows of a chunk, or None where there is one chunk.
 
     Source: liger-kernel 0.8, ops/fused_linear_cross_entropy.py, fused_linear_cross_entropy_forward.
     """
     tape = hidden.tape
-    vocabulary = weight.extent.coefficient // width
-    hidden, matrix = lower_precision(hidden), lower_precision(weight)
-    trained = matrix.requires_grad
+    compute = _compute_dtype(hidden)
+    rows, weight = head.rows(hidden, in_pass), head.weight
+    inputs: list[Value] = [hidden, weight] if head.bias is None else [hidden, weight, head.bias]
+    needed = [x.requires_grad or x is not weight for x in inputs]
+    all_rows = head.rows(hidden, None)
 
     def backward(node: Node, gradient: Value) -> Gradients:
         gradients = node.unpacked()
-        return [gradients[0].view(), gradients[1].view() if trained else None]
+        return [gradients.pop(0).view() if made else None for made in needed]
 
-    kept = [tape.new(hidden.extent, hidden.dtype)]
-    if trained:
-        kept.append(tape.new(matrix.extent, matrix.dtype))
-    losses = tape.new(hidden.extent.scaled(1, width), DType.FLOAT32)
-    logits = tape.new(Extent(chunk_rows * vocabulary), hidden.dtype, Item.LOGITS)
-    product = tape.new(Extent(chunk_rows * width), hidden.dtype)
-    loss = custom([hidden, matrix], Extent(1), DType.FLOAT32, backward, saved=kept)
-    del losses, logits, product
+    labels = [tape.new(all_rows, DType.INT64) for _ in range(2)]
+    kept = [tape.new(x.extent, x.dtype) for x, made in zip(inputs, needed, strict=True) if made]
+    losses = tape.new(all_rows, DType.FLOAT32)
+    mask = tape.new(all_rows, DType.BOOL)
+    chunk = rows.scaled(head.width)
+    logits: Value | None = None
+    for _ in _passes(in_pass):
+        # The logits of the pass before are alive until these are there, and in the name of their gradient until the bias is added.
+        gradient = logits
+        logits = _liger_logits(hidden, head, rows, compute)
+        if head.bias is not None:
+            logits = tape.new(logits.extent, promoted(compute, head.bias.dtype), Item.LOGITS)
+        gradient = logits
+        operands = [_converted(logits, logits.extent, compute), lower_precision(weight)]
+        product = tape.new(chunk, compute)
+        del operands, product
+        if weight.requires_grad:
+            casts = [_converted(logits, logits.extent, compute), _converted(hidden, chunk, compute)]
+            product = tape.new(weight.extent, compute)
+            del casts
+            summed = cast(product, DType.FLOAT32)
+            del product, summed
+    loss = custom(inputs, Extent(1), DType.FLOAT32, backward, saved=kept)
+    del losses, labels, mask, gradient, logits
     return loss
+
+
+def _liger_logits(hidden: Value, head: Head, rows: Extent, compute: DType) -> Value:
+    """`chunk @ weight.t()`, a view that autocast casts anew."""
+    tape = hidden.tape
+    casts = [_converted(hidden, rows.scaled(head.width), compute), _converted(head.weight, head.weight.extent, compute)]
+    logits = tape.new(rows.scaled(head.vocabulary), compute, Item.LOGITS)
+    del casts
+    return logits
+
+
+def _converted(x: Value, extent: Extent, dtype: DType) -> Value | None:
+    """A part of `x` in another type, or nothing where it is the type that it has."""
+    return None if x.dtype is dtype else x.tape.new(extent, dtype)
 
 
 def liger_chunk_rows(num_tokens: int, vocabulary: int, width: int) -> int:
@@ -144,6 +250,16 @@ def liger_chunk_rows(num_tokens: int, vocabulary: int, width: int) -> int:
     """
     rows = ceil_div(num_tokens, ceil_div(vocabulary, width))
     return min(num_tokens, 1 << (rows - 1).bit_length())
+
+
+def _passes(in_pass: int | None) -> range:
+    return range(1 if in_pass is None else 2)
+
+
+def _compute_dtype(hidden: Value) -> DType:
+    """Of matrix products."""
+    tape = hidden.tape
+    return tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else hidden.dtype
 
 
 def _summed(x: Value) -> Value:

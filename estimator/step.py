@@ -6,12 +6,12 @@ same and what is alive changes by a constant from one to the next.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
-from estimator.fused_loss import TILE_ROWS, chunked_loss, liger_chunk_rows, liger_loss, tiled_loss
+from estimator.fused_loss import Head, chunked_loss, liger_loss, tiled_loss
 from estimator.inventory import Inventory
 from estimator.kernels import Kernel
 from estimator.kv_cache import KEYS, Span, Spans, decode_spans, layer_types, num_keys, prefill_spans
@@ -19,9 +19,10 @@ from estimator.loss import head_logits, label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, CacheKind, Loss, Recipe, Training
+from estimator.recipe import Attention, CacheKind, Loss, Recipe
+from estimator.scoring import Rows, rows_of
 from estimator.storage import StoredTensor
-from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Parameter, Snapshot, Tape, Value
+from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Snapshot, Tape, Value
 from estimator.units import allocated
 
 
@@ -31,10 +32,8 @@ class Regime:
 
     beyond_window: bool
     """Whether sequences are longer than the sliding window, in training."""
-    tile_rows: int | None = None
-    """Tokens in a tile of TRL's loss once there are more of them."""
-    chunk_rows: int = 0
-    """Tokens in a chunk of Liger's loss."""
+    rows: Rows = field(default_factory=Rows)
+    """The passes of a fused loss."""
     prefill: Spans | None = None
     """How far caches reach while the prompt is read."""
     decode: Spans | None = None
@@ -123,7 +122,7 @@ def _program(step: "_Step", stored: tuple[StoredTensor, ...]) -> Program:
     )
 
 
-Rows = tuple[tuple[Extent, DType], ...]
+TokenRows = tuple[tuple[Extent, DType], ...]
 """One token's keys and values in one layer."""
 
 
@@ -137,7 +136,7 @@ class _Step:
         cuda_kernels: bool,
         names: bool,
         spans: Spans | None = None,
-        rows: Mapping[object, Rows] | None = None,
+        rows: Mapping[object, TokenRows] | None = None,
     ) -> None:
         self.inventory = inventory
         self.recipe = recipe
@@ -145,7 +144,7 @@ class _Step:
         self.regime = regime
         self.family: Family = FAMILIES[inventory.model_type]
         self.spans = spans
-        self.rows: dict[object, Rows] = dict(rows or {})
+        self.rows: dict[object, TokenRows] = dict(rows or {})
         """Keys and values by kind of layer, in inference."""
         self.caches: list[list[Value]] = [[] for _ in range(inventory.num_layers)]
         """Keys and values of all layers, in inference."""
@@ -327,7 +326,8 @@ class _Step:
         modules = Modules(self.tape, "", self._head_tensors(head), self.recipe)
         assert self.training is not None
         if self.training.loss is not Loss.STOCK:
-            return self._fused_loss(hidden, modules.parameter(f"{head}.weight"), vocabulary), None
+            weight, bias = modules.parameter(f"{head}.weight"), modules.optional(f"{head}.bias")
+            return self._fused_loss(hidden, Head(weight=weight, bias=bias, width=self.frame.width, vocabulary=vocabulary)), None
         stack = self.recipe.stack
         loss, logits = stock_loss(
             modules,
@@ -342,16 +342,18 @@ class _Step:
         )
         return loss, logits
 
-    def _fused_loss(self, hidden: Value, weight: Parameter, vocabulary: int) -> Value:
+    def _fused_loss(self, hidden: Value, head: Head) -> Value:
         assert self.training is not None
-        width = self.frame.width
+        in_pass = self.regime.rows.in_pass
         match self.training.loss:
             case Loss.TRL_TILED:
-                return tiled_loss(hidden, weight, width, self.regime.tile_rows)
+                return tiled_loss(hidden, head, in_pass)
             case Loss.TRL_CHUNKED:
-                return chunked_loss(hidden, weight, width, vocabulary)
+                # TRL knows a factor by Cohere's name alone.
+                scaled = self.inventory.config.get("logit_scale", 1.0) != 1.0
+                return chunked_loss(hidden, head, in_pass, scaled=scaled, softcap=self._softcaps_logits)
             case Loss.LIGER:
-                return liger_loss(hidden, weight, width, self.regime.chunk_rows)
+                return liger_loss(hidden, head, in_pass)
             case Loss.STOCK:
                 raise AssertionError("the stock loss holds all logits")
 
@@ -400,7 +402,7 @@ class _Step:
         variant = self.family.variant(self.inventory.config, index)
         return signature, variant, self.layer_types[index], self._is_checkpointed(index)
 
-    def _rows(self, index: int) -> Rows:
+    def _rows(self, index: int) -> TokenRows:
         """What the layer stored, for one token."""
         assert self.spans is not None
         stored = self._span(index, self.spans).stored
@@ -556,8 +558,7 @@ def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
     window = inventory.config.get("sliding_window")
     return Regime(
         beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,
-        tile_rows=_tile_rows(training),
-        chunk_rows=_chunk_rows(training, inventory),
+        rows=Rows() if training is None else rows_of(training, inventory.config),
     )
 
 
@@ -580,18 +581,3 @@ def generation_regimes(recipe: Recipe, inventory: Inventory) -> tuple[tuple[Regi
             return ((regimes[False], passes[False]),)
         case _:
             return tuple((regimes[first], passes[first]) for first in (True, False))
-
-
-def _tile_rows(training: Training | None) -> int | None:
-    if training is None or training.loss is not Loss.TRL_TILED:
-        return None
-    return TILE_ROWS if training.micro_batch_size * training.sequence_length >= TILE_ROWS else None
-
-
-def _chunk_rows(training: Training | None, inventory: Inventory) -> int:
-    if training is None or training.loss is not Loss.LIGER:
-        return 0
-    vocabulary, width = inventory.config["vocab_size"], inventory.config["hidden_size"]
-    assert isinstance(vocabulary, int)
-    assert isinstance(width, int)
-    return liger_chunk_rows(training.micro_batch_size * training.sequence_length, vocabulary, width)

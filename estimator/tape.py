@@ -25,7 +25,7 @@ from estimator.units import allocated
 
 
 class Extent(NamedTuple):
-    """`coefficient · B^batch · S^sequence · (K + offset)^keys` elements (of a tensor) or bytes (of a storage)."""
+    """`coefficient · B^batch · (S + shift)^sequence · (K + offset)^keys` elements (of a tensor) or bytes (of a storage)."""
 
     coefficient: int
     batch: int = 0
@@ -36,29 +36,30 @@ class Extent(NamedTuple):
     """0 or 1."""
     offset: int = 0
     """How many keys more than K, where there is a power of it."""
+    shift: int = 0
+    """How many positions more than S, where there is one power of it."""
 
     def at(self, batch: int, sequence: int, keys: int = 0) -> int:
-        size = self.coefficient * int(batch**self.batch) * int(sequence**self.sequence)
+        size = self.coefficient * int(batch**self.batch) * int((sequence + self.shift) ** self.sequence)
         return size * (keys + self.offset) if self.keys else size
 
     def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
         """The same with the coefficient multiplied by a fraction that leaves it whole."""
         scaled, rest = divmod(self.coefficient * numerator, denominator)
         assert rest == 0, (self, numerator, denominator)
-        return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset)
+        return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset, self.shift)
 
     def times(self, other: "Extent") -> "Extent":
         """The product of two extents, of which one at most knows K."""
         assert not (self.keys and other.keys), (self, other)
+        assert (self.shift, other.shift) == (0, 0), (self, other)
         keyed = other if other.keys else self
         batch, sequence = self.batch + other.batch, self.sequence + other.sequence
         return Extent(self.coefficient * other.coefficient, batch, sequence, "", keyed.keys, keyed.offset)
 
     def totals(self) -> list[int]:
         """The coefficient in the order of `POWERS`."""
-        sums = [0] * len(POWERS)
-        sums[_POWER_INDEX[self.batch, self.sequence, 0]] = self.coefficient
-        return sums
+        return Polynomial((self,)).totals()
 
 
 # Powers of (B, S, K) that occur, in the order of a snapshot's totals.
@@ -80,6 +81,8 @@ class Polynomial(NamedTuple):
         sums = [0] * len(POWERS)
         for term in self.terms:
             sums[_POWER_INDEX[term.batch, term.sequence, 0]] += term.coefficient
+            if term.shift:
+                sums[_POWER_INDEX[term.batch, 0, 0]] += term.coefficient * term.shift
         return sums
 
 
@@ -343,10 +346,12 @@ class Tape:
             del self.live[item, size]
 
     def _count(self, size: Extent, number: int) -> None:
-        _, batch, sequence, _, keys, offset = size
+        _, batch, sequence, _, keys, offset, shift = size
         self.totals[_POWER_INDEX[batch, sequence, keys]] += number * size.coefficient
         if offset:
             self.totals[_POWER_INDEX[batch, sequence, 0]] += number * size.coefficient * offset
+        if shift:
+            self.totals[_POWER_INDEX[batch, 0, keys]] += number * size.coefficient * shift
 
     def move(self, source: Item, target: Item, size: Extent) -> None:
         """A storage changes its name, not its size."""
