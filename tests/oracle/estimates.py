@@ -91,7 +91,7 @@ def resting_bytes(family: str, mode: str | Mode, layers: int) -> int:
     inventory, recipe = recipes.inventory(family, layers), recipes.recipe(family, mode, 1, 8)
     static = static_memory(inventory, recipe)
     program = run_step(inventory, recipe, static.tensors, regime_of(recipe, inventory), cuda_kernels=False)
-    return static.loaded_bytes + program.weights_growth_bytes
+    return static.loaded_bytes - static.loaded_weights_bytes + static.weights_bytes + program.weights_growth_bytes
 
 
 def settled_bytes(family: str, mode: str | Mode, layers: int) -> tuple[int, int]:
