@@ -21,7 +21,7 @@ SOURCES := app calibration estimator tests
 
 help:
 	@grep -E '^#   ' Makefile | cut -c5-
-	@echo "  also: install install-test lint format pytest slow bench accuracy catalogue clean"
+	@echo "  also: install install-test lint format pytest slow bench accuracy agreement coverage catalogue clean"
 
 $(PY):
 	sh .ci/venv "$(VENV)"

@@ -6,7 +6,7 @@ from app.card import Card
 from app.reading import read_quantization
 from app.regex import check_pattern, check_patterns
 from app.request import HardwareFields, PeftFields, QuantizationFields, Request
-from app.training import resolve_training
+from app.training import check_length, resolve_training
 from app.versions import stack_of
 from estimator.dtypes import DType, parse_dtype
 from estimator.errors import RequestError, UnknownNameError
@@ -18,6 +18,7 @@ from estimator.stack import Stack
 DEFAULT_COMPUTE_CAPABILITY = (8, 0)
 DEFAULT_NUM_MULTIPROCESSORS = 108
 
+_SWITCHES = {"load_in_4bit", "load_in_8bit"}
 _COMPUTE_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)
 _LOAD_DTYPES = (*_COMPUTE_DTYPES, DType.FLOAT64)
 _STORAGE_DTYPES = (DType.UINT8, DType.INT8, *_LOAD_DTYPES)
@@ -56,7 +57,7 @@ def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) ->
         prepare_for_kbit_training=prepare,
         trainer=trainer,
         training=resolve_training(request, inventory, stack, prepared=prepare) if request.training is not None else None,
-        inference=_inference(request) if request.inference is not None else None,
+        inference=_inference(request, inventory) if request.inference is not None else None,
         compute_capability=(card.compute_capability if card is not None else None) or DEFAULT_COMPUTE_CAPABILITY,
         num_multiprocessors=(card.num_multiprocessors if card is not None else None) or DEFAULT_NUM_MULTIPROCESSORS,
         stack=stack,
@@ -93,7 +94,7 @@ def resolve_quantization(asked: QuantizationFields | None, inventory: Inventory)
     """The quantization asked for, or the checkpoint's own; both at once only if they agree."""
     own = inventory.config.get("quantization_config")
     method = own.get("quant_method") if isinstance(own, Mapping) else None
-    given = _quantization(asked) if asked is not None and (asked.load_in_4bit or asked.load_in_8bit) else None
+    given = _quantization(asked) if asked is not None and not _is_switched_off(asked) else None
     if not isinstance(own, Mapping):
         return given
     if method != "bitsandbytes":
@@ -111,10 +112,22 @@ def resolve_quantization(asked: QuantizationFields | None, inventory: Inventory)
     return stored
 
 
+def _is_switched_off(asked: QuantizationFields) -> bool:
+    """Whether switches, and nothing else, are given, and none is on: what a script writes that can do without."""
+    return bool(asked.model_fields_set) and asked.model_fields_set <= _SWITCHES and not (asked.load_in_4bit or asked.load_in_8bit)
+
+
 def _quantization(asked: QuantizationFields) -> Quantization:
     if asked.load_in_4bit and asked.load_in_8bit:
         raise RequestError(
             "quantization.load_in_8bit: only one of load_in_4bit and load_in_8bit can be true", field="quantization.load_in_8bit"
+        )
+    if not asked.load_in_4bit and not asked.load_in_8bit:
+        # Source: transformers, quantizers/auto.py, AutoHfQuantizer.from_config: what is not 8 bits is taken for 4.
+        raise RequestError(
+            "quantization: neither load_in_4bit nor load_in_8bit is true, which transformers takes for 4 bits; accepted: one of them true, "
+            "or quantization null",
+            field="quantization",
         )
     skip = asked.llm_int8_skip_modules
     return Quantization(
@@ -178,9 +191,10 @@ def _token_indices(asked: PeftFields, inventory: Inventory) -> tuple[tuple[str, 
     return ((inventory.input_embedding.rpartition(".")[2], len(set(indices))),)
 
 
-def _inference(request: Request) -> Inference:
+def _inference(request: Request, inventory: Inventory) -> Inference:
     asked = request.inference
     assert asked is not None
+    check_length("inference.prompt_length + inference.max_new_tokens", asked.prompt_length + asked.max_new_tokens, inventory)
     return Inference(
         batch_size=asked.batch_size,
         prompt_length=asked.prompt_length,

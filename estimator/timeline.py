@@ -26,8 +26,8 @@ class Allocation:
     phase: str
     item: str
     """What it turned out to be, one of the answer's item names."""
-    source: int
-    """Its number in the run; a copy made for a layer that did not run keeps that of the original."""
+    source: int = -1
+    """Its number in the traced run; a copy made for a layer that did not run keeps that of the original. -1 for what no trace made."""
 
     @property
     def allocated_bytes(self) -> int:

@@ -142,12 +142,12 @@ class Tracer:
 
     def _obtain(self, key: str, payload: Mapping[str, Any], is_public: bool) -> _Found:
         file = self._directory / f"{key}.json" if self._directory is not None else None
-        data = read_json(file) if file is not None else None
-        if data is None:
+        found = _read(file) if file is not None else None
+        if found is None:
             data = self._ask("trace", payload)
+            found = _decoded(data)
             if file is not None and is_public:
                 write_json(file, data)
-        found = _decoded(data)
         with self._lock:
             self._found[key] = found
             while len(self._found) > self._max_entries:
@@ -201,6 +201,15 @@ def _sized(recipe: Recipe, batch: int, length: int) -> Recipe:
     return replace(
         recipe, training=replace(training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=accumulation)
     )
+
+
+def _read(file: Path) -> _Found | None:
+    """What was kept in a file. What cannot be read any more is no answer."""
+    data = read_json(file)
+    try:
+        return _decoded(data) if data is not None else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _decoded(data: Mapping[str, Any]) -> _Found:

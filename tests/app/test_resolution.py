@@ -6,6 +6,7 @@ import pytest
 
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
+from app.service import answer
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
 from estimator.inventory import Inventory
@@ -231,6 +232,17 @@ def test_quantization_fields_reach_the_recipe() -> None:
     int8 = recipe(quantization={"load_in_8bit": True, "llm_int8_threshold": 0}).quantization
     assert int8 is not None
     assert (int8.kind, int8.threshold) == (QuantizationKind.INT8, 0.0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bnb_4bit_quant_type": "nf4"}, {"load_in_4bit": False, "bnb_4bit_compute_dtype": "bfloat16"}])
+def test_a_quantization_without_a_switch_is_refused_since_transformers_takes_it_for_4_bits(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="neither load_in_4bit nor load_in_8bit"):
+        answer({"model": "meta-llama/Llama-3.2-1B", "quantization": fields})
+
+
+def test_generation_past_learned_positions_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"2010 is beyond the 1024 learned positions"):
+        answer({"model": "openai-community/gpt2", "inference": {"batch_size": 1, "prompt_length": 2000, "max_new_tokens": 10}})
 
 
 def test_a_quantization_that_is_switched_off_is_none() -> None:

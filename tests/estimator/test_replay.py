@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 from estimator.allocator_settings import parse_settings
 from estimator.memory_snapshot import segments_of
 from estimator.replay import Replay, replay, replay_events
-from estimator.timeline import Allocation, Timeline
+from estimator.timeline import Allocation, Mark, Segment, Timeline
 from estimator.units import MIB
+
+
+def mark(event: int, phase: str) -> Mark:
+    return Mark(event=event, phase=phase, segment=Segment.OUTSIDE, layer=-1)
 
 
 def _timeline(sizes: Sequence[int], events: tuple[int, ...]) -> Timeline:
@@ -19,7 +23,7 @@ def _timeline(sizes: Sequence[int], events: tuple[int, ...]) -> Timeline:
         Allocation(num_bytes=size, shape=(size,), dtype="uint8", operator="empty", module="", phase="load", item="weights")
         for size in sizes
     )
-    return Timeline(allocations=made, events=events, borders=((0, "load"), (4, "forward")))
+    return Timeline(allocations=made, events=events, marks=(mark(0, "load"), mark(4, "forward")))
 
 
 # 9 MiB are freed between tensors that stay, and 8 MiB take them with the 1 MiB that cannot be split off.
@@ -47,7 +51,7 @@ def test_counters_follow_the_program() -> None:
 
 def test_peaks_can_be_asked_for_by_phase() -> None:
     timeline, run = _timeline(_SIZES, _PROGRAM), _run()
-    peaks = {phase: run.peak(start, end) for phase, start, end in timeline.spans()}
+    peaks = {mark.phase: run.peak(mark.event, end) for mark, end in timeline.spans()}
     assert (peaks["load"].event, peaks["load"].allocated_bytes, peaks["load"].reserved_bytes) == (2, 25 * MIB, 34 * MIB)
     assert (peaks["forward"].event, peaks["forward"].allocated_bytes) == (5, 25 * MIB + 1024)
     assert peaks["forward"].fragmentation == pytest.approx((11 * MIB - 1024) / (36 * MIB))

@@ -92,6 +92,16 @@ def test_a_public_trace_is_kept_on_disk_and_a_private_one_is_not(inspector: Insp
     assert not (tmp_path / "private").exists()
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"program": {}}', '{"program": {"peaks": 1}, "is_outline": false}'])
+def test_a_kept_trace_that_cannot_be_read_is_made_again(inspector: Inspector, subject: Subject, tmp_path: Path, content: str) -> None:
+    made = tracer(inspector, directory=tmp_path).step(subject, recipe())
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(content)
+    again = Counting(inspector)
+    assert tracer(again, directory=tmp_path).step(subject, recipe()).program.kernels == made.program.kernels
+    assert again.asked == ["trace"]
+
+
 def test_a_trace_that_takes_too_long_is_stopped_and_the_next_one_runs(subject: Subject) -> None:
     own = Inspector(keep_spare=False)
     slow = Subject(config=MANY_LAYERS, inventory=build(MANY_LAYERS, inspector=own))
