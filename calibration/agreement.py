@@ -97,9 +97,13 @@ def cells(
             yield from _cells(name, subject, tracer, method, checkpointing=checkpointing)
 
 
+def _label(method: str, *, checkpointing: bool) -> str:
+    return f"{method}, {'checkpointing' if checkpointing else 'no checkpointing'}"
+
+
 def _cells(name: str, subject: Subject, tracer: Tracer, method: str, *, checkpointing: bool) -> Iterator[Cell | tuple[str, str, str]]:
     inventory = subject.inventory
-    label = f"{method}, {'checkpointing' if checkpointing else 'no checkpointing'}"
+    label = _label(method, checkpointing=checkpointing)
     for size in SIZES:
         recipe = recipe_of(inventory, method, checkpointing=checkpointing, size=size)
         try:
@@ -155,10 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{cell[0]:<42}{cell[1]:<34}  {cell[2][:120]}", flush=True)
             continue
         found.append(cell)
-        same = [c for c in found if (c.model, c.method, c.checkpointing) == (cell.model, cell.method, cell.checkpointing)]
-        if len(same) == len(SIZES):
-            worst = max(same, key=lambda c: abs(c.above_steady))
-            label = f"{cell.method}, {'checkpointing' if cell.checkpointing else 'no checkpointing'}"
+        if cell.size == SIZES[-1]:  # sizes of one recipe come one after the other
+            worst = max(found[-len(SIZES) :], key=lambda c: abs(c.above_steady))
+            label = _label(cell.method, checkpointing=cell.checkpointing)
             print(f"{cell.model:<42}{label:<34}{worst.total:>+9.3%}{worst.above_steady:>+14.3%}", flush=True)
     inspector.close()
     if found:

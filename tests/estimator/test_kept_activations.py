@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from estimator.blocks.families import FAMILIES as BLOCKS
 from tests.oracle import estimates
-from tests.oracle.models import FAMILIES, MODES
+from tests.oracle.compare import MODELLED
+from tests.oracle.models import MODES
 from tests.oracle.run import kept
 
 PROMISED = (
@@ -27,7 +27,6 @@ PROMISED = (
     "mixtral",
     "qwen3_moe",
 )
-MODELLED = tuple(name for name, family in FAMILIES.items() if family.config(2).model_type in BLOCKS)
 MISSING = tuple(name for name in PROMISED if name not in MODELLED)
 
 SIZES = ((1, 17), (2, 24), (3, 40))

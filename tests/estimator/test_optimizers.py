@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
+from estimator.introspect.trace.update import made_by_trainer
 from estimator.inventory import ModuleKind
 from estimator.optimizers import (
     BITSANDBYTES,
@@ -33,7 +34,7 @@ from estimator.optimizers import (
 from estimator.phases import Item
 from estimator.storage import StoredTensor
 from tests.oracle.live import LiveStorages
-from tests.oracle.optimizers import as_on_cuda, made_by_trainer
+from tests.oracle.optimizers import as_on_cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

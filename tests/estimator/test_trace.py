@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
+from estimator.static_memory import static_memory
+from tests.oracle import recipes, traces
 from tests.oracle import run as oracle
-from tests.oracle import traces
 from tests.oracle.models import FAMILIES
 
 MODES = (
@@ -43,3 +44,16 @@ def test_peaks_equal_those_of_a_real_run(family: str, mode: str, gc: bool | None
 @pytest.mark.parametrize(("family", "mode", "gc"), ALL)
 def test_peaks_equal_those_of_a_real_run_in_every_mode(family: str, mode: str, gc: bool | None) -> None:
     assert_equal(family, mode, gc)
+
+
+@pytest.mark.parametrize("mode", ["full_bf16", "qlora_prepared_autocast"])
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit"])
+def test_the_traced_update_leaves_the_states_of_the_real_optimizer(optimizer: str, mode: str) -> None:
+    """`static_memory` is held to real steps in test_optimizers."""
+    traced = traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, gc=False, optimizer=optimizer, num_steps=2)
+    static = static_memory(recipes.inventory("llama", LAYERS), recipes.recipe("llama", mode, BATCH, LENGTH, gc=False, optimizer=optimizer))
+    assert traced.items(len(traced.events) - 1).get("optimizer_states", 0) == static.optimizer_states_bytes
+    peak = traced.items(traced.peaks()["optimizer_step"].event).get("temporary", 0)
+    # clipping takes one scalar for each gradient, which the answers leave out
+    norms = 512 * sum(t.num_copies for t in static.tensors if t.trainable)
+    assert static.optimizer_temporary_bytes <= peak <= max(static.optimizer_temporary_bytes, norms + 1024)

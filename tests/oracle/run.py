@@ -13,9 +13,10 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
+from estimator.introspect.trace.update import made_by_trainer
 from tests.oracle.live import Event, LiveStorages, Peak, Storage
 from tests.oracle.models import MODES, VOCABULARY, Mode, build, stored_tensors
-from tests.oracle.optimizers import as_on_cuda, made_by_trainer
+from tests.oracle.optimizers import as_on_cuda
 
 Multiset = Counter[tuple[tuple[int, ...], torch.dtype]]
 

@@ -24,9 +24,21 @@ def type_of(config: PretrainedConfig) -> str:
 
 
 def timeline(
-    family: str, mode: str | Mode, B: int, S: int, layers: int, *, config: Mapping[str, object] | None = None, **options: object
+    family: str,
+    mode: str | Mode,
+    B: int,
+    S: int,
+    layers: int,
+    *,
+    config: Mapping[str, object] | None = None,
+    num_steps: int = 0,
+    **options: object,
 ) -> Timeline:
-    """One optimizer step, attention left to the CPU's kernel."""
+    """One step, attention left to the CPU's kernel.
+
+    Args:
+        num_steps: optimizer steps with their updates; 0 for one without.
+    """
     made = FAMILIES[family].config(layers, **dict(config or {}))
     recipe = recipes.recipe(family, mode, B, S, **options)  # type: ignore[arg-type]
     assert recipe.training is not None
@@ -41,7 +53,7 @@ def timeline(
         model = traced_model(base(), recipe, prefix, None, fakes)
         reference = reference_model(base, recipe, prefix, None, fakes)
         warm_up(model, recipe, fakes)
-        return run(model, recipe, fakes, with_update=False, reference=reference)
+        return run(model, recipe, fakes, with_update=num_steps > 0, num_steps=max(num_steps, 1), reference=reference)
 
 
 def live_bytes(traced: Timeline) -> dict[str, int]:

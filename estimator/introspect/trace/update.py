@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +18,30 @@ from estimator.introspect.trace.errors import NotTraceableError
 from estimator.recipe import Recipe
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> Any:
-    """The optimizer of a recipe, its parameters grouped as the Trainer groups them.
+def made_by_trainer(model: nn.Module, name: str, arguments: str | None = None) -> torch.optim.Optimizer:
+    """What `Trainer.create_optimizer` returns, its parameter groups included.
+
+    Args:
+        name: a value of OptimizerNames.
+        arguments: `optim_args`.
+    """
+    settings = TrainingArguments(output_dir=tempfile.gettempdir(), optim=name, optim_args=arguments, use_cpu=True, report_to=[])
+    # Only what create_optimizer reads; a whole Trainer would want a data set.
+    trainer: Any = argparse.Namespace(
+        model=model,
+        args=settings,
+        optimizer=None,
+        optimizer_cls_and_kwargs=None,
+        get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
+    )
+    trainer.get_decay_parameter_names = lambda m: Trainer.get_decay_parameter_names(trainer, m)
+    bnb.optim.GlobalOptimManager.get_instance().initialize()  # it remembers the embeddings of earlier models
+    made: torch.optim.Optimizer = Trainer.create_optimizer(trainer)
+    return made
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer of a recipe.
 
     Raises:
         NotTraceableError: if transformers cannot make it here.
@@ -26,19 +49,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Any:
     training = recipe.training
     assert training is not None
     arguments = ",".join(f"{key}={value}" for key, value in training.optimizer_arguments) or None
-    bnb.optim.GlobalOptimManager.get_instance().initialize()
     try:
-        settings = TrainingArguments(output_dir="", optim=training.optimizer, optim_args=arguments, use_cpu=True, report_to=[])
-        # Only what create_optimizer reads; a whole Trainer would want a data set.
-        trainer = argparse.Namespace(
-            model=model,
-            args=settings,
-            optimizer=None,
-            optimizer_cls_and_kwargs=None,
-            get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
-        )
-        trainer.get_decay_parameter_names = lambda m: Trainer.get_decay_parameter_names(trainer, m)
-        return Trainer.create_optimizer(trainer)
+        return made_by_trainer(model, training.optimizer, arguments)
     except (ImportError, ValueError, RuntimeError) as error:
         raise NotTraceableError(f"optimizer {training.optimizer}: {error}") from error
 
