@@ -15,7 +15,8 @@ from estimator.stack import Stack
 from estimator.units import gib
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-_WITH_IMAGES = ("image_text_to_text", "multimodal_lm", "speech_seq2seq")
+_WITH_IMAGES = ("image_text_to_text", "multimodal_lm")
+_ENCODER_DECODER = ("seq2seq_lm", "speech_seq2seq")
 _NOT_MODELLED = "not_modelled"
 
 
@@ -86,12 +87,27 @@ class Answerer:
         Raises:
             RequestError: if it cannot.
         """
-        reason = _why_no_trace(recipe)
+        reason = self._why_no_trace(recipe)
         if reason is not None:
             raise RequestError(f"engine: 'trace' {reason}", field="engine")
 
+    def _why_no_trace(self, recipe: Recipe) -> str | None:
+        """What keeps a trace from standing for a recipe; it continues a sentence."""
+        if recipe.training is None:
+            return "covers training steps only; accepted here: 'auto', 'analytic'"
+        if self.inventory.config.get("auto_class") in _ENCODER_DECODER:
+            return f"covers models of one stack of layers, and {self.inventory.model_class} reads with an encoder and writes with a decoder"
+        runs_trl = recipe.training.loss is Loss.TRL_TILED or recipe.training.objective.kind is ObjectiveKind.REWARD
+        libraries = (*_TRACED_LIBRARIES, "trl") if runs_trl else _TRACED_LIBRARIES
+        other = [name for name in libraries if not _is_installed(name, recipe.stack)]
+        if other:
+            asked = ", ".join(f"{name} {shown(getattr(recipe.stack, name))}" for name in other)
+            here = ", ".join(f"{name} {shown(installed()[name])}" if name in installed() else f"no {name}" for name in other)
+            return f"runs the installed versions ({here}), and the request is for {asked}"
+        return None
+
     def _traced_instead(self, recipe: Recipe, load_only: Estimate) -> Estimate:
-        reason = _why_no_trace(recipe)
+        reason = self._why_no_trace(recipe)
         if reason is None:
             try:
                 found = self._traced(recipe)
@@ -110,20 +126,6 @@ class Answerer:
             return f"objective {recipe.training.objective.kind.value!r}"
         modelled = why_not_modelled(self.inventory, recipe) is None
         return f"this recipe on {self.inventory.model_type}" if modelled else self.inventory.model_type
-
-
-def _why_no_trace(recipe: Recipe) -> str | None:
-    """What keeps a trace from standing for a recipe; it continues a sentence."""
-    if recipe.training is None:
-        return "covers training steps only; accepted here: 'auto', 'analytic'"
-    runs_trl = recipe.training.loss is Loss.TRL_TILED or recipe.training.objective.kind is ObjectiveKind.REWARD
-    libraries = (*_TRACED_LIBRARIES, "trl") if runs_trl else _TRACED_LIBRARIES
-    other = [name for name in libraries if not _is_installed(name, recipe.stack)]
-    if other:
-        asked = ", ".join(f"{name} {shown(getattr(recipe.stack, name))}" for name in other)
-        here = ", ".join(f"{name} {shown(installed()[name])}" if name in installed() else f"no {name}" for name in other)
-        return f"runs the installed versions ({here}), and the request is for {asked}"
-    return None
 
 
 def _is_installed(name: str, stack: Stack) -> bool:

@@ -6,7 +6,6 @@ from app import left_out
 from app.answer import is_modelled
 from app.answered import Answered, Rule
 from app.card import MARGIN_WITHOUT_INTERVAL
-from app.training import positions
 from app.versions import shown
 from estimator.correction import MIN_RESIDUALS, class_of
 from estimator.dtypes import DType
@@ -247,7 +246,7 @@ def _assumed_capability(a: Answered) -> Iterable[str]:
 
 
 def _beyond_positions(a: Answered) -> Iterable[str]:
-    limit, _ = positions(a.inventory)
+    limit = a.inventory.num_positions
     inference = a.recipe.inference
     length = (
         a.recipe.training.sequence_length if a.recipe.training else inference.prompt_length + inference.max_new_tokens if inference else 0

@@ -9,7 +9,6 @@ from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
 from app.resolution import resolve_recipe
 from app.service import Case, interval_of, prepare, render
-from app.training import positions
 from estimator.dtypes import DType
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
@@ -118,7 +117,7 @@ def _longest_sequence(search: _Search) -> Training | None:
             f"global_batch_size: {total} is not a multiple of per_device_train_batch_size {batch}", field="global_batch_size"
         )
     training = _of_batch(search, batch)
-    limit, _ = positions(search.case.inventory)
+    limit = search.case.inventory.num_positions
     limit = min(limit or MAX_LENGTH, MAX_LENGTH)
     step = min(LENGTH_STEP, limit)
     length = largest_up_to(limit, lambda size: search.fits(search.recipe(**_varied(replace(training, sequence_length=size)))), step=step)

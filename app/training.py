@@ -6,7 +6,7 @@ from app.request import CheckpointingFields, LigerFields, Request, TrainingField
 from app.versions import shown
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
-from estimator.inventory import Inventory, ModuleKind
+from estimator.inventory import Inventory
 from estimator.liger import fuses_loss
 from estimator.recipe import Loss, ObjectiveKind, Training
 from estimator.stack import Stack
@@ -50,26 +50,14 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
     )
 
 
-def positions(inventory: Inventory) -> tuple[int | None, bool]:
-    """How many positions the model knows, and whether they are learned (so that more cannot be had)."""
-    limit = next(
-        (v for k in ("max_position_embeddings", "n_positions", "max_seq_len") if isinstance(v := inventory.config.get(k), int)), None
-    )
-    learned = any(
-        row.module_kind is ModuleKind.EMBEDDING and (row.module_pattern.endswith("wpe") or "position" in row.module_pattern)
-        for row in inventory.parameters
-    )
-    return limit, learned
-
-
 def check_length(field: str, length: int, inventory: Inventory) -> None:
     """Refuse a sequence that runs past learned positions.
 
     Raises:
         RequestError: if it does.
     """
-    limit, learned = positions(inventory)
-    if learned and limit is not None and length > limit:
+    limit = inventory.num_positions
+    if limit is not None and length > limit and inventory.learns_positions:
         raise RequestError(f"{field}: {length} is beyond the {limit} learned positions of the model; accepted: up to {limit}", field=field)
 
 

@@ -127,6 +127,20 @@ class Inventory:
         return tuple(r for r in self.rows if r.role is not TensorRole.PARAMETER and r.tied_to is None)
 
     @property
+    def num_positions(self) -> int | None:
+        """How many positions the config says the model knows."""
+        known = (self.config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+        return next((value for value in known if isinstance(value, int)), None)
+
+    @property
+    def learns_positions(self) -> bool:
+        """Whether positions are learned, so that more than there are cannot be had."""
+        return any(
+            row.module_kind is ModuleKind.EMBEDDING and (row.module_pattern.endswith("wpe") or "position" in row.module_pattern)
+            for row in self.parameters
+        )
+
+    @property
     def num_parameters(self) -> int:
         """Logical scalars of the model, a tied tensor counted once."""
         return sum(r.num_elements * r.num_copies for r in self.parameters)

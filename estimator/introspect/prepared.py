@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
@@ -23,7 +23,8 @@ TORCH_DTYPES: dict[DType, torch.dtype] = {dtype: getattr(torch, dtype.value) for
 def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None:
     """What the bitsandbytes quantizers do to a model, being loaded as `dtype`, before its weights are.
 
-    Source: transformers, quantizers/quantizer_bnb_4bit.py and quantizer_bnb_8bit.py, _process_model_before_weight_loading.
+    Source: transformers, quantizers/quantizer_bnb_4bit.py and quantizer_bnb_8bit.py, _process_model_before_weight_loading;
+    quantizers/base.py, HfQuantizer.postprocess_model.
     """
     is_4bit = quantization.kind.is_4bit
     config = BitsAndBytesConfig(
@@ -47,6 +48,9 @@ def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None
             module.weight.SCB = torch.empty(module.out_features, device="meta")
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = is_4bit, not is_4bit
     model.is_quantized, model.quantization_method = True, config.quant_method
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True  # models that use a weight outside its module ask for it
 
 
 @contextmanager

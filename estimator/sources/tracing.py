@@ -179,6 +179,8 @@ class Tracer:
 def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int, int]:
     """Shortest and longest sequence that run the same program as `length`: windows and chunks of attention part them [tokens].
 
+    Where positions are learned, none is longer than there surely are: some models keep the first few rows for padding.
+
     Args:
         shortest: what the recipe needs at least [tokens].
     """
@@ -191,6 +193,9 @@ def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int
             shortest = max(shortest, border)
         else:
             longest = min(longest, border - 1)
+    places = inventory.num_positions
+    if places is not None and inventory.learns_positions:
+        longest = max(length, min(longest, 1 << (places.bit_length() - 1)))
     return shortest, longest
 
 

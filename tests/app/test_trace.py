@@ -80,6 +80,13 @@ def test_inference_is_not_traced() -> None:
         answer({"model": {"config": LLAMA}, "inference": {"batch_size": 1, "prompt_length": 8, "max_new_tokens": 4}, "engine": "trace"})
 
 
+def test_an_encoder_with_a_decoder_is_not_traced() -> None:
+    asked = {"model": "google-t5/t5-small", "training": {"per_device_train_batch_size": 1, "max_length": 64}}
+    with pytest.raises(RequestError, match="T5ForConditionalGeneration reads with an encoder and writes with a decoder"):
+        answer({**asked, "engine": "trace"})
+    assert {"not_modelled", "not_traced"} <= notices(answer(asked))
+
+
 def test_a_trace_tells_what_is_alive_at_each_peak(client: TestClient) -> None:
     response = client.post("/v1/trace", json=request(LLAMA))
     assert response.status_code == 200, response.text

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
 from estimator.introspect.trace.errors import NeedsValuesError, RefusedError
 from estimator.introspect.trace.layers import sample
@@ -19,9 +21,18 @@ from estimator.traced_step import NotOneProgramError
 from tests.coverage import architectures
 from tests.coverage.architectures import Architecture, architecture
 from tests.coverage.cells import Cell, above_stored, splice_difference
+from tests.coverage.stops import STOPS
 from tests.estimator.real_models import inventory_of, meta_model
 from tests.estimator.recipes import training
 
+_MLLAMA = {
+    "model_type": "mllama_text_model",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "pad_token_id": 0,
+}
 CHECKPOINTED = Cell(method="full", attention=Attention.SDPA, checkpointing=True)
 
 
@@ -45,6 +56,12 @@ def test_a_few_layers_stand_for_all(name: str) -> None:
     assert splice_difference(architecture(name), CHECKPOINTED) == pytest.approx(0.0, abs=1e-3)
 
 
+def test_layers_that_are_passed_over_by_number_keep_their_place() -> None:
+    """Mllama skips its layers of cross-attention where there is no image, and knows them by their positions."""
+    model = small("mllama", text_config={**_MLLAMA, "num_hidden_layers": 10, "cross_attention_layers": [3, 8]})
+    assert splice_difference(model, CHECKPOINTED) == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["beam", "diffllama", "llama"])
 def test_what_only_numbers_or_scales_a_layer_makes_no_kind_of_its_own(name: str) -> None:
     config = architectures.default_config(name)
@@ -57,6 +74,13 @@ def test_layers_that_share_parameters_do_not_stand_for_each_other() -> None:
     layers = list(meta_model(config, torch.bfloat16).get_submodule("model.layers"))
     sharing = [n for n, layer in enumerate(layers) if type(layer).__name__ == "Zamba2HybridLayer"]
     assert set(sharing) <= set(sample(layers).kept)
+
+
+def test_a_model_that_uses_a_weight_outside_its_layer_learns_that_it_is_quantized() -> None:
+    """Jamba calls its time projection where it would multiply by the packed weight otherwise."""
+    model = small("jamba", num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1, hidden_size=64, mamba_dt_rank=4)
+    session = Session(payload(model.config, training(1, 32, method="qlora")))
+    assert any(a.module.endswith("dt_proj.base_layer") for a in session.run((1, 32)).allocations)
 
 
 @pytest.mark.parametrize(("routing", "rows"), [("balanced", 2 * 64 * 2 // 8), ("worst", 2 * 64)])
@@ -96,6 +120,24 @@ def test_what_a_library_refuses_is_told_apart_from_what_needs_values() -> None:
         model = architecture(name)
         with pytest.raises(refusal):
             Session(payload(model.config, cell.recipe(512))).run((2, 512))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # peft's own defaults for LongCat
+@pytest.mark.parametrize(("name", "method"), [key for key in STOPS if key[0] != "llama4"])
+def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, method: str, tmp_path: Path) -> None:
+    stop = STOPS[name, method]
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**stop.config), dtype=torch.bfloat16)
+    if method == "qlora":
+        model.save_pretrained(tmp_path)
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
+    if method != "full":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.enable_input_require_grads()
+    ids = torch.randint(3, 300, (2, 32))
+    with pytest.raises((AttributeError, RuntimeError, ValueError), match=stop.real), torch.autocast("cpu", dtype=torch.bfloat16):
+        model.train()(input_ids=ids, labels=ids)
 
 
 def test_the_program_of_a_scan_over_chunks_is_asked_for_again_at_its_own_length(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from estimator.errors import InspectionLimitError, TraceError
 from estimator.phases import Phase
 from estimator.recipe import Adapter, Attention, Recipe, Training
 from estimator.sources.process import Inspector
-from estimator.sources.resolve import build
+from estimator.sources.resolve import build, resolve
 from estimator.sources.tracing import Subject, TracedStep, Tracer, regime
 from estimator.stack import Stack
 
@@ -130,3 +130,9 @@ def test_what_cannot_be_traced_says_where_it_stopped(inspector: Inspector, subje
 def test_windows_and_chunks_part_the_lengths(subject: Subject, config: dict[str, Any], length: int, expected: tuple[int, int]) -> None:
     inventory = replace(subject.inventory, config={**subject.inventory.config, **config})
     assert regime(inventory, length) == expected
+
+
+def test_no_length_goes_beyond_learned_positions() -> None:
+    """BERT has 512 of them; OPT's 2,048 stand in a table of 2,050 rows, RoBERTa's table has 514 for 512."""
+    for name, longest in (("google-bert/bert-base-cased", 512), ("facebook/opt-125m", 2048), ("FacebookAI/roberta-base", 512)):
+        assert regime(resolve(name).inventory, 100) == (1, longest)

@@ -111,7 +111,7 @@ def _keep_float32(model: Any, recipe: Recipe) -> None:
 
 
 def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
-    """Leaves some layers of the list, and of every list of the config that has one entry per layer.
+    """Leaves some layers of the list, and of every list of the config that has one entry per layer; lists of positions get the new ones.
 
     The number of layers in the config stays: tensors that hold something for every layer (Gemma 3n's embeddings) keep their shape.
     """
@@ -124,6 +124,9 @@ def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
         for field, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and len(value) == number:
                 setattr(config, field, type(value)([value[i] for i in kept]))
+    for field, value in list(vars(parent).items()):
+        if field.endswith("_layers") and isinstance(value, list) and all(isinstance(i, int) and 0 <= i < number for i in value):
+            setattr(parent, field, [new for new, old in enumerate(kept) if old in value])
 
 
 def _choose_attention(model: Any, recipe: Recipe) -> None:
