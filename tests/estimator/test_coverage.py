@@ -29,7 +29,7 @@ _MLLAMA = {
     "model_type": "mllama_text_model",
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_attention_heads": 4,
+    "num_attention_heads": 8,
     "vocab_size": 512,
     "pad_token_id": 0,
 }
