@@ -160,7 +160,7 @@ def serve(
 )
 def calibrate(context: typer.Context) -> None:
     """Measure a run on this machine's GPU."""
-    from calibration.cli import app as calibration
+    from app.calibrate import app as calibration
 
     calibration(args=context.args, prog_name="vramplan calibrate")
 

@@ -21,6 +21,11 @@ def used_bytes(card: str) -> int | None:
     return int(answer) * MIB if answer is not None and answer.isdigit() else None
 
 
+def card_name(card: str) -> str | None:
+    """Its name, as torch has it too."""
+    return _query("name", card)
+
+
 def driver_version(card: str) -> str | None:
     return _query("driver_version", card)
 

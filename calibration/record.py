@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, Self
 
@@ -97,6 +98,24 @@ class Environment(_Frozen):
     system: str
     allocator_config: str = ""
     """`PYTORCH_ALLOC_CONF` or its older name."""
+
+    @property
+    def key(self) -> tuple[str | None, ...]:
+        """What must be equal for two records of a case to answer the same question."""
+        return (self.gpu, self.torch, self.transformers, self.peft, self.bitsandbytes, self.trl, self.allocator_config)
+
+
+def allocator_config() -> str:
+    """The allocator's options of this process, as PyTorch reads them."""
+    return os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package, None without it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 class Provenance(_Frozen):

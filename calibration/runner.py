@@ -10,14 +10,13 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from calibration.card import card_id, driver_version, used_bytes
 from calibration.case import Case
-from calibration.record import Kind, Outcome, Provenance, Record
+from calibration.record import Kind, Outcome, Provenance, Record, package_version
 from calibration.report import WorkerReport
 
 DEFAULT_TIMEOUT_SECONDS = 900.0
@@ -31,6 +30,10 @@ class Device(StrEnum):
 
     CUDA = "cuda"
     CPU = "cpu"  # dry: the step runs, nothing is measured
+    TRACE = "trace"  # dry: the step runs on tensors without content; its figures are marked as traced
+
+
+_KINDS = {Device.CUDA: Kind.MEASURED, Device.CPU: Kind.DRY_RUN, Device.TRACE: Kind.TRACED}
 
 
 class NoDeviceError(Exception):
@@ -51,7 +54,7 @@ class Runner:
 
     @property
     def kind(self) -> Kind:
-        return Kind.MEASURED if self.device is Device.CUDA else Kind.DRY_RUN
+        return _KINDS[self.device]
 
     def run(self, case: Case) -> Record:
         """The record of one case, whatever becomes of its process.
@@ -76,10 +79,10 @@ class Runner:
             case=case,
             kind=self.kind,
             outcome=Outcome.TIMEOUT if report is _TIMED_OUT else Outcome(report.outcome),
-            figures=report.figures if on_card else None,
+            figures=report.figures if self.kind is not Kind.DRY_RUN else None,
             environment=environment,
             provenance=Provenance(
-                vramplan=_own_version(),
+                vramplan=package_version("vramplan") or "unknown",
                 started_at=started_at.isoformat(timespec="seconds"),
                 duration_seconds=round(duration, 3),
                 step_seconds=report.step_seconds,
@@ -136,10 +139,3 @@ def _tail(log_file: Path) -> str:
         log.seek(0, os.SEEK_END)
         log.seek(max(0, log.tell() - _ERROR_TAIL_BYTES))
         return log.read().decode(errors="replace").strip()
-
-
-def _own_version() -> str:
-    try:
-        return version("vramplan")
-    except PackageNotFoundError:
-        return "unknown"

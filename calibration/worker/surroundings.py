@@ -1,12 +1,11 @@
 """The machine and the libraries a case ran with."""
 
-import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import transformers
 
-from calibration.record import Environment
+from calibration.record import Environment, allocator_config, package_version
 
 
 def environment(device: torch.device) -> Environment:
@@ -20,14 +19,14 @@ def environment(device: torch.device) -> Environment:
         total_bytes=card.total_memory if card else None,
         cuda=torch.version.cuda,
         torch=torch.__version__,
-        transformers=version("transformers"),
-        peft=_version("peft"),
-        bitsandbytes=_version("bitsandbytes"),
-        accelerate=_version("accelerate"),
-        trl=_version("trl"),
+        transformers=transformers.__version__,
+        peft=package_version("peft"),
+        bitsandbytes=package_version("bitsandbytes"),
+        accelerate=package_version("accelerate"),
+        trl=package_version("trl"),
         python=platform.python_version(),
         system=platform.platform(),
-        allocator_config=os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")),
+        allocator_config=allocator_config(),
     )
 
 
@@ -40,10 +39,3 @@ def missing_cuda() -> str | None:
     if torch.cuda.device_count() == 0:
         return "measuring needs an NVIDIA GPU and its driver; torch finds no CUDA device (does nvidia-smi run, and list the card?)"
     return "measuring needs an NVIDIA GPU; CUDA cannot be initialised on this machine (is the driver too old for this torch?)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

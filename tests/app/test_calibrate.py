@@ -5,7 +5,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from calibration import cli
+from app import calibrate as cli
 from calibration.record import Kind, Outcome, Record, RecordFile
 from calibration.runner import NoDeviceError, Runner
 from tests.calibration.cases import LLAMA, QLORA, case

@@ -1,0 +1,275 @@
+"""`vramplan calibrate …`: measuring on a GPU of one's own, and what follows from it."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from app.prediction import predict
+from calibration import campaign as campaigns
+from calibration import schedule
+from calibration.card import card_id, card_name
+from calibration.case import Case
+from calibration.comparison import Comparison, rows_of
+from calibration.comparison import compare as compared
+from calibration.models import config_of
+from calibration.record import Environment, Figures, Outcome, Record, RecordFile, allocator_config, package_version
+from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
+from estimator.errors import RequestError, VramplanError
+from estimator.fitted import dumped
+from estimator.units import gib
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what a card really does.")
+
+_DEAREST = float(2**60)
+_TRACED_WORKER = (sys.executable, "-m", "app.traced_case")
+RecordFiles = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files of records.")]
+
+
+@app.callback()
+def calibrate() -> None:
+    """Measure what a card really does."""
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="JSONL file that records are appended to; what it has already is not run again.")],
+    request: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="One case: a request as `vramplan estimate --request` reads it.")
+    ] = None,
+    campaign: Annotated[str | None, typer.Option(help=f"Many cases: {', '.join(campaigns.shipped())}, or the path of a YAML file.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of a campaign, instead of its own.")] = None,
+    device: Annotated[Device, typer.Option(help="cpu and trace are dry runs: nothing is measured.")] = Device.CUDA,
+    gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
+    batch_size: Annotated[int | None, typer.Option("--per-device-train-batch-size", min=1, help="Instead of the request's.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Instead of the request's.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
+    again: Annotated[bool, typer.Option("--again", help="Measure even what the file has an answer for.")] = False,
+) -> None:
+    """Run one case or a campaign, each case in a fresh process, and append the records."""
+    console = Console()
+    with _errors():
+        if (request is None) == (campaign is None):
+            raise RequestError("give either --request or --campaign", field="request")
+        runner = _runner(device, gpu, timeout)
+        records = RecordFile(out)
+        if campaign is not None:
+            _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again)
+            return
+        assert request is not None
+        case = read_case(request, batch_size=batch_size, max_length=max_length)
+        if not again and records.has(case, runner.kind):
+            console.print(f"{escape(str(out))} has this case already ({case.hash}); --again measures it once more")
+            return
+        record = runner.run(case)
+        records.append(record)
+        show(record, console)
+        if record.outcome in (Outcome.FAILED, Outcome.TIMEOUT):
+            raise RequestError(record.error or record.outcome.value)
+
+
+@app.command("campaigns")
+def list_campaigns() -> None:
+    """The campaigns that come with vramplan."""
+    console = Console()
+    with _errors():
+        for name in campaigns.shipped():
+            found = campaigns.read(name)
+            console.print(f"[bold]{name}[/bold]  {len(found.cases())} cases, {found.budget_minutes:g} min: {escape(found.about)}")
+
+
+@app.command()
+def fit(
+    files: RecordFiles,
+    out: Annotated[Path | None, typer.Option(help="File for the corrections; printed where absent.")] = None,
+) -> None:
+    """Fit what is not exact to measured records, and say how well that predicts models it has not seen."""
+    console = Console()
+    with _errors():
+        comparison = _comparison(files)
+        if not comparison.corrections.groups:
+            raise RequestError(f"nothing can be fitted: {comparison.why_nothing}")
+        text = dumped(comparison.corrections)
+        if out is None:
+            print(text)
+            return
+        out.write_text(text + "\n", encoding="utf-8")
+        _show_comparison(comparison, console)
+        console.print(f"written: {escape(str(out))} ({comparison.corrections.version})")
+
+
+@app.command()
+def compare(files: RecordFiles) -> None:
+    """Measured beside predicted, record by record, for the versions of each record."""
+    with _errors():
+        _show_comparison(_comparison(files), Console())
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Whatever a user can be told ends in one line and exit code 1."""
+    try:
+        yield
+    except (NoDeviceError, VramplanError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _runner(device: Device, gpu: int, timeout: float) -> Runner:
+    if device is Device.TRACE:
+        return Runner(device=device, timeout_seconds=timeout, worker=_TRACED_WORKER)
+    return Runner(device=device, gpu=gpu, timeout_seconds=timeout)
+
+
+def _run_campaign(
+    campaign: campaigns.Campaign, runner: Runner, records: RecordFile, console: Console, *, minutes: float | None, again: bool
+) -> None:
+    key = own_key(card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None)
+    done = frozenset() if again else schedule.answered(records, runner.kind, key)
+    cases = campaign.cases()
+    costs = {case.hash: _cost(case) for case in cases}
+    waiting = schedule.pending(cases, done, lambda case: costs[case.hash])
+    if len(waiting) < len(cases):
+        console.print(f"{len(cases) - len(waiting)} of {len(cases)} cases are answered in {escape(str(records.path))} already")
+    counts: Counter[Outcome] = Counter()
+    budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(campaign.name, total=len(waiting), left="")
+        for step in schedule.run(waiting, measure=runner.run, records=records, cost=lambda case: costs[case.hash], budget_seconds=budget):
+            counts[step.record.outcome] += 1
+            bar.update(task, completed=step.num_done, left=f"about {step.remaining_seconds / 60:.0f} min left")
+            if step.record.error and step.record.outcome is not Outcome.OOM:
+                bar.console.print(f"[yellow]{step.record.outcome}[/yellow] {_named(step.record.case)}: {escape(step.record.error[-300:])}")
+    ran = sum(counts.values())
+    console.print(f"{campaign.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items())) or 'nothing run'}")
+    if ran < len(waiting):
+        console.print(f"{len(waiting) - ran} cases are left; the same command goes on with them")
+
+
+def _cost(case: Case) -> float:
+    """How dear a case is: what it allocates; those that cannot be predicted come last [bytes]."""
+    try:
+        return float(predict(case, None).estimate.peak.allocated_bytes)
+    except VramplanError:
+        return _DEAREST
+
+
+def _named(case: Case) -> str:
+    return f"{escape(case.model or str(case.config.get('model_type')))} {case.batch_size} × {case.sequence_length}"
+
+
+def own_key(gpu: str | None) -> tuple[str | None, ...]:
+    """`Environment.key` of what would run here now."""
+    versions = {name: package_version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "trl")}
+    return Environment(
+        gpu=gpu,
+        torch=versions["torch"] or "",
+        transformers=versions["transformers"] or "",
+        peft=versions["peft"],
+        bitsandbytes=versions["bitsandbytes"],
+        trl=versions["trl"],
+        python="",
+        system="",
+        allocator_config=allocator_config(),
+    ).key
+
+
+def _comparison(files: Sequence[Path]) -> Comparison:
+    records = schedule.merged(RecordFile(path) for path in files)
+    return compared(*rows_of(records, predict))
+
+
+def _show_comparison(comparison: Comparison, console: Console) -> None:
+    if comparison.as_modelled:
+        rows = Table("record", "measured", "predicted", "allocated", "device", box=None, pad_edge=False)
+        for error in comparison.as_modelled:
+            figures = error.row.record.figures
+            assert figures is not None
+            rows.add_row(
+                _named(error.row.record.case),
+                gib(figures.peak_allocated_bytes or 0),
+                gib(error.row.prediction.estimate.peak.allocated_bytes),
+                f"{error.allocated:+.2%}",
+                "" if error.device is None else f"{error.device:+.2%}",
+            )
+        console.print(rows)
+        table = Table("errors", "rows", "median", "within 3 %", "most under", "most over", box=None, pad_edge=False)
+        for one in comparison.spreads:
+            table.add_row(
+                one.name,
+                str(one.num_rows),
+                f"{one.median:.2%}",
+                f"{one.share_within_3_percent:.0%}",
+                f"{one.worst_under:+.2%}",
+                f"{one.worst_over:+.2%}",
+            )
+        console.print(table)
+    else:
+        console.print(f"nothing to compare: {comparison.why_nothing}")
+    if comparison.coverage is not None:
+        console.print(f"90 % intervals from other models hold for {comparison.coverage:.0%} of the rows")
+    for bug in comparison.bugs:
+        told = f"{bug.term} is exact, measured {bug.measured_bytes:,} B, predicted {bug.predicted_bytes:,} B"
+        console.print(f"[red]bug[/red] {escape(bug.model)}: {told}")
+    for row in comparison.contradicted:
+        console.print(f"[red]out of memory where the prediction fits[/red] {_named(row.record.case)}")
+    for missing in comparison.unpredicted:
+        console.print(f"[yellow]not compared[/yellow] {_named(missing.record.case)}: {escape(missing.reason[:200])}")
+
+
+def read_case(path: Path, *, batch_size: int | None = None, max_length: int | None = None) -> Case:
+    """The case in a request file.
+
+    Raises:
+        VramplanError: if the file is no request, has no single run in it, or its model is not known.
+    """
+    text = path.read_text()
+    try:
+        request = orjson.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (orjson.JSONDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(request, dict):
+        raise RequestError(f"{path}: a request is an object with the field 'model'; got {type(request).__name__}")
+    training = request.get("training")
+    if isinstance(training, dict):
+        given = {"per_device_train_batch_size": batch_size, "max_length": max_length}
+        request = {**request, "training": {**training, **{name: value for name, value in given.items() if value is not None}}}
+    return Case.from_request(request, config_of(request))
+
+
+def show(record: Record, console: Console) -> None:
+    """One line on what came out, and the phases when something was measured."""
+    if record.figures is None:
+        console.print(f"{record.kind}: {record.outcome}, {record.provenance.duration_seconds:.1f} s")
+        return
+    environment = record.environment
+    console.print(f"{record.kind} on {escape(environment.gpu or '?') if environment else '?'}: {record.outcome}")
+    for name, num_bytes in _lines(record.figures).items():
+        if num_bytes is not None:
+            console.print(f"  {name:<24}{gib(num_bytes):>12}")
+    if record.contaminated:
+        console.print("[yellow]others used the card meanwhile: the record is marked and enters no fit[/yellow]")
+
+
+def _lines(figures: Figures) -> dict[str, int | None]:
+    phases: dict[str, int | None] = {f"{name} peak": peak.allocated_bytes for name, peak in figures.phases.items()}
+    return {
+        "context": figures.context_bytes,
+        "loaded": figures.loaded_bytes,
+        "steady state": figures.steady_state_bytes,
+        **phases,
+        "peak allocated": figures.peak_allocated_bytes,
+        "peak reserved": figures.peak_reserved_bytes,
+        "device": figures.device_bytes,
+    }
