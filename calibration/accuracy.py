@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from calibration.published import CONSTANTS, NotModelled, Row, Run, rows, translate
+from calibration.published import CONFIRMED, CONSTANTS, NotModelled, Row, Run, rows, translate
 from calibration.published_model import inventory_of
 from estimator import correction
 from estimator.engine import estimate
@@ -119,6 +119,21 @@ def _print_summary(compared: Sequence[Comparison]) -> None:
         )
 
 
+def _print_judged_apart(compared: Sequence[Comparison]) -> None:
+    """Constants and the rows that set them, then each group of rows judged by the others."""
+    from calibration.left_out import left_out, told
+
+    for figure in ("resting", *_JUDGED):
+        constants = CONSTANTS.get(figure, {})
+        set_by = "; ".join(f"{name} ({len(ids)} rows, which do not judge it)" for name, ids in constants.items())
+        print(f"\n{figure}: one group left out at a time; constants set by rows: {set_by or 'none'}")
+        for found in left_out(compared, figure):
+            print(f"  {told(found)}")
+    print("\nrules that come from the libraries' code, and that rows could only confirm:")
+    for rule in CONFIRMED:
+        print(f"  {rule.name:<44} {rule.source}")
+
+
 def _print_left_out(left_out: Sequence[NotModelled], *, every: bool) -> None:
     print(f"\nnot compared: {len(left_out)} rows")
     for (source, reason), number in Counter((n.row.source, n.reason) for n in left_out).most_common():
@@ -135,7 +150,11 @@ def residual_classes(compared: Sequence[Comparison]) -> dict[str, Any]:
         if found.residual_class is not None:
             members.setdefault(found.residual_class, []).append(found)
     written = {
-        name: {"evidence": _evidence(found), **{figure: [row for one in found for row in _residuals(one, figure)] for figure in _JUDGED}}
+        name: {
+            "evidence": _evidence(found),
+            "transformers": sorted({one.run.recipe.stack.transformers[0] for one in found}),
+            **{figure: [row for one in found for row in _residuals(one, figure)] for figure in _JUDGED},
+        }
         for name, found in members.items()
     }
     constants = {figure: {name: list(ids) for name, ids in of.items()} for figure, of in CONSTANTS.items()}
@@ -167,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compared, left_out = compare_all()
     _print_rows(compared)
     _print_summary(compared)
+    _print_judged_apart(compared)
     _print_left_out(left_out, every=options.all)
     if options.write_intervals:
         _RESIDUALS.write_text(json.dumps(residual_classes(compared), indent=1) + "\n", encoding="utf-8")

@@ -33,6 +33,18 @@ class ResidualClass:
     device: tuple[float, ...]
     evidence: str
     """Where the measurements come from, for people."""
+    transformers: frozenset[int] = frozenset()
+    """Major versions that they were made with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margin:
+    """What a run without an interval must leave free: the upper end of a one-sided interval over all kinds of runs."""
+
+    share: float
+    """Of the estimate."""
+    num_residuals: int
+    evidence: str
 
 
 def residual(measured_bytes: int, predicted_bytes: int) -> float:
@@ -57,6 +69,22 @@ def conformal_radius(residuals: Sequence[float], coverage: float = COVERAGE) -> 
     if rank > len(residuals):
         return None
     return sorted(map(abs, residuals))[rank - 1]
+
+
+def conformal_excess(residuals: Sequence[float], coverage: float = COVERAGE) -> float | None:
+    """The value that ln(measured / predicted) of the next measurement stays below with probability `coverage`.
+
+    Args:
+        residuals: ln(measured / predicted) of measurements exchangeable with the next one.
+        coverage: between 0 and 1.
+
+    Returns:
+        The ⌈coverage · (n + 1)⌉-th smallest residual; None when there are too few for any finite value.
+
+    Source: as `conformal_radius`, one-sided.
+    """
+    rank = math.ceil(coverage * (len(residuals) + 1))
+    return sorted(residuals)[rank - 1] if rank <= len(residuals) else None
 
 
 def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
@@ -140,11 +168,15 @@ def _around(num_bytes: int, radius: float) -> tuple[int, int]:
 
 
 @cache
-def shipped() -> Mapping[str, ResidualClass]:
-    """Residuals that `python -m calibration.accuracy --write-intervals` wrote; empty before the first time."""
-    if not _RESIDUALS.exists():
-        return MappingProxyType({})
+def _shipped() -> Mapping[str, Any]:
+    """What `python -m calibration.accuracy --write-intervals` wrote."""
     data: dict[str, Any] = json.loads(_RESIDUALS.read_text(encoding="utf-8"))
+    return MappingProxyType(data)
+
+
+@cache
+def shipped() -> Mapping[str, ResidualClass]:
+    """Residuals by class."""
     return MappingProxyType(
         {
             name: ResidualClass(
@@ -152,7 +184,22 @@ def shipped() -> Mapping[str, ResidualClass]:
                 allocated=tuple(row["residual"] for row in entry["allocated"]),
                 device=tuple(row["residual"] for row in entry["device"]),
                 evidence=entry["evidence"],
+                transformers=frozenset(entry["transformers"]),
             )
-            for name, entry in data["classes"].items()
+            for name, entry in _shipped()["classes"].items()
         }
+    )
+
+
+@cache
+def margin_without_interval() -> Margin:
+    """From the device residuals of every class: none speaks for a run that has no class, and together they are all there is."""
+    entries = _shipped()["classes"].values()
+    residuals = [row["residual"] for entry in entries for row in entry["device"]]
+    excess = conformal_excess(residuals)
+    assert excess is not None, "the shipped residuals are enough"
+    return Margin(
+        share=max(0.0, math.exp(excess) - 1),
+        num_residuals=len(residuals),
+        evidence="; ".join(sorted({entry["evidence"] for entry in entries})),
     )

@@ -256,7 +256,7 @@ class Stack:
     def mistral_expands_flash_heads(self) -> bool:
         """Whether Mistral's flash attention repeats keys and values for all query heads before the kernel.
 
-        Source: transformers 4.47, models/mistral/modeling_mistral.py, MistralFlashAttention2.forward; rows fms-accel-0137 and -0262.
+        Source: transformers 4.47, models/mistral/modeling_mistral.py, MistralFlashAttention2.forward.
         """
         return self.transformers < (4, 48)
 
