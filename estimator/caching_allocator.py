@@ -152,6 +152,7 @@ class CachingAllocator:
         self.allocated_bytes = 0
         self.requested_bytes = 0
         self.reserved_bytes = 0
+        self.max_reserved_bytes = 0
         self.inactive_split_bytes = 0
         """Free blocks that share a segment with others: they cannot be given back to the driver (expandable segments left out) [bytes]."""
         self.num_device_alloc = 0
@@ -340,9 +341,13 @@ class CachingAllocator:
             return self._grow(pool, size, stream)
         if self.reserved_bytes + num_bytes > self.capacity_bytes:
             return None
-        self.reserved_bytes += num_bytes
-        self.num_device_alloc += 1
+        self._reserve(num_bytes)
         return Block(self._addresses(num_bytes), num_bytes, stream, pool)
+
+    def _reserve(self, num_bytes: int) -> None:
+        self.reserved_bytes += num_bytes
+        self.max_reserved_bytes = max(self.max_reserved_bytes, self.reserved_bytes)
+        self.num_device_alloc += 1
 
     def _addresses(self, num_bytes: int) -> int:
         address = self._next_address
@@ -465,8 +470,7 @@ class CachingAllocator:
         self._merge(block, block.prev)
         self._merge(block, block.next)
         pool.add(block)
-        self.reserved_bytes += num_bytes
-        self.num_device_alloc += 1
+        self._reserve(num_bytes)
         return True
 
     def _unmap(self, block: Block, segment: _Expandable) -> None:
