@@ -17,6 +17,7 @@ from estimator.allocator import SEGMENT_GRANULARITY_BYTES, SMALL_REQUEST_BYTES, 
 from estimator.allocator_settings import AllocatorSettings
 from estimator.units import ALLOCATION_GRANULARITY_BYTES, ceil_div
 
+_GRANULARITY = ALLOCATION_GRANULARITY_BYTES
 _FIRST_ADDRESS = 0x7000_0000_0000
 # A card without a limit: its expandable segments get this many addresses.
 _UNLIMITED_BYTES = 2**50
@@ -144,6 +145,7 @@ class CachingAllocator:
         self.capacity_bytes = capacity_bytes if capacity_bytes is not None else _UNLIMITED_BYTES
         fraction = settings.per_process_memory_fraction
         self._allowed_bytes = int(fraction * self.capacity_bytes) if fraction < 1 else None
+        self._rounds_plainly = max(settings.roundup_power2_divisions) <= 1
         self._collects = self._allowed_bytes is not None and settings.garbage_collection_threshold > 0
         self._small = _Pool(small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = _Pool(small=False, page_bytes=settings.large_segment_bytes)
@@ -171,7 +173,7 @@ class CachingAllocator:
 
         Source: malloc.
         """
-        size = self.settings.rounded(num_bytes)
+        size = -(-num_bytes // _GRANULARITY) * _GRANULARITY if self._rounds_plainly else self.settings.rounded(num_bytes)
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
         block = self._free_block(pool, size, stream)
         if block is None:

@@ -4,7 +4,7 @@ Nothing here is fitted: sizes and order come from the program, the rules from th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from estimator.allocator_settings import AllocatorSettings
@@ -23,16 +23,6 @@ MAX_STEPS = 6
 """Optimizer steps that are replayed at most. The second finds the optimizer's states; a third that adds nothing is the last."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Segments of a whole run."""
-
-    reserved_bytes: int
-    """`max_memory_reserved` [bytes]."""
-    num_alloc_retries: int
-    """How often everything cached was given back to make room."""
-
-
 def reservation(
     inventory: Inventory,
     recipe: Recipe,
@@ -40,7 +30,7 @@ def reservation(
     inputs: Sequence[int],
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
-) -> Reservation | None:
+) -> int | None:
     """A training run on the allocator.
 
     Args:
@@ -52,7 +42,7 @@ def reservation(
         capacity_bytes: what the driver can give in all; None for a card without a limit [bytes].
 
     Returns:
-        None where the card has too little.
+        `max_memory_reserved` [bytes]; None where the card has too little.
     """
     return _reservation(inventory, recipe, schedule, tuple(inputs), settings, capacity_bytes)
 
@@ -65,7 +55,7 @@ def _reservation(
     inputs: tuple[int, ...],
     settings: AllocatorSettings | None,
     capacity_bytes: int | None,
-) -> Reservation | None:
+) -> int | None:
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
     run = _Run(allocator, inventory, recipe)
     try:
@@ -79,7 +69,7 @@ def _reservation(
                 break
     except NoRoomError:
         return None
-    return Reservation(reserved_bytes=allocator.max_reserved_bytes, num_alloc_retries=allocator.num_alloc_retries)
+    return allocator.max_reserved_bytes
 
 
 class _Run:
@@ -91,6 +81,7 @@ class _Run:
         self.training = recipe.training
         self.static = static_memory(inventory, recipe)
         self.groups = weight_decay_groups(t for t in self.static.tensors if t.trainable)
+        self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
 
@@ -142,24 +133,33 @@ class _Run:
 
         The first matrix product of each of both threads takes a workspace for good.
         """
-        training, allocator = self.training, self.allocator
-        at_size = [size.at(*training.shape) for size in part.sizes]
-        kinds = part.kinds
+        allocator = self.allocator
+        sizes, events = self._unpacked(part)
         blocks: dict[int, Block] = {}
         workspaces = () if self.has_workspaces else (0, part.backward)
         self.has_workspaces = True
-        for position, event in enumerate(part.events):
+        for position, event in enumerate(events):
             if position in workspaces:
                 place(allocator, workspace_bytes(self.recipe.compute_capability))
             if event < 0:
-                if (block := blocks.pop(~event, None)) is not None:
-                    allocator.free(block)
-            elif size := at_size[kinds[event]]:
-                blocks[event] = place(allocator, size)
+                if (freed := blocks.pop(~event, None)) is not None:
+                    allocator.free(freed)
+            elif size := sizes[event]:
+                made = allocator.allocate(size)
+                if made is None:
+                    raise NoRoomError
+                blocks[event] = made
         kept = [blocks.pop(index, None) for index in part.kept]
         for block in blocks.values():
             allocator.free(block)
         return kept
+
+    def _unpacked(self, part: MicroBatch) -> tuple[Sequence[int], Sequence[int]]:
+        """The size of every storage at this batch and length, and the events."""
+        if part not in self.unpacked:
+            at_size = [size.at(*self.training.shape) for size in part.sizes]
+            self.unpacked[part] = [at_size[kind] for kind in part.kinds], part.events
+        return self.unpacked[part]
 
     def _update(self) -> None:
         if not self.has_states:

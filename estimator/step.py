@@ -49,6 +49,8 @@ class Program:
     kernels: frozenset[Kernel] = frozenset()
     weights_growth_bytes: int = 0
     """What stored weights gain, once and for good, from types that the first forward pass gives them [bytes]."""
+    schedule: Schedule | None = None
+    """Every allocation, where a trace saw it; the tape's is made when asked for, see `schedule_step`."""
 
 
 def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
