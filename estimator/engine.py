@@ -69,10 +69,10 @@ class Device:
     """PyTorch's defaults if None."""
 
 
-_UNLIMITED = Device()
+UNLIMITED = Device()
 
 
-def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None, device: Device = _UNLIMITED) -> Estimate:
+def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None, device: Device = UNLIMITED) -> Estimate:
     """Memory of one run, phase by phase.
 
     Args:
@@ -326,7 +326,9 @@ class _Held:
         if limit is not None:
             limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
         pressed = None if limit is None or free <= limit else replay(capacity_bytes=limit)
-        return _holding(prepared, free if pressed is None else pressed, Basis.REPLAYED, unpressed=free)
+        least = reserved_loaded_bytes(peak_bytes)
+        held = free if pressed is None else pressed
+        return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
 
 
 def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
@@ -444,9 +446,7 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
         parameters=prepared.static.parameters,
         phases=phases,
         steady_state_bytes=steady,
-        holding=Deferred(
-            lambda: _holding(prepared, reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED), Basis.MODELLED)
-        ),
+        holding=Deferred(lambda: _holding(prepared, reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED), Basis.MODELLED)),
         least_device_bytes=device_bytes(reserved_bytes=peak, context_bytes=prepared.context_bytes),
         kernels=program.kernels,
         notices=(_COMPILED,) if compiles_decoding(recipe) and Phase.DECODE in instants else (),
