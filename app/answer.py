@@ -69,13 +69,19 @@ def render_fit(card: Card, estimate: Estimate, interval: Interval | None) -> Jso
         "capacity_bytes": card.capacity_bytes,
         "headroom_bytes": card.headroom_bytes,
         "free_bytes": free,
-        "verdict": card.verdict(device, interval.device_high_bytes if interval is not None else None),
+        "verdict": _verdict(card, estimate, interval),
     }
+
+
+def _verdict(card: Card, estimate: Estimate, interval: Interval | None) -> str:
+    """What only fits because the allocator gives its cache back is tight."""
+    verdict = card.verdict(device_bytes(estimate), interval.device_high_bytes if interval is not None else None)
+    return "tight" if verdict == "fits" and estimate.holding.get().without_pressure_bytes > card.usable_bytes else verdict
 
 
 def device_bytes(estimate: Estimate) -> int:
     """What the card must hold at the peak; at least what is allocated [bytes]."""
-    return max(estimate.device_bytes or 0, estimate.peak.allocated_bytes)
+    return max(estimate.device_bytes, estimate.peak.allocated_bytes)
 
 
 def _peak(estimate: Estimate, interval: Interval | None) -> Json:
@@ -84,6 +90,7 @@ def _peak(estimate: Estimate, interval: Interval | None) -> Json:
         "phase": peak.phase.value,
         "allocated_bytes": peak.allocated_bytes,
         "reserved_bytes": estimate.reserved_bytes,
+        "reserved_basis": estimate.holding.get().basis.value,
         "device_bytes": estimate.device_bytes,
         "paged_bytes": estimate.paged_bytes,
         "interval": None if interval is None else _interval(interval),

@@ -65,14 +65,13 @@ def trace(
     options: Json,
     svg: Annotated[Path | None, typer.Option(help="write memory over time as a picture")] = None,
     snapshot: Annotated[Path | None, typer.Option(help="write a pickle that pytorch.org/memory_viz opens")] = None,
-    alloc_conf: Annotated[str, typer.Option(help="PYTORCH_CUDA_ALLOC_CONF of the run")] = "",
     all_layers: Annotated[bool, typer.Option(help="run every layer, instead of a few of each kind")] = False,
 ) -> None:
     """Every allocation of a training step, seen in the libraries' own code on tensors without content."""
     from app.trace import answer_trace, snapshot_of, svg_of
     from app.trace import trace as run_trace
 
-    run = run_trace(_payload(model, request, options), settings=alloc_conf, all_layers=all_layers)
+    run = run_trace(_payload(model, request, options), all_layers=all_layers)
     if svg is not None:
         _write(svg, svg_of(run).encode())
     if snapshot is not None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from app.versions import installed, shown
+from estimator.engine import UNLIMITED, Device, why_not_modelled
 from estimator.engine import estimate as analytic
-from estimator.engine import why_not_modelled
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
 from estimator.inventory import Inventory
@@ -27,6 +27,7 @@ class Answerer:
     engine: str
     """`auto`, `analytic` or `trace`."""
     subject: Subject
+    device: Device = UNLIMITED
     tracer: Callable[[], Tracer] = default_tracer
 
     @property
@@ -42,7 +43,7 @@ class Answerer:
         """
         if self.engine == "trace":
             return replace(self._traced(recipe), engine_reason="asked for")
-        found = analytic(self.inventory, recipe)
+        found = analytic(self.inventory, recipe, device=self.device)
         if self.engine == "analytic":
             return replace(found, engine_reason="asked for")
         if all(notice.code != _NOT_MODELLED for notice in found.notices):
@@ -61,7 +62,7 @@ class Answerer:
 
     def _traced(self, recipe: Recipe) -> Estimate:
         step = self.step(recipe)
-        found = analytic(self.inventory, recipe, step.program)
+        found = analytic(self.inventory, recipe, step.program, self.device)
         return replace(found, notices=(*found.notices, *self._caveats(recipe, step, found)))
 
     def _caveats(self, recipe: Recipe, step: TracedStep, balanced: Estimate) -> Iterator[Notice]:

@@ -192,7 +192,7 @@ def _loaded_in_float32(a: Answered) -> Iterable[str]:
 
 def _nvidia_smi(a: Answered) -> Iterable[str]:
     device, allocated = a.estimate.device_bytes, a.estimate.peak.allocated_bytes
-    if is_modelled(a.estimate) and device is not None and device > allocated:
+    if is_modelled(a.estimate) and device > allocated:
         yield (
             f"nvidia-smi will show about {gib(device)}, {gib(device - allocated)} more than torch.cuda.max_memory_allocated(): "
             "segments that the allocator keeps, the CUDA context and libraries."

@@ -100,6 +100,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     _HARDWARE: (
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
+        _option("pytorch_cuda_alloc_conf", "str", "PYTORCH_CUDA_ALLOC_CONF of the run", "--alloc-conf"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
         _option("engine", "str", "auto, analytic or trace"),
     ),

@@ -12,7 +12,7 @@ from app.service import Case, interval_of, prepare, render
 from estimator.dtypes import DType
 from estimator.errors import RequestError, VramplanError
 from estimator.estimate import Estimate
-from estimator.planner import divisors, largest_of, largest_up_to
+from estimator.planner import divisors, largest_down_from, largest_of, largest_up_to
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.step import needs_mask
 
@@ -39,14 +39,28 @@ class _Search:
         return replace(self.case.recipe, training=replace(self.training(), **changes))
 
     def fits(self, recipe: Recipe) -> bool:
-        return self.missing_bytes(recipe, self.case.answerer.estimate(recipe)) <= 0
+        return self.confirms(recipe, self.case.answerer.estimate(recipe))
+
+    def confirms(self, recipe: Recipe, estimate: Estimate) -> bool:
+        """Whether an estimate fits; the allocator is only asked where what is alive does."""
+        return self.may_fit(estimate) and self.missing_bytes(recipe, estimate) <= 0
+
+    def may_fit(self, estimate: Estimate) -> bool:
+        """Whether what is alive at the peak fits, nothing cached."""
+        assert self.case.card is not None
+        return estimate.least_device_bytes <= self.case.card.usable_bytes
+
+    def largest(self, limit: int, recipe_of: Callable[[int], Recipe], *, step: int = 1) -> int | None:
+        """The largest size that fits: sought by what is alive, confirmed downwards with what the allocator caches."""
+        most = largest_up_to(limit, lambda size: self.may_fit(self.case.answerer.estimate(recipe_of(size))), step=step)
+        return None if most is None else largest_down_from(most, lambda size: self.fits(recipe_of(size)), step=step)
 
     def missing_bytes(self, recipe: Recipe, estimate: Estimate) -> int:
         """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
         assert self.case.card is not None
         bounds = interval_of(recipe, estimate)
         required = self.case.card.required_bytes(device_bytes(estimate), bounds.device_high_bytes if bounds is not None else None)
-        return required - self.case.card.usable_bytes
+        return max(required, estimate.holding.get().without_pressure_bytes) - self.case.card.usable_bytes
 
 
 def plan(payload: Mapping[str, Any]) -> Json:
@@ -89,14 +103,18 @@ def _found(search: _Search) -> Training | None:
     if search.request.objective == "most_margin":
         smallest = _of_batch(search, 1)
         return smallest if search.fits(search.recipe(**_varied(smallest))) else None
-    batch = _search_batch(search, lambda size: search.fits(search.recipe(**_varied(_of_batch(search, size)))))
+    batch = _search_batch(search, lambda size: search.recipe(**_varied(_of_batch(search, size))))
     return None if batch is None else _of_batch(search, batch)
 
 
-def _search_batch(search: _Search, fits: Callable[[int], bool]) -> int | None:
+def _search_batch(search: _Search, recipe_of: Callable[[int], Recipe]) -> int | None:
     total = search.request.global_batch_size
     if total is None:
-        return largest_up_to(MAX_BATCH, fits)
+        return search.largest(MAX_BATCH, recipe_of)
+
+    def fits(size: int) -> bool:
+        return search.fits(recipe_of(size))
+
     # The whole batch at once is asked apart: without accumulation no gradients wait during the forward pass, so it may take less.
     *smaller, whole = divisors(total)
     return whole if fits(whole) else largest_of(smaller, fits)
@@ -120,7 +138,7 @@ def _longest_sequence(search: _Search) -> Training | None:
     limit = search.case.inventory.num_positions
     limit = min(limit or MAX_LENGTH, MAX_LENGTH)
     step = min(LENGTH_STEP, limit)
-    length = largest_up_to(limit, lambda size: search.fits(search.recipe(**_varied(replace(training, sequence_length=size)))), step=step)
+    length = search.largest(limit, lambda size: search.recipe(**_varied(replace(training, sequence_length=size))), step=step)
     return None if length is None else replace(training, sequence_length=length)
 
 
@@ -254,7 +272,7 @@ def _change(search: _Search, before: Recipe, estimate: Estimate, setting: Json, 
     return {
         "set": setting,
         "saves_bytes": device_bytes(estimate) - device_bytes(after),
-        "fits": is_modelled(after) and search.missing_bytes(changed, after) <= 0,
+        "fits": is_modelled(after) and search.confirms(changed, after),
         "costs": costs,
     }
 

@@ -163,6 +163,8 @@ class Request(Border):
     padded: bool = False
     inference: InferenceFields | None = None
     hardware: HardwareFields | None = None
+    pytorch_cuda_alloc_conf: Annotated[str, Field(max_length=1024)] = ""
+    """The environment variable of the run."""
     stack: StackFields = StackFields()
     engine: Literal["auto", "analytic", "trace"] = "auto"
 

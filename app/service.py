@@ -15,8 +15,10 @@ from app.request import InlineModel, Request
 from app.resolution import resolve_recipe
 from app.unmodelled import bears
 from app.versions import stack_of
+from estimator.allocator_settings import parse_settings
 from estimator.correction import interval
 from estimator.dtypes import DType
+from estimator.engine import Device
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
@@ -69,7 +71,8 @@ def prepare(question: Question[Request]) -> Case:
     model = find_model(request)
     recipe = resolve_recipe(request, model.inventory, card)
     subject = Subject(config=model.config, inventory=model.inventory, is_public=model.is_public)
-    answerer = Answerer(engine=request.engine, subject=subject)
+    device = Device(usable_bytes=card.usable_bytes if card is not None else None, settings=parse_settings(request.pytorch_cuda_alloc_conf))
+    answerer = Answerer(engine=request.engine, subject=subject, device=device)
     return Case(question=question, model=model, recipe=recipe, card=card, answerer=answerer)
 
 

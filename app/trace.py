@@ -49,14 +49,15 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
 
     Args:
         payload: a request of the contract, with `training`.
-        settings: content of `PYTORCH_CUDA_ALLOC_CONF`.
+        settings: content of `PYTORCH_CUDA_ALLOC_CONF`; what the request says if empty.
         all_layers: whether every layer is run, instead of a few of each kind.
 
     Raises:
         VramplanError: if the request cannot be answered for, or the step not be traced.
     """
-    options = parse_settings(settings)
     case = prepare(read_estimate(payload))
+    settings = settings or case.question.request.pytorch_cuda_alloc_conf
+    options = parse_settings(settings)
     if case.recipe.training is None:
         raise RequestError("training: is required: what is traced is a training step", field="training")
     case.answerer.check_traceable(case.recipe)

@@ -13,7 +13,7 @@ from typing import Any
 from calibration.published import CONFIRMED, CONSTANTS, NotModelled, Row, Run, rows, translate
 from calibration.published_model import inventory_of
 from estimator import correction
-from estimator.engine import estimate
+from estimator.engine import Device, estimate
 from estimator.errors import VramplanError
 
 # Figures that have intervals.
@@ -56,14 +56,14 @@ def compare(run: Run) -> Comparison:
     Raises:
         VramplanError: if the model cannot be had or the recipe is refused.
     """
-    estimated = estimate(inventory_of(run), run.recipe)
+    estimated = estimate(inventory_of(run), run.recipe, device=Device(usable_bytes=run.gpu.capacity_bytes))
     figures: dict[str, Pair] = {}
     row = run.row
     if row.resting_bytes is not None and estimated.steady_state_bytes is not None:
         figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes)
     if row.allocated_bytes is not None and estimated.steady_state_bytes is not None:
         figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=estimated.peak.allocated_bytes)
-    if row.device_bytes is not None and estimated.device_bytes is not None:
+    if row.device_bytes is not None:
         figures["device"] = Pair(measured=row.device_bytes, predicted=estimated.device_bytes)
     residual_class = correction.class_of(run.recipe, estimated.kernels)
     return Comparison(run=run, figures=MappingProxyType(figures), residual_class=residual_class)

@@ -17,6 +17,7 @@ from estimator.allocator import SEGMENT_GRANULARITY_BYTES, SMALL_REQUEST_BYTES, 
 from estimator.allocator_settings import AllocatorSettings
 from estimator.units import ALLOCATION_GRANULARITY_BYTES, ceil_div
 
+_GRANULARITY = ALLOCATION_GRANULARITY_BYTES
 _FIRST_ADDRESS = 0x7000_0000_0000
 # A card without a limit: its expandable segments get this many addresses.
 _UNLIMITED_BYTES = 2**50
@@ -144,6 +145,7 @@ class CachingAllocator:
         self.capacity_bytes = capacity_bytes if capacity_bytes is not None else _UNLIMITED_BYTES
         fraction = settings.per_process_memory_fraction
         self._allowed_bytes = int(fraction * self.capacity_bytes) if fraction < 1 else None
+        self._rounds_plainly = max(settings.roundup_power2_divisions) <= 1
         self._collects = self._allowed_bytes is not None and settings.garbage_collection_threshold > 0
         self._small = _Pool(small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = _Pool(small=False, page_bytes=settings.large_segment_bytes)
@@ -152,6 +154,7 @@ class CachingAllocator:
         self.allocated_bytes = 0
         self.requested_bytes = 0
         self.reserved_bytes = 0
+        self.max_reserved_bytes = 0
         self.inactive_split_bytes = 0
         """Free blocks that share a segment with others: they cannot be given back to the driver (expandable segments left out) [bytes]."""
         self.num_device_alloc = 0
@@ -170,7 +173,7 @@ class CachingAllocator:
 
         Source: malloc.
         """
-        size = self.settings.rounded(num_bytes)
+        size = -(-num_bytes // _GRANULARITY) * _GRANULARITY if self._rounds_plainly else self.settings.rounded(num_bytes)
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
         block = self._free_block(pool, size, stream)
         if block is None:
@@ -340,9 +343,13 @@ class CachingAllocator:
             return self._grow(pool, size, stream)
         if self.reserved_bytes + num_bytes > self.capacity_bytes:
             return None
-        self.reserved_bytes += num_bytes
-        self.num_device_alloc += 1
+        self._reserve(num_bytes)
         return Block(self._addresses(num_bytes), num_bytes, stream, pool)
+
+    def _reserve(self, num_bytes: int) -> None:
+        self.reserved_bytes += num_bytes
+        self.max_reserved_bytes = max(self.max_reserved_bytes, self.reserved_bytes)
+        self.num_device_alloc += 1
 
     def _addresses(self, num_bytes: int) -> int:
         address = self._next_address
@@ -465,8 +472,7 @@ class CachingAllocator:
         self._merge(block, block.prev)
         self._merge(block, block.next)
         pool.add(block)
-        self.reserved_bytes += num_bytes
-        self.num_device_alloc += 1
+        self._reserve(num_bytes)
         return True
 
     def _unmap(self, block: Block, segment: _Expandable) -> None:

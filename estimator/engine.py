@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import assert_never
 
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
+from estimator.allocator_settings import AllocatorSettings
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
+from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
+from estimator.reservation import reservation
+from estimator.schedule import Schedule
 from estimator.static_memory import StaticMemory, static_memory
-from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step
+from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
@@ -56,13 +59,27 @@ class Prepared:
     context_bytes: int
 
 
-def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None) -> Estimate:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The card as far as the allocator goes."""
+
+    usable_bytes: int | None = None
+    """What the whole process can have; None for a card without a limit [bytes]."""
+    settings: AllocatorSettings | None = None
+    """PyTorch's defaults if None."""
+
+
+UNLIMITED = Device()
+
+
+def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None, device: Device = UNLIMITED) -> Estimate:
     """Memory of one run, phase by phase.
 
     Args:
         inventory: of the model.
         recipe: of the run.
         traced: the training step as a trace saw it; it then stands for the closed forms.
+        device: that it runs on.
 
     Raises:
         RequestError: if the libraries would refuse the combination.
@@ -70,13 +87,18 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
     if traced is not None:
-        return replace(_training(recipe, prepared, traced, _BASIS_TRACED), engine=Engine.TRACE)
+        seen = traced.schedule
+        held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=lambda: seen)
+        return replace(_training(held, traced, _BASIS_TRACED), engine=Engine.TRACE)
     reason = why_not_modelled(inventory, recipe)
     if reason is not None:
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(recipe, prepared, _step_program(inventory, structure, regime_of(recipe, inventory)), _BASIS)
+            regime = regime_of(recipe, inventory)
+            schedule = partial(_step_schedule, inventory, structure, regime)
+            held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
+            return _training(held, _step_program(inventory, structure, regime), _BASIS)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -222,14 +244,29 @@ def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis
 
 def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
     load = prepared.load
-    reserved = reserved_loaded_bytes(load.allocated_bytes)
     return Estimate(
         parameters=prepared.static.parameters,
         phases=(load,),
         steady_state_bytes=None,
-        reserved_bytes=reserved,
-        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        holding=_modelled(prepared, reserved_loaded_bytes(load.allocated_bytes)),
+        least_device_bytes=device_bytes(reserved_bytes=load.allocated_bytes, context_bytes=prepared.context_bytes),
         notices=notices,
+    )
+
+
+def _modelled(prepared: Prepared, reserved: int) -> Deferred[Holding]:
+    return Deferred(lambda: _holding(prepared, reserved, Basis.MODELLED))
+
+
+def _holding(prepared: Prepared, reserved: int, basis: Basis, unpressed: int | None = None) -> Holding:
+    def shown(num_bytes: int) -> int:
+        return device_bytes(reserved_bytes=num_bytes, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
+
+    return Holding(
+        reserved_bytes=reserved,
+        device_bytes=shown(reserved),
+        basis=basis,
+        without_pressure_bytes=shown(reserved if unpressed is None else unpressed),
     )
 
 
@@ -257,8 +294,45 @@ def _input_sizes(training: Training) -> list[int]:
             assert_never(objective.kind)
 
 
-def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
-    training = recipe.training
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What a replay of a training run takes."""
+
+    inventory: Inventory
+    recipe: Recipe
+    prepared: Prepared
+    device: Device
+    schedule: Callable[[], Schedule | None]
+
+    def replayed(self, peak_bytes: int, steady_bytes: int) -> Holding:
+        """The run on the allocator; where its allocations are not known one by one, what the peak suggests.
+
+        Under a limit the allocator gives its cache back before it fails. A run that fails all the same is told by what it would hold
+        without a limit.
+        """
+        prepared, schedule = self.prepared, self.schedule()
+        training = self.recipe.training
+        assert training is not None
+        if schedule is None:
+            has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
+            head = Head.FULL_LOGITS if has_logits else Head.FUSED
+            return _holding(prepared, reserved_bytes(peak_bytes=peak_bytes, steady_bytes=steady_bytes, head=head), Basis.MODELLED)
+        replay = partial(
+            reservation, self.inventory, self.recipe, schedule, [_INDEX_BYTES * n for n in _input_sizes(training)], self.device.settings
+        )
+        free = replay()
+        assert free is not None, "a card without a limit has room"
+        limit = self.device.usable_bytes
+        if limit is not None:
+            limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
+        pressed = None if limit is None or free <= limit else replay(capacity_bytes=limit)
+        least = reserved_loaded_bytes(peak_bytes)
+        held = free if pressed is None else pressed
+        return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
+
+
+def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
+    prepared, training = run.prepared, run.recipe.training
     assert training is not None
     batch, length = training.shape
     static = prepared.static
@@ -279,15 +353,12 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
-    has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
-    head = Head.FULL_LOGITS if has_logits else Head.FUSED
-    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=head)
     return Estimate(
         parameters=static.parameters,
         phases=tuple(phases),
         steady_state_bytes=steady,
-        reserved_bytes=reserved,
-        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
+        holding=Deferred(lambda: run.replayed(peak, steady)),
+        least_device_bytes=device_bytes(reserved_bytes=peak, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
         paged_bytes=static.paged_bytes,
         kernels=program.kernels,
     )
@@ -347,6 +418,11 @@ def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Progr
     return run_step(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
 
 
+@lru_cache(maxsize=64)
+def _step_schedule(inventory: Inventory, recipe: Recipe, regime: Regime) -> Schedule:
+    return schedule_step(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
+
+
 # -- inference --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -366,13 +442,12 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     )
     peak = max(p.allocated_bytes for p in phases)
     steady = sum(between.values())
-    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED)
     return Estimate(
         parameters=prepared.static.parameters,
         phases=phases,
         steady_state_bytes=steady,
-        reserved_bytes=reserved,
-        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes),
+        holding=Deferred(lambda: _holding(prepared, reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED), Basis.MODELLED)),
+        least_device_bytes=device_bytes(reserved_bytes=peak, context_bytes=prepared.context_bytes),
         kernels=program.kernels,
         notices=(_COMPILED,) if compiles_decoding(recipe) and Phase.DECODE in instants else (),
     )

@@ -1,10 +1,14 @@
 """The answer: what is alive in each phase, and the peak."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Generic, TypeVar
 
 from estimator.kernels import Kernel
 from estimator.phases import Basis, Item, Phase
+
+T = TypeVar("T")
 
 
 class Engine(StrEnum):
@@ -67,6 +71,36 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """What allocator and driver hold at the peak."""
+
+    reserved_bytes: int
+    """Segments of the caching allocator [bytes]."""
+    device_bytes: int
+    """What nvidia-smi shows [bytes]."""
+    basis: Basis
+    """`replayed`: the run's own allocations on the allocator; `modelled`: a share of what comes and goes."""
+    without_pressure_bytes: int
+    """What nvidia-smi would show on a card with room for all that is cached; more than `device_bytes` only where the run fits because the
+    allocator gives its cache back [bytes]."""
+
+
+class Deferred(Generic[T]):
+    """A value that is made at the first look."""
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: T | None = None
+
+    def get(self) -> T:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """Every phase with its items. `phases` holds only `load` when the step is not modelled."""
 
@@ -74,10 +108,10 @@ class Estimate:
     phases: tuple[PhaseEstimate, ...]
     steady_state_bytes: int | None
     """Allocated between steps, after the first one; None when the step is not modelled [bytes]."""
-    reserved_bytes: int | None
-    """Segments held by the caching allocator at the peak [bytes]."""
-    device_bytes: int | None
-    """What nvidia-smi shows at the peak [bytes]."""
+    holding: Deferred[Holding] = field(compare=False)
+    """Worked out at the first look: a replay takes longer than the rest."""
+    least_device_bytes: int
+    """What nvidia-smi shows at least: without anything cached [bytes]."""
     paged_bytes: int = 0
     """Managed memory of paged optimizers, outside allocated and reserved [bytes]."""
     notices: tuple[Notice, ...] = ()
@@ -86,6 +120,16 @@ class Estimate:
     """Why this engine answered."""
     kernels: frozenset[Kernel] = frozenset()
     """What the step runs, where it is modelled."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Segments held by the caching allocator at the peak [bytes]."""
+        return self.holding.get().reserved_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """What nvidia-smi shows at the peak [bytes]."""
+        return self.holding.get().device_bytes
 
     @property
     def peak(self) -> PhaseEstimate:

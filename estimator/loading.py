@@ -5,14 +5,14 @@ larger than 1 MiB no more than 1 MiB stays with the tensor that gets it: `memory
 follows from the order and the sizes of the weights, so that the loading is replayed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from estimator.allocator import SMALL_REQUEST_BYTES
 from estimator.caching_allocator import Block, CachingAllocator
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
-from estimator.patterns import copies
+from estimator.patterns import copies, in_order
 from estimator.phases import Item
 from estimator.quantization import BLOCK_SIZE
 from estimator.recipe import Recipe
@@ -44,61 +44,137 @@ def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
 
 @lru_cache(maxsize=64)
 def _unsplit_bytes(inventory: Inventory, preparation: Preparation) -> int:
-    allocator = CachingAllocator()
-    loaded = list(_load(allocator, loaded_tensors(inventory, preparation), preparation))
-    if preparation.prepare_for_kbit_training:
-        loaded = [(tensor, _raised(allocator, tensor, block)) for tensor, block in loaded]
-    return sum(block.size - allocated(block.requested_bytes) for _, block in loaded)
+    # The small pool splits at 512 bytes, which is what sizes are rounded to: what is small leaves no trace.
+    loaded = load(CachingAllocator(), inventory, preparation, above=SMALL_REQUEST_BYTES)
+    return sum(block.size - allocated(block.requested_bytes) for block in loaded.values())
 
 
-def _load(allocator: CachingAllocator, tensors: Iterable[StoredTensor], preparation: Preparation) -> Iterator[tuple[StoredTensor, Block]]:
-    """Weights in the order of their names, then buffers; the blocks that stay.
+class NoRoomError(Exception):
+    """The card cannot hold what is asked for."""
 
-    The small pool splits at 512 bytes, which is what sizes are rounded to: what is small leaves no trace here.
+
+def place(allocator: CachingAllocator, num_bytes: int) -> Block:
+    """A block for a tensor of at least one byte.
+
+    Raises:
+        NoRoomError: if there is none.
     """
+    block = allocator.allocate(num_bytes)
+    if block is None:
+        raise NoRoomError
+    return block
+
+
+def load(allocator: CachingAllocator, inventory: Inventory, preparation: Preparation, *, above: int = 0) -> dict[str, Block]:
+    """A quantized model loaded and prepared for training, before adapters and casts.
+
+    Args:
+        allocator: that is to hold it.
+        above: tensors up to this size are left out [bytes].
+
+    Returns:
+        The block of every tensor that stays, by name.
+
+    Raises:
+        NoRoomError: if it does not fit.
+    """
+    placed = _Placed(allocator, above)
+    tensors = loaded_tensors(inventory, preparation)
+    if not preparation.stack.loads_without_warmup:
+        _warm_up(allocator, tensors, preparation)
+    _load(placed, tensors, preparation)
+    if preparation.prepare_for_kbit_training:
+        _raise(placed, tensors)
+    return placed.blocks
+
+
+class _Placed:
+    """Blocks by the name of the tensor in them."""
+
+    def __init__(self, allocator: CachingAllocator, above: int) -> None:
+        self.allocator = allocator
+        self.above = above
+        self.blocks: dict[str, Block] = {}
+
+    def make(self, name: str, num_bytes: int) -> None:
+        """Puts a tensor in a block; a former one of that name goes then."""
+        former = self.blocks.pop(name, None)
+        if num_bytes > self.above:
+            self.blocks[name] = place(self.allocator, num_bytes)
+        if former is not None:
+            self.allocator.free(former)
+
+    def drop(self, name: str) -> None:
+        if (block := self.blocks.pop(name, None)) is not None:
+            self.allocator.free(block)
+
+
+def _warm_up(allocator: CachingAllocator, tensors: Iterable[StoredTensor], preparation: Preparation) -> None:
+    """One block of about the model's size, made and freed: the weights then find it.
+
+    Source: transformers 5.23, modeling_utils.py, caching_allocator_warmup and get_total_byte_count; quantizers/quantizer_bnb_4bit.py and
+    quantizer_bnb_8bit.py, param_element_size.
+    """
+    quantization = preparation.quantization
+    assert quantization is not None
+    halved = 2 if quantization.kind.is_4bit else 1
+    sizes = (
+        t.num_copies * (t.num_elements // halved if t.quantization is not None else t.raw_bytes)
+        for t in tensors
+        if t.item is not Item.QUANTIZATION_STATE
+    )
+    allocator.free(place(allocator, sum(sizes)))
+
+
+def _load(placed: _Placed, tensors: Iterable[StoredTensor], preparation: Preparation) -> None:
+    """Weights in the order of their names, then buffers."""
     named = [(name, t) for t in tensors if t.item is not Item.QUANTIZATION_STATE for _, name in copies(t.pattern, t.indices)]
-    for _, tensor in sorted(named, key=lambda entry: (entry[1].item is Item.BUFFERS, entry[0])):
-        blocks = _large(allocator, tensor.raw_bytes) if tensor.quantization is None else _quantize(allocator, tensor, preparation)
-        for block in blocks:
-            yield tensor, block
+    for name, tensor in sorted(named, key=lambda entry: (entry[1].item is Item.BUFFERS, entry[0])):
+        if tensor.quantization is None:
+            placed.make(name, tensor.raw_bytes)
+        elif tensor.quantization.is_4bit:
+            _pack(placed, name, tensor, preparation)
+        else:
+            _pack_int8(placed, name, tensor, preparation)
 
 
-def _quantize(allocator: CachingAllocator, tensor: StoredTensor, preparation: Preparation) -> list[Block]:
+def _pack(placed: _Placed, name: str, tensor: StoredTensor, preparation: Preparation) -> None:
     """The weight in full, its scales, the packed weight; with double quantization the scales in bytes, and the first ones go.
 
     Source: bitsandbytes 0.43.3, nn/modules.py, Params4bit._quantize; functional.py, quantize_4bit and quantize_blockwise.
     """
     assert preparation.quantization is not None
     num_blocks = ceil_div(tensor.num_elements, BLOCK_SIZE)
-    passing = _large(allocator, tensor.num_elements * preparation.dtype.itemsize)
-    scales = _large(allocator, num_blocks * _ABSMAX_BYTES)
-    kept = _large(allocator, tensor.raw_bytes)
+    full, scales = f"{name} in full", f"{name}.absmax"
+    placed.make(full, tensor.num_elements * preparation.dtype.itemsize)
+    placed.make(scales, num_blocks * _ABSMAX_BYTES)
+    placed.make(name, tensor.raw_bytes)
     if preparation.quantization.double_quant:
-        kept += _large(allocator, num_blocks)
-        passing = scales + passing
-    else:
-        kept += scales
-    for block in passing:
-        allocator.free(block)
-    return kept
+        placed.make(scales, num_blocks)
+    placed.drop(full)
 
 
-def _raised(allocator: CachingAllocator, tensor: StoredTensor, block: Block) -> Block:
-    """A 16-bit weight's block after it was replaced by a float32 one.
+def _pack_int8(placed: _Placed, name: str, tensor: StoredTensor, preparation: Preparation) -> None:
+    """The weight in full, as float16 where it is not, the packed weight and one scale a row.
+
+    Source: bitsandbytes, nn/modules.py, Int8Params._quantize.
+    """
+    full, half = f"{name} in full", f"{name} in half"
+    placed.make(full, tensor.num_elements * preparation.dtype.itemsize)
+    if preparation.dtype is not DType.FLOAT16:
+        placed.make(half, tensor.num_elements * DType.FLOAT16.itemsize)
+    placed.make(name, tensor.raw_bytes)
+    placed.make(f"{name}.SCB", tensor.shape[0] * _ABSMAX_BYTES)
+    placed.drop(half)
+    placed.drop(full)
+
+
+def _raise(placed: _Placed, tensors: Sequence[StoredTensor]) -> None:
+    """Every 16-bit weight's block is replaced by one of float32.
 
     Source: peft, utils/other.py, prepare_model_for_kbit_training.
     """
-    if tensor.quantization is not None or tensor.item is not Item.WEIGHTS or not tensor.dtype.is_half:
-        return block
-    (replacement,) = _large(allocator, tensor.num_elements * DType.FLOAT32.itemsize)
-    allocator.free(block)
-    return replacement
-
-
-def _large(allocator: CachingAllocator, num_bytes: int) -> list[Block]:
-    """A block of the large pool, or none for a small tensor."""
-    if num_bytes <= SMALL_REQUEST_BYTES:
-        return []
-    block = allocator.allocate(num_bytes)
-    assert block is not None, "the card has no limit"
-    return [block]
+    for position, name in in_order((t.pattern, t.indices) for t in tensors):
+        tensor = tensors[position]
+        if tensor.quantization is None and tensor.item is Item.WEIGHTS and tensor.dtype.is_half:
+            placed.make(name, tensor.num_elements * DType.FLOAT32.itemsize)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
 from estimator.inventory import ModuleKind
+from estimator.patterns import in_order
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
 
@@ -308,6 +309,27 @@ def step_temporary_bytes(name: str, arguments: Arguments, trained: Iterable[Stor
             return max((_adafactor_peak(group) for group in groups), default=0)
         case _:
             return 0
+
+
+def step_lists(name: str, group: Iterable[StoredTensor]) -> Iterator[list[int]]:
+    """The lists of tensors that a step makes for one parameter group, one after the other; the former goes once the next is there.
+
+    The programs of `step_temporary_bytes`, tensor by tensor; of Adafactor's the parts that are no larger than rows and columns are left
+    out.
+
+    Yields:
+        sizes of one list's tensors [bytes].
+    """
+    tensors = tuple(group)
+    ordered = [tensors[position] for position, _ in in_order((t.pattern, t.indices) for t in tensors)]
+    match name:
+        case "adamw_torch" | "rmsprop" | "adagrad":
+            by_type: dict[DType, list[int]] = {}
+            for tensor in ordered:
+                by_type.setdefault(tensor.dtype, []).append(tensor.num_elements * tensor.dtype.itemsize)
+            yield from (sizes for sizes in by_type.values() for _ in range(2 if name == "adagrad" else 1))
+        case "adafactor":
+            yield from ([tensor.num_elements * 4] * (4 if tensor.dtype.is_half else 2) for tensor in ordered)
 
 
 def weight_decay_groups(trained: Iterable[StoredTensor]) -> tuple[tuple[StoredTensor, ...], ...]:

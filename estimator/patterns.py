@@ -15,6 +15,27 @@ def copies(pattern: str, indices: Indices) -> Iterator[tuple[Numbers, str]]:
         yield numbers, pattern.format(*numbers)
 
 
+def in_order(patterns: Iterable[tuple[str, Indices]]) -> list[tuple[int, str]]:
+    """All copies in the order of the modules, one layer after the other, each with the position of its pattern.
+
+    >>> in_order([("h.{}.a", ((0, 1),)), ("h.{}.b", ((0, 1),)), ("norm", ())])
+    [(0, 'h.0.a'), (1, 'h.0.b'), (0, 'h.1.a'), (1, 'h.1.b'), (2, 'norm')]
+    """
+    listed = list(patterns)
+    begins: dict[str, int] = {}
+    parts = [pattern.split("{}")[:-1] for pattern, _ in listed]
+    stems = [["{}".join(part[: n + 1]) for n in range(len(part))] for part in parts]
+    for position, prefixes in enumerate(stems):
+        for prefix in prefixes:
+            begins.setdefault(prefix, position)
+    found = [
+        ((*(n for prefix, number in zip(stems[position], numbers, strict=True) for n in (begins[prefix], number)), position), name)
+        for position, (pattern, indices) in enumerate(listed)
+        for numbers, name in copies(pattern, indices)
+    ]
+    return [(place[-1], name) for place, name in sorted(found)]
+
+
 def products(chosen: Iterable[Numbers]) -> list[Indices]:
     """Cartesian products that together hold each of the chosen tuples once.
 

@@ -39,4 +39,5 @@ class Basis(StrEnum):
     EXACT = "exact"
     MODELLED = "modelled"
     TRACED = "traced"
+    REPLAYED = "replayed"
     FITTED = "fitted"

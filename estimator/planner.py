@@ -30,6 +30,21 @@ def largest_of(candidates: Sequence[int], fits: Callable[[int], bool]) -> int | 
     return candidates[low - 1] if low else None
 
 
+def largest_down_from(limit: int, fits: Callable[[int], bool], *, step: int = 1) -> int | None:
+    """The largest multiple of `step` up to `limit` that fits, where not much less than `limit` does: down in growing strides, then
+    bisection.
+
+    Returns:
+        The size, or None when `step` itself does not fit.
+    """
+    size, stride = limit // step, 1
+    failed = size + 1
+    while size > 0 and not fits(size * step):
+        failed, size, stride = size, size - stride, 2 * stride
+    low = max(size, 0)
+    return largest_of(range((low + 1) * step, failed * step, step), fits) or low * step or None
+
+
 def largest_up_to(limit: int, fits: Callable[[int], bool], *, start: int = 1, step: int = 1) -> int | None:
     """The largest multiple of `step` up to `limit` that fits: doubling from `start`, then bisection.
 

@@ -20,9 +20,10 @@ from estimator.modules import Modules
 from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, CacheKind, Loss, Recipe
+from estimator.schedule import MicroBatch, Schedule
 from estimator.scoring import Rows, rows_of
 from estimator.storage import StoredTensor
-from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Node, Snapshot, Tape, Value
+from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Log, Node, Snapshot, Tape, Value
 from estimator.units import allocated
 
 
@@ -48,6 +49,8 @@ class Program:
     kernels: frozenset[Kernel] = frozenset()
     weights_growth_bytes: int = 0
     """What stored weights gain, once and for good, from types that the first forward pass gives them [bytes]."""
+    schedule: Schedule | None = None
+    """Every allocation, where a trace saw it; the tape's is made when asked for, see `schedule_step`."""
 
 
 def layer_tensors(inventory: Inventory, stored: tuple[StoredTensor, ...]) -> tuple[list[dict[str, StoredTensor]], dict[str, StoredTensor]]:
@@ -82,6 +85,30 @@ def run_step(
     step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
     step.run()
     return _program(step, stored)
+
+
+def schedule_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime) -> Schedule:
+    """Run the step with every layer, and write down what is made and released, one storage after the other.
+
+    Raises:
+        as `run_step`.
+    """
+    training = recipe.training
+    assert training is not None
+    first = replace(recipe, training=replace(training, gradient_accumulation_steps=1))
+    begun = _logged(_Step(inventory, first, stored, regime, True, False, log=Log()))
+    if training.gradient_accumulation_steps == 1:
+        return Schedule(first=begun, later=begun)
+    return Schedule(first=begun, later=_logged(_Step(inventory, recipe, stored, regime, True, False, log=Log())))
+
+
+def _logged(step: "_Step") -> MicroBatch:
+    log = step.tape.log
+    assert log is not None
+    step.run()
+    gradients = [v.storage for v in step.tape.gradients.values() if v.storage is not None]
+    kept = [storage.number for storage in gradients if storage.item is Item.GRADIENTS]
+    return MicroBatch.of(log.sizes, tuple(log.events), backward=log.backward, kept=kept)
 
 
 def run_generation(
@@ -137,6 +164,7 @@ class _Step:
         names: bool,
         spans: Spans | None = None,
         rows: Mapping[object, TokenRows] | None = None,
+        log: Log | None = None,
     ) -> None:
         self.inventory = inventory
         self.recipe = recipe
@@ -158,6 +186,7 @@ class _Step:
             cuda_kernels=cuda_kernels,
             names=names,
             training=training is not None,
+            log=log,
         )
         self.layer_types = layer_types(inventory)
         self.layers, self.outside = layer_tensors(inventory, stored)
@@ -379,7 +408,7 @@ class _Step:
         seen: dict[object, _Copy] = {}
         for index, kind in enumerate(kinds):
             entry = (kind, hidden.dtype, hidden.requires_grad)
-            if entry in seen and index != last[kind]:
+            if self.tape.log is None and entry in seen and index != last[kind]:
                 self.caches[index].clear()
                 hidden = seen[entry].stand_in(self.tape, hidden)
                 self.handed_out_by_copies += seen[entry].until_outputs_go
@@ -392,7 +421,7 @@ class _Step:
             if self.spans is not None and kind not in self.rows:
                 self.rows[kind] = self._rows(index)
             # The first layer is no model for the others: the embedding that enters it outlives it.
-            if index > 0 and entry not in seen:
+            if self.tape.log is None and index > 0 and entry not in seen:
                 seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
         return hidden
 

@@ -116,20 +116,29 @@ class Snapshot:
 class Storage:
     """Memory of one tensor (or of several views of it); it is free when the last reference goes."""
 
-    __slots__ = ("item", "size", "tape")
+    __slots__ = ("item", "number", "size", "tape")
 
     def __init__(self, tape: "Tape", size: Extent, item: Item) -> None:
         self.tape = tape
         self.size = size
         self.item = item
-        tape.grow(item, size)
+        self.number = -1
+        if tape.log is None:
+            tape.grow(item, size)
+        else:
+            self.number = tape.log.make(size)
 
     def __del__(self) -> None:
-        self.tape.shrink(self.item, self.size)
+        log = self.tape.log
+        if log is None:
+            self.tape.shrink(self.item, self.size)
+        else:
+            log.release(self.number)
 
     def relabel(self, item: Item) -> None:
         if item is not self.item:
-            self.tape.move(self.item, item, self.size)
+            if self.tape.log is None:
+                self.tape.move(self.item, item, self.size)
             self.item = item
 
 
@@ -284,6 +293,28 @@ class Recomputable:
         return self.frame.recomputed.pop(self.index)
 
 
+class Log:
+    """Every storage in the order in which it is made and released."""
+
+    __slots__ = ("backward", "events", "sizes")
+
+    def __init__(self) -> None:
+        self.backward = 0
+        """Index of the event at which the backward pass begins."""
+        self.sizes: list[Extent] = []
+        self.events: list[int] = []
+        """`i` when storage `i` is made, `~i` when it is released."""
+
+    def make(self, size: Extent) -> int:
+        number = len(self.sizes)
+        self.sizes.append(size)
+        self.events.append(number)
+        return number
+
+    def release(self, number: int) -> None:
+        self.events.append(~number)
+
+
 class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
@@ -295,7 +326,10 @@ class Tape:
         cuda_kernels: bool = True,
         names: bool = False,
         training: bool = True,
+        log: Log | None = None,
     ) -> None:
+        self.log = log
+        """Where storages are written down one by one, instead of added up."""
         self.autocast_dtype = autocast_dtype
         self.accumulating = accumulating
         """Gradients of an earlier micro-batch exist already and are counted elsewhere."""
@@ -374,6 +408,8 @@ class Tape:
 
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
+        if self.log is not None and phase is Phase.BACKWARD:
+            self.log.backward = len(self.log.events)
         self.note_peak()
         self.phase = phase
         self._rising = True

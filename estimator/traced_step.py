@@ -9,7 +9,7 @@ Legend: B micro-batch, S sequence length.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import ceil
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from estimator.kernels import Kernel
 from estimator.phases import Item, Phase
+from estimator.schedule import MicroBatch, Schedule, decode_schedule, encode_schedule
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.tape import POWERS, Extent, Polynomial, Size, Snapshot
@@ -42,7 +43,8 @@ def encode_program(found: Program) -> dict[str, object]:
         ]
         for phase, snapshots in found.peaks.items()
     }
-    return {"peaks": peaks, "kernels": sorted(found.kernels)}
+    schedule = None if found.schedule is None else encode_schedule(found.schedule)
+    return {"peaks": peaks, "kernels": sorted(found.kernels), "schedule": schedule}
 
 
 def decode_program(data: Mapping[str, Any]) -> Program:
@@ -52,7 +54,8 @@ def decode_program(data: Mapping[str, Any]) -> Program:
         ValueError, KeyError, TypeError: if the values are not of that form.
     """
     peaks = {Phase(phase): tuple(_decoded(snapshot) for snapshot in snapshots) for phase, snapshots in data["peaks"].items()}
-    return Program(peaks=peaks, kernels=frozenset(map(Kernel, data["kernels"])))
+    schedule = None if data["schedule"] is None else decode_schedule(data["schedule"])
+    return Program(peaks=peaks, kernels=frozenset(map(Kernel, data["kernels"])), schedule=schedule)
 
 
 def _decoded(held: Sequence[Sequence[Any]]) -> Snapshot:
@@ -122,7 +125,7 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
         if positions.size:
             front = _front(live, positions)
             peaks[phase] = tuple(_snapshot(whole, int(position), first, extents) for position in front)
-    return Program(peaks=peaks)
+    return Program(peaks=peaks, schedule=_schedule(whole, extents))
 
 
 OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (2, 3) for S in (32, 48, 64)), (4, 80))
@@ -194,7 +197,45 @@ def _fitted(seen: Mapping[Point, Counter[Item]]) -> Snapshot:
 
 def _first_event(whole: Timeline) -> int:
     """Where the last micro-batch begins: what was there before is counted elsewhere."""
-    return max(mark.event for mark, before in _with_previous(whole.marks) if mark.phase == Phase.FORWARD and before != Phase.FORWARD)
+    return _beginnings(whole)[-1]
+
+
+def _beginnings(whole: Timeline) -> list[int]:
+    """The first event of each micro-batch."""
+    return [mark.event for mark, before in _with_previous(whole.marks) if mark.phase == Phase.FORWARD and before != Phase.FORWARD]
+
+
+def _schedule(whole: Timeline, extents: Sequence[Polynomial]) -> Schedule:
+    update = next((mark.event for mark in whole.marks if mark.phase == Phase.OPTIMIZER_STEP), len(whole.events))
+    bounds = pairwise([*_beginnings(whole), update])
+    parts = [_micro_batch(whole, extents, range(start, end)) for start, end in bounds]
+    return Schedule(first=parts[0], later=parts[-1])
+
+
+def _micro_batch(whole: Timeline, extents: Sequence[Polynomial], events: range) -> MicroBatch:
+    """What the events of one micro-batch make, and when it goes; what was there before is not theirs."""
+    backward = next(mark.event for mark in whole.marks if mark.phase == Phase.BACKWARD and mark.event in events)
+    numbers: dict[int, int] = {}
+    alive: dict[int, None] = {}
+    own: list[int] = []
+    num_before = 0
+    for position in events:
+        if position == backward:
+            num_before = len(own)
+        event = whole.events[position]
+        if event >= 0:
+            number = numbers[event] = len(numbers)
+            alive[event] = None
+            own.append(number)
+        elif (known := numbers.get(~event)) is not None:
+            del alive[~event]
+            own.append(~known)
+    return MicroBatch.of(
+        (extents[whole.allocations[index].source] for index in numbers),
+        own,
+        backward=num_before,
+        kept=[numbers[index] for index in alive if whole.allocations[index].item == Item.GRADIENTS],
+    )
 
 
 def _with_previous(marks: Sequence[Mark]) -> Iterator[tuple[Mark, str]]:

@@ -20,7 +20,7 @@ from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
 from estimator.timeline import Timeline, decode_timeline
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
@@ -68,7 +68,7 @@ class Tracer:
     Args:
         inspector: the processes that trace.
         directory: where programs are kept; None keeps them in memory only.
-        max_entries: programs held in memory (about 50 KiB each).
+        max_entries: programs held in memory (50 to 300 KiB each).
         wall_seconds: what one trace may take [s].
     """
 

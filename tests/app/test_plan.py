@@ -149,7 +149,8 @@ SHORT_OF_MEMORY: dict[str, dict[str, Any]] = {
     },
 }
 OFFERED = {
-    "full": {"training.gradient_checkpointing", "training.optim", "training.use_liger_kernel", "dtype", "peft", "training.max_length"},
+    # not Liger's loss: it holds the gradients of head and rows while logits of the stock loss take less
+    "full": {"training.gradient_checkpointing", "training.optim", "dtype", "peft", "training.max_length"},
     "full on a card without bfloat16": {"training.gradient_checkpointing", "training.optim", "peft"},
     "LoRA": {"training.gradient_checkpointing", "attn_implementation", "quantization", "training.max_length"},
     "prepared QLoRA": {"training.use_liger_kernel", "prepare_model_for_kbit_training", "training.max_length"},
@@ -193,8 +194,8 @@ def test_a_lever_that_changes_nothing_is_not_offered() -> None:
 def test_float16_is_not_offered_to_weights_that_are_trained() -> None:
     changes = plan(SHORT_OF_MEMORY["full on a card without bfloat16"])["shortfall"]["changes"]
     assert not [change for change in changes if "dtype" in change["set"]]
-    (quantized,) = [change for change in changes if "quantization" in change["set"]]
-    assert quantized["set"]["quantization"]["bnb_4bit_compute_dtype"] == "float16"
+    quantized = [change["set"]["quantization"]["bnb_4bit_compute_dtype"] for change in changes if "quantization" in change["set"]]
+    assert set(quantized) == {"float16"}
 
 
 def test_alternatives_leave_what_asking_again_gives() -> None:

@@ -46,6 +46,7 @@ class PeakJson(BaseModel):
     phase: str
     allocated_bytes: int
     reserved_bytes: int
+    reserved_basis: Literal["replayed", "modelled"]
     device_bytes: int
     paged_bytes: int
     interval: IntervalJson | None

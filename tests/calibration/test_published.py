@@ -54,7 +54,6 @@ def test_every_single_gpu_fms_row_of_grade_a_is_modelled_but_for_gptq_and_kernel
 def test_constants_name_rows_that_exist() -> None:
     ids = {row.id for row in rows()}
     named = [one for constants in CONSTANTS.values() for members in constants.values() for one in members]
-    assert named
     assert ids.issuperset(named)
 
 
