@@ -246,7 +246,7 @@ def errors(rows: Iterable[Row], corrections: Corrections | None) -> Iterator[Err
         yield Error(
             row=row,
             allocated=residual(figures.peak_allocated_bytes, estimate.peak.allocated_bytes),
-            device=residual(device, estimate.device_bytes) if device and estimate.device_bytes else None,
+            device=residual(device, estimate.device_bytes) if device else None,
         )
 
 
@@ -284,5 +284,5 @@ def contradicted(rows: Iterable[Row], corrections: Corrections | None) -> Iterat
         estimate = row.prediction.estimate
         if corrections is not None:
             estimate, _ = corrected(estimate, row.prediction.recipe, corrections)
-        if (estimate.device_bytes or 0) <= environment.total_bytes:
+        if estimate.device_bytes <= environment.total_bytes:
             yield row

@@ -48,8 +48,6 @@ class Prediction:
     def modelled_bytes(self, term: Term) -> int:
         """What the term comes to before any correction; 0 where the run does not show it [bytes]."""
         estimate = self.estimate
-        assert estimate.reserved_bytes is not None
-        assert estimate.device_bytes is not None
         match term:
             case Term.FORWARD_TEMPORARIES:
                 return self._temporaries(Phase.FORWARD)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -144,11 +144,12 @@ def interval(
         The interval, or None when the class holds fewer than nine residuals of either kind.
     """
     name = class_of(recipe, kernels)
-    known = (classes if classes is not None else shipped()).get(name or "")
+    of = classes if classes is not None else shipped()
+    known = of.get(name or "")
     if known is None:
         return None
-    allocated = conformal_radius(known.allocated, coverage)
-    device = conformal_radius(known.device, coverage)
+    allocated = _radius(known.allocated, (other.allocated for other in of.values()), coverage)
+    device = _radius(known.device, (other.device for other in of.values()), coverage)
     if allocated is None or device is None:
         return None
     low, high = _around(allocated_bytes, allocated)
@@ -159,8 +160,19 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}', and no narrower than all "
+        f"classes together: {known.evidence}",
     )
+
+
+def _radius(own: Sequence[float], all_classes: Iterable[Sequence[float]], coverage: float) -> float | None:
+    """The class's radius, or that of all classes together where it is larger.
+
+    Rows of one model and one script lie closer to each other than to a stranger's run: a class is never trusted beyond what all rows show.
+    """
+    radius = conformal_radius(own, coverage)
+    pooled = conformal_radius([residual for residuals in all_classes for residual in residuals], coverage)
+    return None if radius is None or pooled is None else max(radius, pooled)
 
 
 def _around(num_bytes: int, radius: float) -> tuple[int, int]:

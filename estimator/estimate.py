@@ -94,6 +94,11 @@ class Deferred(Generic[T]):
         self._make = make
         self._made: T | None = None
 
+    @classmethod
+    def of(cls, value: T) -> "Deferred[T]":
+        """One that is made already."""
+        return cls(lambda: value)
+
     def get(self) -> T:
         if self._made is None:
             self._made = self._make()

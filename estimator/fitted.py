@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from estimator.errors import RequestError
-from estimator.estimate import Estimate, LineItem, PhaseEstimate
+from estimator.estimate import Deferred, Estimate, Holding, LineItem, PhaseEstimate
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Recipe
 from estimator.units import MIB
@@ -113,21 +113,29 @@ def corrected(estimate: Estimate, recipe: Recipe, corrections: Corrections) -> t
     Returns:
         The corrected estimate, and the terms for which it lies outside the range that was measured.
     """
-    if estimate.steady_state_bytes is None or estimate.reserved_bytes is None or estimate.device_bytes is None:
+    if estimate.steady_state_bytes is None:
         return estimate, ()
+    holding = estimate.holding.get()
     scale = _Scale(corrections=corrections, group=group_of(recipe), outside=[])
     phases = tuple(_phase(phase, scale) for phase in estimate.phases)
     before, after = estimate.peak.allocated_bytes, max(phase.allocated_bytes for phase in phases)
-    slack = scale.bytes(Term.SLACK, estimate.reserved_bytes - before)
+    slack = scale.bytes(Term.SLACK, holding.reserved_bytes - before)
     reserved = -(-(after + slack) // _SEGMENT_BYTES) * _SEGMENT_BYTES
-    context = scale.bytes(Term.CONTEXT, estimate.device_bytes - estimate.reserved_bytes - estimate.paged_bytes)
+    context = scale.bytes(Term.CONTEXT, holding.device_bytes - holding.reserved_bytes - estimate.paged_bytes)
     workspace = max((bytes_of(phase, Item.WORKSPACE) for phase in estimate.phases), default=0)
     found = replace(
         estimate,
         phases=phases,
         steady_state_bytes=estimate.steady_state_bytes - workspace + scale.bytes(Term.WORKSPACE, workspace),
-        reserved_bytes=reserved,
-        device_bytes=reserved + context + estimate.paged_bytes,
+        holding=Deferred.of(
+            Holding(
+                reserved_bytes=reserved,
+                device_bytes=reserved + context + estimate.paged_bytes,
+                basis=Basis.FITTED,
+                without_pressure_bytes=holding.without_pressure_bytes + reserved - holding.reserved_bytes,
+            )
+        ),
+        least_device_bytes=after + context + estimate.paged_bytes,
     )
     return found, tuple(dict.fromkeys(scale.outside))
 

@@ -229,7 +229,7 @@ def test_a_field_that_is_not_modelled_brings_a_warning() -> None:
 
 
 def test_a_step_that_is_not_modelled_has_an_exact_load_and_no_peak() -> None:
-    result = answer({"model": "google-bert/bert-base-cased", "training": {"max_length": 64}, "hardware": {"gpu": "t4"}})
+    result = answer({"model": "google-t5/t5-base", "training": {"max_length": 64}, "hardware": {"gpu": "t4"}})
     AnswerJson.model_validate(result)
     assert result["peak"] is None
     assert result["fit"] is None
@@ -239,9 +239,7 @@ def test_a_step_that_is_not_modelled_has_an_exact_load_and_no_peak() -> None:
 
 
 def test_a_load_that_is_already_too_much_does_not_fit_even_when_the_step_is_unknown() -> None:
-    result = answer(
-        {"model": "google-bert/bert-large-uncased-whole-word-masking", "training": {"max_length": 64}, "hardware": {"capacity_gib": 0.5}}
-    )
+    result = answer({"model": "google-t5/t5-large", "training": {"max_length": 64}, "hardware": {"capacity_gib": 0.5}})
     assert result["fit"]["verdict"] == "does_not_fit"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_radius, interval, residual, shipped
+from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_excess, conformal_radius, interval, residual, shipped
 from estimator.dtypes import DType
 from estimator.engine import estimate
 from estimator.kernels import Kernel
@@ -35,6 +35,25 @@ def _classes(*, allocated: int, device: int) -> dict[str, ResidualClass]:
     assert name is not None
     residuals = [0.01 * (i + 1) for i in range(max(allocated, device))]
     return {name: ResidualClass(name=name, allocated=tuple(residuals[:allocated]), device=tuple(residuals[:device]), evidence="made up")}
+
+
+def test_a_class_is_never_trusted_beyond_what_all_classes_show() -> None:
+    classes = _classes(allocated=9, device=9)
+    (own,) = classes.values()
+    tight = replace(own, allocated=(0.0,) * 9, device=(0.0,) * 9)
+    wide = replace(own, name="another", allocated=(0.2,) * 20, device=(0.3,) * 20)
+    found = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1000, classes={own.name: tight, "another": wide})
+    assert found is not None
+    assert (found.allocated_high_bytes, found.device_high_bytes) == (math.ceil(1000 * math.exp(0.2)), math.ceil(1000 * math.exp(0.3)))
+    alone = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1000, classes={own.name: tight})
+    assert alone is not None
+    assert alone.allocated_high_bytes == 1000
+
+
+def test_the_one_sided_quantile_is_an_order_statistic_too() -> None:
+    values = [0.01 * i for i in range(-9, 10)]
+    assert conformal_excess(values, 0.9) == pytest.approx(0.08)
+    assert conformal_excess(values[:8], 0.9) is None
 
 
 def test_nine_residuals_are_the_fewest_that_cover_90_percent() -> None:
@@ -110,7 +129,6 @@ def test_int8_is_a_class_of_its_own_and_inference_has_none() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "lora"},  # ten rows, but six of them set a constant of the device figure
         {"loss": Loss.TRL_TILED},
         {"attention": Attention.EAGER},
         {"compute_capability": (7, 5)},
