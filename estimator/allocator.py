@@ -71,7 +71,7 @@ def fresh_block_bytes(request_bytes: int) -> int:
 
 
 def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL_LOGITS) -> int:
-    """Segments held at the peak where there is no replay: what is allocated, plus idle cached blocks in proportion to what comes and goes in a step.
+    """Segments held at the peak, without a replay: what is allocated, plus idle blocks in proportion to what comes and goes in a step.
 
     Args:
         peak_bytes: allocated at the peak [bytes].
