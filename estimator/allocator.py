@@ -24,8 +24,8 @@ class Head(StrEnum):
 # For runs whose allocations are not known one by one: generation, and loops over tokens that a trace follows in outline.
 # Share of the memory that comes and goes within a step (peak − steady state) that lies idle in cached segments at the peak: blocks of the
 # size of the logits are freed and cannot serve requests of another size. Medians over published training runs, after the context is taken
-# off: fms-accel-0125, 0127, 0137, 0139, 0145, 0147, 0214, 0216, 0250, 0252, 0262, 0264, 0274 and 0276 with full logits, 0561 to 0563 and
-# 0569 to 0571 with a fused loss.
+# off: fms-accel-0125, 0127, 0137, 0139, 0145, 0147, 0214, 0216, 0250, 0252, 0262, 0264, 0274 and 0276 with full logits; with a fused loss
+# 0561 to 0563 and 0569 to 0571.
 _IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
 
 
@@ -71,7 +71,7 @@ def fresh_block_bytes(request_bytes: int) -> int:
 
 
 def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL_LOGITS) -> int:
-    """Segments held at the peak, modelled: what is allocated, plus idle cached blocks in proportion to what comes and goes in a step.
+    """Segments held at the peak, without a replay: what is allocated, plus idle blocks in proportion to what comes and goes in a step.
 
     Args:
         peak_bytes: allocated at the peak [bytes].
