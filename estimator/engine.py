@@ -12,12 +12,12 @@ from estimator.device import context_bytes, device_bytes, workspaces_bytes
 from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
-from estimator.loading import unsplit_bytes
+from estimator.loading import passing_bytes, unsplit_bytes
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import reservation
 from estimator.schedule import Schedule
-from estimator.static_memory import StaticMemory, static_memory
+from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.tape import Snapshot
 from estimator.units import allocated
@@ -161,7 +161,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         Item.BUFFERS: static.buffers_bytes,
         Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
     }
-    loaded = _loaded(static, recipe)
+    loaded = _loaded(inventory, static, recipe)
     if training is not None:
         stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
         if training.objective.reference is Reference.MODEL:
@@ -189,32 +189,14 @@ def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) 
     held[Item.BUFFERS] += second.buffers_bytes
 
 
-def _loaded(static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
+def _loaded(inventory: Inventory, static: StaticMemory, recipe: Recipe) -> dict[Item, int]:
     return {
         Item.WEIGHTS: static.loaded_weights_bytes,
         Item.QUANTIZATION_STATE: static.quantization_state_bytes,
         Item.BUFFERS: static.buffers_bytes,
         Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
-        Item.TEMPORARY: _load_temporary_bytes(static, recipe),
+        Item.TEMPORARY: passing_bytes(static.tensors, inventory.model_type, Preparation.of(recipe)),
     }
-
-
-def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
-    """The largest weight in full while it is quantized: on the device, one tensor at a time.
-
-    LLM.int8 passes the tensor through float16: as loaded, as float16, as int8.
-
-    Source: transformers, core_model_loading.py (on-the-fly quantization is synchronous); integrations/bitsandbytes.py,
-    Bnb8bitQuantize.convert; bitsandbytes, nn/modules.py, Int8Params._quantize.
-    """
-    packed = [t for t in static.tensors if t.quantization is not None]
-    if not packed:
-        return 0
-    largest = max(t.num_elements for t in packed)
-    width = recipe.dtype.itemsize
-    if any(t.quantization is not None and not t.quantization.is_4bit for t in packed):
-        width += 2
-    return allocated(largest * width)
 
 
 def _between(prepared: Prepared, program: Program) -> dict[Item, int]:

@@ -135,7 +135,8 @@ def _by_width(tensors: Iterable[StoredTensor]) -> str:
 def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]:
     """What a step adds that no tape is needed for."""
     if phase is Phase.LOAD:
-        return {Item.TEMPORARY: "the largest quantized weight in the type it is loaded in, while it is packed"}
+        passing = "a quantized one in the type it is loaded in, or experts while they are merged"
+        return {Item.TEMPORARY: f"the largest weight that passes through: {passing}"}
     training = recipe.training
     if training is None:
         return {Item.WORKSPACE: "1 cuBLAS workspace"} | {

@@ -1,4 +1,4 @@
-"""What loading leaves of blocks that are larger than the weights in them.
+"""Loading: what passes through the device, and what it leaves of blocks that are larger than the weights in them.
 
 A weight that is quantized on the device passes through it in full; the next packed weight takes the block that is freed, and of a block
 larger than 1 MiB no more than 1 MiB stays with the tensor that gets it: `memory_allocated` counts the whole block. How often that happens
@@ -16,19 +16,72 @@ from estimator.patterns import copies, in_order
 from estimator.phases import Item
 from estimator.quantization import BLOCK_SIZE
 from estimator.recipe import Recipe
+from estimator.stack import Stack
 from estimator.static_memory import Preparation, loaded_tensors
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
 
 _ABSMAX_BYTES = DType.FLOAT32.itemsize
 
+# Checkpoints of these hold the experts of a layer in one tensor, as the model does. Those of all others hold them one by one.
+# Source: transformers 5.23, conversion_mapping.py: model types without a MergeModulelist.
+_STORED_MERGED = frozenset(
+    (
+        "aria_text",
+        "dots3_note_text",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hy_v4",
+        "inkling2_text",
+        "inkling_text",
+        "jetmoe",
+        "llama4_text",
+        "minimax_m3_vl_text",
+        "qwen3_vl_moe_text",
+        "zaya",
+    )
+)
+
+
+def merges_experts(tensor: StoredTensor, model_type: str, stack: Stack) -> bool:
+    """Whether loading puts a tensor together from those of single experts, on the device.
+
+    Source: transformers 5.23, core_model_loading.py, WeightConverter.convert: the parts are moved to the device first.
+    """
+    is_fused = not stack.experts_are_modules and len(tensor.shape) == 3 and ".experts." in tensor.pattern
+    return is_fused and model_type not in _STORED_MERGED
+
+
+def passing_bytes(tensors: Iterable[StoredTensor], model_type: str, preparation: Preparation) -> int:
+    """The most that lies on the device beside what stays, while one tensor is loaded [bytes].
+
+    A weight that is quantized passes through in full; LLM.int8 takes it through float16: as loaded, as float16, as int8. Experts that are
+    merged lie there twice: as parts, or joined by stacking, and as the tensor that they become.
+
+    Source: transformers, core_model_loading.py (on-the-fly quantization is synchronous; MergeModulelist and Concatenate let go of their
+    parts when the new tensor stands); integrations/bitsandbytes.py, Bnb8bitQuantize.convert; bitsandbytes, nn/modules.py,
+    Int8Params._quantize.
+    """
+    width = preparation.dtype.itemsize
+    most = 0
+    for tensor in tensors:
+        if tensor.quantization is not None:
+            most = max(most, tensor.num_elements * (width if tensor.quantization.is_4bit else width + DType.FLOAT16.itemsize))
+        elif merges_experts(tensor, model_type, preparation.stack):
+            most = max(most, tensor.num_elements * width)
+    return allocated(most)
+
 
 def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
     """Bytes of allocated blocks that no weight asked for, once a 4-bit model is loaded.
 
     Only for transformers before 4.50, whose loading fills segments from the start; its order of weights is that of their names, as
-    safetensors files give them. Later a block of about the model's size is made first, and no measurement is at hand. Other models are
-    moved to the device as they are: what rounding leaves there is not counted either.
+    safetensors files give them. Later a block of about the model's size is made first and the weights are cut from it, in which only the
+    last piece can be left whole: at most 1 MiB, which is not counted (transformers 4.50, modeling_utils.py, caching_allocator_warmup; no
+    measurement is at hand). Other models are moved to the device as they are: what rounding leaves there is not counted either.
 
     Returns:
         The sum over blocks [bytes]; 0 where the loading is not known.
@@ -82,7 +135,7 @@ def load(allocator: CachingAllocator, inventory: Inventory, preparation: Prepara
     tensors = loaded_tensors(inventory, preparation)
     if not preparation.stack.loads_without_warmup:
         _warm_up(allocator, tensors, preparation)
-    _load(placed, tensors, preparation)
+    _load(placed, tensors, inventory.model_type, preparation)
     if preparation.prepare_for_kbit_training:
         _raise(placed, tensors)
     return placed.blocks
@@ -126,11 +179,15 @@ def _warm_up(allocator: CachingAllocator, tensors: Iterable[StoredTensor], prepa
     allocator.free(place(allocator, sum(sizes)))
 
 
-def _load(placed: _Placed, tensors: Iterable[StoredTensor], preparation: Preparation) -> None:
+def _load(placed: _Placed, tensors: Iterable[StoredTensor], model_type: str, preparation: Preparation) -> None:
     """Weights in the order of their names, then buffers."""
     named = [(name, t) for t in tensors if t.item is not Item.QUANTIZATION_STATE for _, name in copies(t.pattern, t.indices)]
     for name, tensor in sorted(named, key=lambda entry: (entry[1].item is Item.BUFFERS, entry[0])):
-        if tensor.quantization is None:
+        if tensor.quantization is None and merges_experts(tensor, model_type, preparation.stack):
+            placed.make(f"{name} in parts", tensor.raw_bytes)
+            placed.make(name, tensor.raw_bytes)
+            placed.drop(f"{name} in parts")
+        elif tensor.quantization is None:
             placed.make(name, tensor.raw_bytes)
         elif tensor.quantization.is_4bit:
             _pack(placed, name, tensor, preparation)

@@ -1,25 +1,38 @@
 """Blocks larger than the weights in them: what loading leaves; the published measurements judge it in `test_published_model.py`."""
 
+import json
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from calibration.published import Run, rows, translate
-from calibration.published_model import inventory_of
+from calibration.published_model import inventory_of as inventory_of_run
 from estimator.caching_allocator import CachingAllocator
+from estimator.introspect.errors import BuildError
 from estimator.inventory import Inventory
-from estimator.loading import load, unsplit_bytes
+from estimator.loading import load, merges_experts, passing_bytes, unsplit_bytes
+from estimator.phases import Item
 from estimator.recipe import Recipe
 from estimator.stack import Stack
 from estimator.static_memory import Preparation, loaded_tensors
 from estimator.units import MIB
+from tests.coverage import architectures
+from tests.estimator.real_models import inventory_of
+from tests.estimator.recipes import training
+from tests.oracle.live import LiveStorages
 
 
 def _case(row: str) -> tuple[Inventory, Recipe]:
     (run,) = (one for one in map(translate, rows()) if isinstance(one, Run) and one.row.id == row)
-    return inventory_of(run), run.recipe
+    return inventory_of_run(run), run.recipe
 
 
 def test_packed_weights_of_santacoder_take_blocks_that_larger_ones_left() -> None:
@@ -51,3 +64,58 @@ def test_what_stays_unsplit_is_less_than_1_mib_per_tensor(double_quant: bool) ->
     recipe = replace(recipe, quantization=replace(recipe.quantization, double_quant=double_quant))
     tensors = loaded_tensors(inventory, Preparation.of(recipe))
     assert 0 <= unsplit_bytes(inventory, recipe) <= MIB * sum(t.num_copies for t in tensors)
+
+
+# -- experts that are merged ------------------------------------------------------------------------------------------------------------
+
+MIXTRAL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "num_local_experts": 4,
+}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_pass_through_the_device_as_often_as_transformers_moves_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real loader on a real checkpoint, one tensor after another, every storage watched."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    config = CONFIG_MAPPING[name](**{**MIXTRAL, "head_dim": 16})
+    # stored in float32, so that every tensor is copied on its way, as it is to a card
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    with LiveStorages() as live:
+        live.begin("load")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        # what is read from the file stays on the host
+        worst = sum(storage.num_bytes for storage in live.peak.storages if not storage.op.startswith("set_"))
+    inventory = inventory_of(json.loads((tmp_path / "config.json").read_text()))
+    recipe = replace(training(method="full"), stack=Stack())
+    tensors = loaded_tensors(inventory, Preparation.of(recipe))
+    kept = sum(t.raw_bytes for t in tensors if t.item is Item.WEIGHTS for _ in range(t.num_copies))
+    passing = passing_bytes(tensors, inventory.model_type, Preparation.of(recipe))
+    experts = max((t.raw_bytes for t in tensors if merges_experts(t, inventory.model_type, recipe.stack)), default=0)
+    assert passing == experts
+    assert (passing > 0) is (name == "mixtral")
+    assert loaded.num_parameters() == inventory.num_parameters
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in loaded.buffers())
+    assert worst <= kept + passing + buffers + 4096
+    # without what passes twice it would be less: the last layer's experts are merged when all but its norms stand
+    assert worst > kept - (experts // 4) or name != "mixtral"
+
+
+@pytest.mark.slow
+def test_the_checkpoints_that_hold_merged_experts_are_those_that_transformers_does_not_convert() -> None:
+    for name in architectures.names():
+        with suppress(BuildError):
+            inventory = architectures.architecture(name).inventory
+            fused = [r for r in inventory.parameters if len(r.shape) == 3 and ".experts." in r.pattern]
+            mapping = get_checkpoint_conversion_mapping(inventory.model_type) or []
+            merges = any(isinstance(op, MergeModulelist) for one in mapping if isinstance(one, WeightConverter) for op in one.operations)
+            tensors = loaded_tensors(inventory, Preparation.of(training(method="full")))
+            found = any(merges_experts(t, inventory.model_type, Stack()) for t in tensors)
+            assert found is (bool(fused) and merges), name
