@@ -293,6 +293,18 @@ def _flash_attention(a: Answered) -> Iterable[str]:
         yield f"{recipe.attention.value} works in float16 and bfloat16 only, and this run computes attention in {recipe.dtype.value}."
 
 
+def _cudnn_attention(a: Answered) -> Iterable[str]:
+    recipe, major = a.recipe, a.recipe.compute_capability[0]
+    fused = {Kernel.FLASH, Kernel.MEMORY_EFFICIENT} & a.estimate.kernels
+    by_cudnn = recipe.attention is Attention.SDPA and major in (9, 10) and recipe.stack.prefers_cudnn_attention
+    if recipe.training is not None and fused and by_cudnn:
+        yield (
+            f"on compute capability {major} torch hands sdpa to cuDNN where it can. What that keeps for the backward pass is what is "
+            f"counted here; the workspace of its backward kernels is not public, and that of {min(fused).value} stands for it. "
+            "TORCH_CUDNN_SDPA_DEPRIORITIZED=1 takes torch's own kernels."
+        )
+
+
 def _autocasts(training: Training | None) -> bool:
     return training is not None and training.autocast_dtype is not None
 
@@ -331,6 +343,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_own_code, "own_code_not_run"),
     (_no_bfloat16, "no_bfloat16"),
     (_scaled_gradients, "fp16_gradients_refused"),
+    (_cudnn_attention, "cudnn_attention_assumed"),
     (_flash_attention, "flash_attention_unsupported"),
     (_written_out, "attention_written_out"),
     (_int8_inputs, "int8_keeps_inputs"),

@@ -84,7 +84,8 @@ def _spread(x: Value, heads: Heads) -> Value:
 def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
     """Flash attention without a mask: keeps q, k, v, its output and one float32 per head and token.
 
-    The backward pass accumulates dq in float32, and for grouped queries expands dk and dv to all heads.
+    The backward pass accumulates dq in float32, and for grouped queries expands dk and dv to all heads. Its accumulators are counted for
+    the sequence's own length; the kernel rounds that up to 128, so that up to 127 tokens a sequence are missing from them.
 
     Source: torch, ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_fwd and mha_bwd; flash-attention 2, flash_api.cpp.
     """

@@ -142,6 +142,8 @@ class Modules:
         bias = self._cast_bias(name, x.dtype if follows_input else quantization.compute_dtype)
         if is_8bit:
             return linear_8bit(x, fan_in, fan_out, bias=bias)
+        if self.tape.few_rows and self.tape.cuda_kernels and fan_in % _BLOCK == 0:
+            return fused_4bit(x, fan_in, fan_out, quantization, unpacks_scales=self.recipe.stack.fused_4bit_unpacks_scales)
         keeps_input = self.recipe.stack.linear_4bit_keeps_input
         return linear_4bit(x, fan_in, fan_out, quantization, self.recipe.dtype, bias=bias, keeps_input=keeps_input)
 
@@ -341,6 +343,20 @@ def linear_4bit(
     stash = [argument] if keeps_input and argument.requires_grad else []
     y = custom(inputs, extent.scaled(fan_out, fan_in), dtype, backward, stash=stash)
     del nested, unpacked, lowered
+    return cast(y, before)
+
+
+def fused_4bit(x: Value, fan_in: int, fan_out: int, quantization: Quantization, *, unpacks_scales: bool) -> Value:
+    """`bitsandbytes.nn.Linear4bit` on few rows, without gradients: the kernel reads packed weights and adds the bias.
+
+    Source: bitsandbytes 0.50, backends/cuda/ops.py, _gemm_4bit_kernel_impl; 0.49, functional.py, gemv_4bit.
+    """
+    before = x.dtype
+    argument = cast(x, quantization.compute_dtype)
+    scales = Extent(ceil_div(fan_in * fan_out, _BLOCK))
+    nested = [x.tape.new(scales, DType.FLOAT32) for _ in range(2)] if quantization.double_quant and unpacks_scales else []
+    y = x.tape.new(argument.extent.scaled(fan_out, fan_in), argument.dtype)
+    del nested
     return cast(y, before)
 
 

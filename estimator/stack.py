@@ -237,6 +237,34 @@ class Stack:
         return self.bitsandbytes < (0, 50)
 
     @property
+    def rows_of_fused_4bit(self) -> int:
+        """Up to how many rows every card multiplies by 4-bit weights as they are. Some cards do for more, by the weight's size: there the
+        weight is counted as unpacked, which is more.
+
+        Source: bitsandbytes 0.50.0, backends/cuda/ops.py, gemm_4bit (_GEMM_4BIT_CUSTOM_FLOOR_M); before, autograd/_functions.py,
+        matmul_4bit (gemv_4bit for one row).
+        """
+        return 4 if self.bitsandbytes >= (0, 50) else 1
+
+    @property
+    def fused_4bit_unpacks_scales(self) -> bool:
+        """Whether that kernel wants nested scales in float32.
+
+        Source: bitsandbytes 0.49.2, functional.py, gemv_4bit (dequantize_blockwise of absmax); 0.50.0, backends/cuda/ops.py,
+        _gemm_4bit_kernel_impl, takes them as they are.
+        """
+        return self.bitsandbytes < (0, 50)
+
+    @property
+    def prefers_cudnn_attention(self) -> bool:
+        """Whether sdpa tries cuDNN's kernels first on compute capability 9 and 10.
+
+        Source: torch 2.10, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention (with cuDNN after 9.15, and
+        unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set).
+        """
+        return self.torch >= (2, 10)
+
+    @property
     def shares_nested_code(self) -> bool:
         """Whether all 4-bit weights of a model have one table of nested codes, and not a copy each.
 

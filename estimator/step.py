@@ -39,6 +39,8 @@ class Regime:
     """How far caches reach while the prompt is read."""
     decode: Spans | None = None
     """The same for one new token; None where generation ends with the prompt."""
+    few_rows: bool = False
+    """Whether one token of each sequence makes so few rows that 4-bit weights are not unpacked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +232,7 @@ class _Step:
         tape, spans = self.tape, self.spans
         assert spans is not None
         tape.phase = Phase.DECODE
+        tape.few_rows = self.regime.few_rows
         for index, cache in enumerate(self.caches):
             cache += self.cached_before(index, spans)
         keeps_earlier = self.recipe.stack.keeps_earlier_cache(self.inventory.model_type)
@@ -598,7 +601,12 @@ def generation_regimes(recipe: Recipe, inventory: Inventory) -> tuple[tuple[Regi
     prefill = prefill_spans(inventory, recipe, inference)
     passes = {first: num_keys(recipe, inference, first=first) for first in (True, False)}
     regimes = {
-        first: Regime(beyond_window=False, prefill=prefill, decode=decode_spans(inventory, recipe, inference, first=first))
+        first: Regime(
+            beyond_window=False,
+            prefill=prefill,
+            decode=decode_spans(inventory, recipe, inference, first=first),
+            few_rows=inference.batch_size <= recipe.stack.rows_of_fused_4bit,
+        )
         for first in passes
     }
     match inference.max_new_tokens:

@@ -340,6 +340,8 @@ class Tape:
         """Whether tensors carry the name of their module and operator, for explanations."""
         self.training = training
         """`module.training`: whether there is dropout."""
+        self.few_rows = False
+        """Whether the batch is small enough for kernels that multiply by 4-bit weights as they are."""
         self.scope = ""
         """The module that is running."""
         self.kernels: set[Kernel] = set()

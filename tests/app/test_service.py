@@ -340,3 +340,18 @@ def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
     request = {"model": "meta-llama/Llama-3.2-1B", "training": {"max_length": 64}}
     assert "transformers 4.57" in warning(answer({**request, "stack": {"transformers": "4.57"}}), "model_loaded_in_float32")
     assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"hardware": {"gpu": "h200"}}, True),
+        ({"hardware": {"gpu": "a100-80"}}, False),
+        ({"hardware": {"gpu": "h200"}, "attn_implementation": "flash_attention_2"}, False),
+        ({"hardware": {"gpu": "h200"}, "stack": {"torch": "2.8"}}, False),
+    ],
+)
+def test_cards_on_which_torch_prefers_cudnn_are_told_what_is_assumed(changes: dict[str, Any], warned: bool) -> None:
+    training = {"max_length": 64, "per_device_train_batch_size": 1, "bf16": True}
+    result = answer({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes})
+    assert ("cudnn_attention_assumed" in codes(result)) is warned

@@ -15,6 +15,7 @@ from estimator.explain import explain
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, CacheKind, Recipe
 from estimator.stack import Stack, parse_version
+from tests.estimator.recipes import NF4 as NF4_BASE
 from tests.estimator.recipes import inference, model
 from tests.estimator.test_kept_activations import MODELLED
 from tests.oracle import estimates
@@ -244,3 +245,16 @@ def test_published_runs_are_of_both_kinds_and_several_sizes() -> None:
     assert {row.fields["method"] for row in PUBLISHED} == {"prefill", "generate"}
     assert {row.fields["batch"] for row in PUBLISHED} == {1, 2, 4, 8, 16, 32, 64}
     assert {row.fields["model"] for row in PUBLISHED} == set(MODELS)
+
+
+@pytest.mark.parametrize(("bitsandbytes", "rows"), [((0, 50, 2), 4), ((0, 49, 2), 1)])
+def test_few_rows_are_multiplied_by_packed_weights(bitsandbytes: tuple[int, ...], rows: int) -> None:
+    """Beyond that a weight of the MLP, 2,048 × 8,192 in bfloat16, is unpacked while a token is decoded."""
+    unpacked = 2 * 2048 * 8192
+
+    def decoding(batch: int) -> int:
+        recipe = replace(asked(batch=batch, new=64, stack=Stack(bitsandbytes=bitsandbytes)), quantization=NF4_BASE)
+        return held(estimate(model(LLAMA), recipe), Phase.DECODE).get(Item.TEMPORARY, 0)
+
+    assert decoding(rows) < unpacked
+    assert decoding(rows + 1) >= unpacked
