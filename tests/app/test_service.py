@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app import examples
 from app.catalogue import list_models
 from app.service import answer
+from estimator.errors import RequestError
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -342,3 +343,29 @@ def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
     request = {"model": "meta-llama/Llama-3.2-1B", "training": {"max_length": 64}}
     assert "transformers 4.57" in warning(answer({**request, "stack": {"transformers": "4.57"}}), "model_loaded_in_float32")
     assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))
+
+
+# -- what the allocator holds -----------------------------------------------------------------------------------------------------------
+
+
+def _full(**changes: Any) -> dict[str, Any]:
+    training = {"per_device_train_batch_size": 4, "max_length": 1024, "optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True}
+    return {"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes}
+
+
+def test_allocator_settings_of_the_request_reach_the_replay() -> None:
+    plain, growing = (answer(_full(pytorch_cuda_alloc_conf=text))["peak"] for text in ("", "expandable_segments:True"))
+    assert growing["allocated_bytes"] == plain["allocated_bytes"] <= growing["reserved_bytes"] != plain["reserved_bytes"]
+
+
+def test_a_setting_that_pytorch_does_not_have_is_refused() -> None:
+    with pytest.raises(RequestError, match="max_split"):
+        answer(_full(pytorch_cuda_alloc_conf="max_split:1"))
+
+
+def test_what_fits_by_giving_the_cache_back_is_tight() -> None:
+    free = answer(_full(hardware={"gpu": "a100-80"}))["peak"]["device_bytes"]
+    # headroom is 256 MiB: 256 MiB less than the run would hold with room for it
+    small = answer(_full(hardware={"capacity_gib": free / 2**30}))
+    assert small["peak"]["device_bytes"] < free
+    assert small["fit"]["verdict"] == "tight"
