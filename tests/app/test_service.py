@@ -369,3 +369,4 @@ def test_what_fits_by_giving_the_cache_back_is_tight() -> None:
     small = answer(_full(hardware={"capacity_gib": free / 2**30}))
     assert small["peak"]["device_bytes"] < free
     assert small["fit"]["verdict"] == "tight"
+    assert "cache_given_back" in codes(small)
