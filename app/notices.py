@@ -205,8 +205,8 @@ def _under_pressure(a: Answered) -> Iterable[str]:
     holding = a.estimate.holding.get()
     if holding.without_pressure_bytes > holding.device_bytes:
         yield (
-            f"with room for all that the allocator would cache the run holds {gib(holding.without_pressure_bytes)}: here it fits only because "
-            "the cache is given back to make room (num_alloc_retries), which takes time; expandable_segments:True in "
+            f"with room for all that the allocator would cache the run holds {gib(holding.without_pressure_bytes)}: here it fits only "
+            "because the cache is given back to make room (num_alloc_retries), which takes time; expandable_segments:True in "
             "PYTORCH_CUDA_ALLOC_CONF may spare it."
         )
 
