@@ -199,6 +199,16 @@ def _nvidia_smi(a: Answered) -> Iterable[str]:
         )
 
 
+def _under_pressure(a: Answered) -> Iterable[str]:
+    holding = a.estimate.holding.get()
+    if holding.without_pressure_bytes > holding.device_bytes:
+        yield (
+            f"with room for all that the allocator would cache the run holds {gib(holding.without_pressure_bytes)}: here it fits only "
+            "because the cache is given back to make room (num_alloc_retries), which takes time; expandable_segments:True in "
+            "PYTORCH_CUDA_ALLOC_CONF may spare it."
+        )
+
+
 def _merge(a: Answered) -> Iterable[str]:
     quantization = a.recipe.quantization
     if quantization is None or a.recipe.adapter is None:
@@ -359,6 +369,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_merge, "merge_needs_dequantized_copy"),
     (_nvidia_only, "bitsandbytes_needs_nvidia"),
     (_nvidia_smi, "nvidia_smi_shows_more"),
+    (_under_pressure, "cache_given_back"),
     (_assumed_capability, "compute_capability_assumed"),
     (_other_major, "other_transformers_major"),
     (_generation, "generation_left_out"),

@@ -15,13 +15,11 @@ from app.reading import read_estimate
 from app.service import Case, prepare
 from app.timeline_chart import Column, chart, columns_of
 from estimator.allocator_settings import parse_settings
-from estimator.device import workspaces_bytes
 from estimator.errors import RequestError
 from estimator.memory_snapshot import memory_snapshot
 from estimator.phases import Phase
 from estimator.replay import Replay, replay
 from estimator.sources.tracing import default_tracer
-from estimator.static_memory import static_memory
 from estimator.timeline import Allocation, Timeline
 from estimator.units import gib
 from estimator.whole_run import whole_run
@@ -62,9 +60,9 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
         raise RequestError("training: is required: what is traced is a training step", field="training")
     case.answerer.check_traceable(case.recipe)
     step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers)
-    workspaces = workspaces_bytes(case.recipe.compute_capability, training=True)
-    timeline = whole_run(step, static_memory(case.inventory, case.recipe), workspace_bytes=workspaces)
-    return TracedRun(case=case, timeline=timeline, replay=replay(timeline, options), settings=settings)
+    run = whole_run(step, case.inventory, case.recipe)
+    replayed = replay(run.timeline, options, cache_emptied_after=[run.cache_emptied_after])
+    return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings)
 
 
 def answer_trace(run: TracedRun) -> Json:

@@ -134,6 +134,18 @@ def _print_judged_apart(compared: Sequence[Comparison]) -> None:
         print(f"  {rule.name:<44} {rule.source}")
 
 
+def _print_device(compared: Sequence[Comparison]) -> None:
+    """Device memory by version of transformers: what no rule of ours explains differs from one environment to the next."""
+    by_version: dict[str, list[float]] = {}
+    everything = [found.figures["device"].error for found in compared if "device" in found.figures]
+    for found in compared:
+        if "device" in found.figures:
+            by_version.setdefault(".".join(map(str, found.run.recipe.stack.transformers)), []).append(found.figures["device"].error)
+    print(f"\n{'device, by transformers':<52} rows   median  worst")
+    for version, errors in [*sorted(by_version.items()), ("all", everything)]:
+        print(f"{version:<52} {len(errors):4}  {statistics.median(map(abs, errors)):>7.3%}  {max(errors, key=abs):+.3%}")
+
+
 def _print_left_out(left_out: Sequence[NotModelled], *, every: bool) -> None:
     print(f"\nnot compared: {len(left_out)} rows")
     for (source, reason), number in Counter((n.row.source, n.reason) for n in left_out).most_common():
@@ -186,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compared, left_out = compare_all()
     _print_rows(compared)
     _print_summary(compared)
+    _print_device(compared)
     _print_judged_apart(compared)
     _print_left_out(left_out, every=options.all)
     if options.write_intervals:

@@ -5,8 +5,10 @@ larger than 1 MiB no more than 1 MiB stays with the tensor that gets it: `memory
 follows from the order and the sizes of the weights, so that the loading is replayed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import TypeAlias
 
 from estimator.allocator import SMALL_REQUEST_BYTES
 from estimator.caching_allocator import Block, CachingAllocator
@@ -15,11 +17,18 @@ from estimator.inventory import Inventory
 from estimator.patterns import copies, in_order
 from estimator.phases import Item
 from estimator.quantization import BLOCK_SIZE
-from estimator.recipe import Recipe
+from estimator.recipe import Recipe, Reference
 from estimator.stack import Stack
-from estimator.static_memory import Preparation, loaded_tensors
+from estimator.static_memory import Preparation, loaded_tensors, static_memory
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
+
+IN_FULL = ".full"
+"""Ends the name of a weight that is about to be packed."""
+_PARTS = f".parts{IN_FULL}"
+_WARM_UP = "warm-up"
+REFERENCE = "ref_model."
+"""Begins the names of an objective's second model."""
 
 _ABSMAX_BYTES = DType.FLOAT32.itemsize
 
@@ -131,38 +140,79 @@ def load(allocator: CachingAllocator, inventory: Inventory, preparation: Prepara
     Raises:
         NoRoomError: if it does not fit.
     """
-    placed = _Placed(allocator, above)
+    blocks: dict[str, Block] = {}
+    for name, num_bytes in loading(inventory, preparation):
+        put(allocator, blocks, name, num_bytes if num_bytes > above else 0)
+    return blocks
+
+
+def put(allocator: CachingAllocator, blocks: dict[str, Block], name: str, num_bytes: int) -> None:
+    """Carries out a `Placement` on an allocator.
+
+    Raises:
+        NoRoomError: if it does not fit.
+    """
+    former = blocks.pop(name, None)
+    if num_bytes:
+        blocks[name] = place(allocator, num_bytes)
+    if former is not None:
+        allocator.free(former)
+
+
+Placement: TypeAlias = tuple[str, int]
+"""A tensor that is made: its name and size [bytes]. One of that name goes once the new one is there; with size 0 it only goes."""
+
+
+def placements(inventory: Inventory, recipe: Recipe) -> Iterator[Placement]:
+    """Everything that is made before the first step of a training run, in order.
+
+    Quantized models are loaded on the card; others are made on the host, and moved by the trainer in the order of their modules.
+
+    Source: transformers, trainer.py, Trainer._move_model_to_device; quantizers/quantizer_bnb_4bit.py, update_device_map; for the second
+    model trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__.
+    """
+    yield from _placements(inventory, recipe)
+    if recipe.training is not None and recipe.training.objective.reference is Reference.MODEL:
+        second = replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None)
+        yield from ((f"{REFERENCE}{name}", num_bytes) for name, num_bytes in _placements(inventory, second))
+
+
+def _placements(inventory: Inventory, recipe: Recipe) -> Iterator[Placement]:
+    held: dict[str, int] = {}
+    if recipe.quantization is not None:
+        for name, num_bytes in loading(inventory, Preparation.of(recipe)):
+            held[name] = num_bytes
+            yield name, num_bytes
+    for tensor, name in one_by_one(static_memory(inventory, recipe).tensors):
+        if held.get(name) != tensor.raw_bytes:
+            yield name, tensor.raw_bytes
+
+
+def one_by_one(tensors: Sequence[StoredTensor]) -> Iterator[tuple[StoredTensor, str]]:
+    """Every copy with its name, in the order of the modules."""
+    return ((tensors[position], name) for position, name in in_order((t.pattern, t.indices) for t in tensors))
+
+
+def loading(inventory: Inventory, preparation: Preparation) -> Iterator[Placement]:
+    """A quantized model loaded and prepared for training: weights in the order of their names, then buffers."""
     tensors = loaded_tensors(inventory, preparation)
     if not preparation.stack.loads_without_warmup:
-        _warm_up(allocator, tensors, preparation)
-    _load(placed, tensors, inventory.model_type, preparation)
+        yield from _warm_up(tensors, preparation)
+    named = [(name, t) for t in tensors if t.item is not Item.QUANTIZATION_STATE for _, name in copies(t.pattern, t.indices)]
+    for name, tensor in sorted(named, key=lambda entry: (entry[1].item is Item.BUFFERS, entry[0])):
+        if tensor.quantization is None and merges_experts(tensor, inventory.model_type, preparation.stack):
+            yield from ((f"{name}{_PARTS}", tensor.raw_bytes), (name, tensor.raw_bytes), (f"{name}{_PARTS}", 0))
+        elif tensor.quantization is None:
+            yield name, tensor.raw_bytes
+        elif tensor.quantization.is_4bit:
+            yield from _pack(name, tensor, preparation)
+        else:
+            yield from _pack_int8(name, tensor, preparation)
     if preparation.prepare_for_kbit_training:
-        _raise(placed, tensors)
-    return placed.blocks
+        yield from _raise(tensors)
 
 
-class _Placed:
-    """Blocks by the name of the tensor in them."""
-
-    def __init__(self, allocator: CachingAllocator, above: int) -> None:
-        self.allocator = allocator
-        self.above = above
-        self.blocks: dict[str, Block] = {}
-
-    def make(self, name: str, num_bytes: int) -> None:
-        """Puts a tensor in a block; a former one of that name goes then."""
-        former = self.blocks.pop(name, None)
-        if num_bytes > self.above:
-            self.blocks[name] = place(self.allocator, num_bytes)
-        if former is not None:
-            self.allocator.free(former)
-
-    def drop(self, name: str) -> None:
-        if (block := self.blocks.pop(name, None)) is not None:
-            self.allocator.free(block)
-
-
-def _warm_up(allocator: CachingAllocator, tensors: Iterable[StoredTensor], preparation: Preparation) -> None:
+def _warm_up(tensors: Iterable[StoredTensor], preparation: Preparation) -> Iterator[Placement]:
     """One block of about the model's size, made and freed: the weights then find it.
 
     Source: transformers 5.23, modeling_utils.py, caching_allocator_warmup and get_total_byte_count; quantizers/quantizer_bnb_4bit.py and
@@ -176,62 +226,47 @@ def _warm_up(allocator: CachingAllocator, tensors: Iterable[StoredTensor], prepa
         for t in tensors
         if t.item is not Item.QUANTIZATION_STATE
     )
-    allocator.free(place(allocator, sum(sizes)))
+    yield _WARM_UP, sum(sizes)
+    yield _WARM_UP, 0
 
 
-def _load(placed: _Placed, tensors: Iterable[StoredTensor], model_type: str, preparation: Preparation) -> None:
-    """Weights in the order of their names, then buffers."""
-    named = [(name, t) for t in tensors if t.item is not Item.QUANTIZATION_STATE for _, name in copies(t.pattern, t.indices)]
-    for name, tensor in sorted(named, key=lambda entry: (entry[1].item is Item.BUFFERS, entry[0])):
-        if tensor.quantization is None and merges_experts(tensor, model_type, preparation.stack):
-            placed.make(f"{name} in parts", tensor.raw_bytes)
-            placed.make(name, tensor.raw_bytes)
-            placed.drop(f"{name} in parts")
-        elif tensor.quantization is None:
-            placed.make(name, tensor.raw_bytes)
-        elif tensor.quantization.is_4bit:
-            _pack(placed, name, tensor, preparation)
-        else:
-            _pack_int8(placed, name, tensor, preparation)
-
-
-def _pack(placed: _Placed, name: str, tensor: StoredTensor, preparation: Preparation) -> None:
+def _pack(name: str, tensor: StoredTensor, preparation: Preparation) -> Iterator[Placement]:
     """The weight in full, its scales, the packed weight; with double quantization the scales in bytes, and the first ones go.
 
     Source: bitsandbytes 0.43.3, nn/modules.py, Params4bit._quantize; functional.py, quantize_4bit and quantize_blockwise.
     """
     assert preparation.quantization is not None
     num_blocks = ceil_div(tensor.num_elements, BLOCK_SIZE)
-    full, scales = f"{name} in full", f"{name}.absmax"
-    placed.make(full, tensor.num_elements * preparation.dtype.itemsize)
-    placed.make(scales, num_blocks * _ABSMAX_BYTES)
-    placed.make(name, tensor.raw_bytes)
+    full, scales = f"{name}{IN_FULL}", f"{name}.absmax"
+    yield full, tensor.num_elements * preparation.dtype.itemsize
+    yield scales, num_blocks * _ABSMAX_BYTES
+    yield name, tensor.raw_bytes
     if preparation.quantization.double_quant:
-        placed.make(scales, num_blocks)
-    placed.drop(full)
+        yield scales, num_blocks
+    yield full, 0
 
 
-def _pack_int8(placed: _Placed, name: str, tensor: StoredTensor, preparation: Preparation) -> None:
+def _pack_int8(name: str, tensor: StoredTensor, preparation: Preparation) -> Iterator[Placement]:
     """The weight in full, as float16 where it is not, the packed weight and one scale a row.
 
     Source: bitsandbytes, nn/modules.py, Int8Params._quantize.
     """
-    full, half = f"{name} in full", f"{name} in half"
-    placed.make(full, tensor.num_elements * preparation.dtype.itemsize)
+    full, half = f"{name}{IN_FULL}", f"{name}.half{IN_FULL}"
+    yield full, tensor.num_elements * preparation.dtype.itemsize
     if preparation.dtype is not DType.FLOAT16:
-        placed.make(half, tensor.num_elements * DType.FLOAT16.itemsize)
-    placed.make(name, tensor.raw_bytes)
-    placed.make(f"{name}.SCB", tensor.shape[0] * _ABSMAX_BYTES)
-    placed.drop(half)
-    placed.drop(full)
+        yield half, tensor.num_elements * DType.FLOAT16.itemsize
+    yield name, tensor.raw_bytes
+    yield f"{name}.SCB", tensor.shape[0] * _ABSMAX_BYTES
+    if preparation.dtype is not DType.FLOAT16:
+        yield half, 0
+    yield full, 0
 
 
-def _raise(placed: _Placed, tensors: Sequence[StoredTensor]) -> None:
-    """Every 16-bit weight's block is replaced by one of float32.
+def _raise(tensors: Sequence[StoredTensor]) -> Iterator[Placement]:
+    """Every 16-bit weight is replaced by one of float32.
 
     Source: peft, utils/other.py, prepare_model_for_kbit_training.
     """
-    for position, name in in_order((t.pattern, t.indices) for t in tensors):
-        tensor = tensors[position]
+    for tensor, name in one_by_one(tensors):
         if tensor.quantization is None and tensor.item is Item.WEIGHTS and tensor.dtype.is_half:
-            placed.make(name, tensor.num_elements * DType.FLOAT32.itemsize)
+            yield name, tensor.num_elements * DType.FLOAT32.itemsize

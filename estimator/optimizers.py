@@ -311,6 +311,25 @@ def step_temporary_bytes(name: str, arguments: Arguments, trained: Iterable[Stor
             return 0
 
 
+def states_in_order(name: str, arguments: Arguments, trained: Iterable[StoredTensor]) -> Iterator[OptimizerState]:
+    """What the first step makes on the device, parameter by parameter; one row for each tensor.
+
+    Raises:
+        as `optimizer_states`.
+    """
+    tables_made = False
+    for group in weight_decay_groups(trained):
+        states = [optimizer_states(name, arguments, (tensor,)) for tensor in group]
+        for position, _ in in_order((t.pattern, t.indices) for t in group):
+            for state in states[position]:
+                if state.pattern.startswith(f"{group[position].pattern}."):
+                    if state.residence is Residence.DEVICE:
+                        yield state
+                elif not tables_made:
+                    tables_made = True
+                    yield from [state] * state.num_tensors
+
+
 def step_lists(name: str, group: Iterable[StoredTensor]) -> Iterator[list[int]]:
     """The lists of tensors that a step makes for one parameter group, one after the other; the former goes once the next is there.
 

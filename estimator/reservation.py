@@ -3,21 +3,18 @@
 Nothing here is fitted: sizes and order come from the program, the rules from the allocator.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import lru_cache
 
 from estimator.allocator_settings import AllocatorSettings
 from estimator.caching_allocator import Block, CachingAllocator
 from estimator.device import workspace_bytes
 from estimator.inventory import Inventory
-from estimator.loading import NoRoomError, load, place
-from estimator.optimizers import Residence, optimizer_states, step_lists, weight_decay_groups
-from estimator.patterns import in_order
-from estimator.recipe import Recipe, Reference
+from estimator.loading import NoRoomError, place, placements, put
+from estimator.optimizers import states_in_order, step_lists, weight_decay_groups
+from estimator.recipe import Recipe
 from estimator.schedule import MicroBatch, Schedule
-from estimator.static_memory import Preparation, StaticMemory, static_memory
-from estimator.storage import StoredTensor
+from estimator.static_memory import StaticMemory, static_memory
 
 MAX_STEPS = 6
 """Optimizer steps that are replayed at most. The second finds the optimizer's states; a third that adds nothing is the last."""
@@ -57,9 +54,11 @@ def _reservation(
     capacity_bytes: int | None,
 ) -> int | None:
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    run = _Run(allocator, inventory, recipe)
+    run = _Run(allocator, static_memory(inventory, recipe), recipe)
     try:
-        run.load()
+        blocks: dict[str, Block] = {}
+        for name, num_bytes in placements(inventory, recipe):
+            put(allocator, blocks, name, num_bytes)
         # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
         allocator.empty_cache()
         for number in range(MAX_STEPS):
@@ -73,39 +72,15 @@ def _reservation(
 
 
 class _Run:
-    def __init__(self, allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> None:
+    def __init__(self, allocator: CachingAllocator, static: StaticMemory, recipe: Recipe) -> None:
         assert recipe.training is not None
         self.allocator = allocator
-        self.inventory = inventory
         self.recipe = recipe
         self.training = recipe.training
-        self.static = static_memory(inventory, recipe)
-        self.groups = weight_decay_groups(t for t in self.static.tensors if t.trainable)
+        self.trained = tuple(t for t in static.tensors if t.trainable)
         self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
-
-    # -- before the first step ------------------------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__, for the second model."""
-        self._load(self.recipe, self.static)
-        if self.training.objective.reference is Reference.MODEL:
-            second = replace(self.recipe, adapter=None, prepare_for_kbit_training=False, training=None)
-            self._load(second, static_memory(self.inventory, second))
-
-    def _load(self, recipe: Recipe, static: StaticMemory) -> None:
-        """Quantized models are loaded on the card; others are made on the host, and moved by the trainer in the order of their modules.
-
-        Source: transformers, trainer.py, Trainer._move_model_to_device; quantizers/quantizer_bnb_4bit.py, update_device_map.
-        """
-        quantized = recipe.quantization is not None
-        blocks = load(self.allocator, self.inventory, Preparation.of(recipe)) if quantized else {}
-        for tensor, name in _one_by_one(static.tensors):
-            former = blocks.get(name)
-            if former is None or former.requested_bytes != tensor.raw_bytes:
-                self._make(tensor.raw_bytes)
-                self._free(former)
 
     # -- steps ----------------------------------------------------------------------------------------------------------------------------
 
@@ -164,9 +139,9 @@ class _Run:
     def _update(self) -> None:
         if not self.has_states:
             self.has_states = True
-            for size in self._states():
-                self._make(size)
-        for group in self.groups:
+            for state in states_in_order(self.training.optimizer, dict(self.training.optimizer_arguments), self.trained):
+                self._make(state.raw_bytes)
+        for group in weight_decay_groups(self.trained):
             former: list[Block | None] = []
             for sizes in step_lists(self.training.optimizer, group):
                 made = [self._make(size) for size in sizes]
@@ -176,29 +151,9 @@ class _Run:
             for block in former:
                 self._free(block)
 
-    def _states(self) -> Iterator[int]:
-        """What the optimizer keeps, parameter by parameter [bytes]."""
-        arguments = dict(self.training.optimizer_arguments)
-        seen: set[str] = set()
-        for group in self.groups:
-            states = {t: optimizer_states(self.training.optimizer, arguments, (t,)) for t in group}
-            for tensor, _ in _one_by_one(group):
-                for state in states[tensor]:
-                    if state.pattern.startswith(tensor.pattern):
-                        if state.residence is Residence.DEVICE:
-                            yield state.raw_bytes
-                    elif state.pattern not in seen:  # tables that all share
-                        seen.add(state.pattern)
-                        yield from [state.raw_bytes] * state.num_tensors
-
     def _make(self, num_bytes: int) -> Block | None:
         return place(self.allocator, num_bytes) if num_bytes else None
 
     def _free(self, block: Block | None) -> None:
         if block is not None:
             self.allocator.free(block)
-
-
-def _one_by_one(tensors: Sequence[StoredTensor]) -> Iterator[tuple[StoredTensor, str]]:
-    """Every copy with its name, in the order of the modules."""
-    return ((tensors[position], name) for position, name in in_order((t.pattern, t.indices) for t in tensors))

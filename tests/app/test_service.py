@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app import examples
 from app.catalogue import list_models
 from app.service import answer
+from estimator.errors import RequestError
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -355,3 +356,30 @@ def test_cards_on_which_torch_prefers_cudnn_are_told_what_is_assumed(changes: di
     training = {"max_length": 64, "per_device_train_batch_size": 1, "bf16": True}
     result = answer({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes})
     assert ("cudnn_attention_assumed" in codes(result)) is warned
+
+
+# -- what the allocator holds -----------------------------------------------------------------------------------------------------------
+
+
+def _full(**changes: Any) -> dict[str, Any]:
+    training = {"per_device_train_batch_size": 4, "max_length": 1024, "optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True}
+    return {"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes}
+
+
+def test_allocator_settings_of_the_request_reach_the_replay() -> None:
+    plain, growing = (answer(_full(pytorch_cuda_alloc_conf=text))["peak"] for text in ("", "expandable_segments:True"))
+    assert growing["allocated_bytes"] == plain["allocated_bytes"] <= growing["reserved_bytes"] != plain["reserved_bytes"]
+
+
+def test_a_setting_that_pytorch_does_not_have_is_refused() -> None:
+    with pytest.raises(RequestError, match="max_split"):
+        answer(_full(pytorch_cuda_alloc_conf="max_split:1"))
+
+
+def test_what_fits_by_giving_the_cache_back_is_tight() -> None:
+    free = answer(_full(hardware={"gpu": "a100-80"}))["peak"]["device_bytes"]
+    # headroom is 256 MiB: 256 MiB less than the run would hold with room for it
+    small = answer(_full(hardware={"capacity_gib": free / 2**30}))
+    assert small["peak"]["device_bytes"] < free
+    assert small["fit"]["verdict"] == "tight"
+    assert "cache_given_back" in codes(small)

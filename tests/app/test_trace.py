@@ -12,8 +12,10 @@ import pytest
 import torch.cuda._memory_viz as viewer
 from starlette.testclient import TestClient
 
+from app import examples
 from app.http import create_app
 from app.service import answer
+from estimator.allocator import SMALL_SEGMENT_BYTES
 from estimator.errors import RequestError
 from tests.app.test_cli import run
 
@@ -106,6 +108,13 @@ def test_the_peaks_of_a_trace_are_those_of_the_estimate(client: TestClient) -> N
     estimated = {phase["phase"]: phase["allocated_bytes"] for phase in answer(request(LLAMA, engine="trace"))["phases"]}
     for phase in ("forward", "loss", "backward"):
         assert traced[phase] == pytest.approx(estimated[phase], abs=2048)
+
+
+def test_a_trace_and_an_estimate_reserve_the_same(client: TestClient) -> None:
+    asked = {**examples.QLORA, "model": "meta-llama/Llama-3.2-1B", "engine": "trace"}
+    traced = client.post("/v1/trace", json=asked).json()["allocator"]
+    # the estimate has the ids of all micro-batches, and takes the stored tensors' sizes from the rows alone
+    assert traced["max_reserved_bytes"] == pytest.approx(answer(asked)["peak"]["reserved_bytes"], abs=SMALL_SEGMENT_BYTES)
 
 
 def test_the_picture_is_an_svg_with_the_peak_named(client: TestClient) -> None:
