@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from app.request import HardwareFields
+from estimator.correction import margin_without_interval
 from estimator.gpus import find_gpu
 from estimator.units import GIB, MIB
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
-# Without an interval, "fits" asks for this much above the estimate (a plain choice, not a fit); below it the verdict is "tight".
-MARGIN_WITHOUT_INTERVAL = 0.10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +31,7 @@ class Card:
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
-        return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + MARGIN_WITHOUT_INTERVAL))
+        return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + margin_without_interval().share))
 
     def verdict(self, device_bytes: int, device_high_bytes: int | None = None) -> str:
         """`fits`, `tight` or `does_not_fit`.

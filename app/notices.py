@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from app import left_out
 from app.answer import is_modelled
 from app.answered import Answered, Rule
-from app.card import MARGIN_WITHOUT_INTERVAL
 from app.training import positions
 from app.versions import shown
-from estimator.correction import MIN_RESIDUALS, class_of
+from estimator.correction import MIN_RESIDUALS, carried, class_of, margin_without_interval, other_stack
 from estimator.dtypes import DType
 from estimator.estimate import Notice
 from estimator.kernels import Kernel
@@ -260,10 +259,20 @@ def _no_interval(a: Answered) -> Iterable[str]:
     runs = a.recipe.training is not None or a.recipe.inference is not None
     if runs and not a.has_interval and is_modelled(a.estimate):
         kind = class_of(a.recipe, a.estimate.kernels)
+        margin = margin_without_interval()
         yield (
             f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "
-            f"constant, too few for an interval: 'fits' asks for {100 * MARGIN_WITHOUT_INTERVAL:.0f} % above the estimate instead, and "
-            "what fits with less is 'tight'."
+            f"constant, too few for an interval: 'fits' asks for {margin.share:.1%} above the estimate instead, and what fits with less is "
+            f"'tight'. {margin.basis}."
+        )
+
+
+def _other_stack(a: Answered) -> Iterable[str]:
+    other = other_stack(a.recipe, a.estimate.kernels) if a.has_interval else None
+    if other is not None:
+        yield (
+            f"the measurements behind the interval were made with {other}: what is known to have changed is in the estimate, but the interval's "
+            f"90 % are not assured for these versions ({carried()})."
         )
 
 
@@ -341,4 +350,5 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_other_major, "other_transformers_major"),
     (_generation, "generation_left_out"),
     (_no_interval, "interval_unavailable"),
+    (_other_stack, "other_stack"),
 )

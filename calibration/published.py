@@ -173,13 +173,13 @@ def _is_foreign_quantization(quantization: str | None) -> bool:
     return quantization is not None and not quantization.startswith("bnb-")
 
 
-# The script adds a padding token and resizes the embeddings to the tokenizer's length, whatever the checkpoint's: 32,000 + 1 for Mistral,
-# 49,157 + 1 for santacoder, whose checkpoint is padded to 49,280. Resting memory confirms both to 2 kB.
+# The script adds a padding token and resizes the embeddings to the tokenizer's length, whatever the checkpoint's: 32,000 + 1 for Mistral;
+# for santacoder 49,152 byte pairs, <|endoftext|>, <fim-prefix>, <fim-middle>, <fim-suffix>, <fim-pad> and one more, where the checkpoint is
+# padded to 49,280.
 _RESIZED_VOCABULARY = {"mistralai/Mistral-7B-v0.1": 32_001, "bigcode/gpt_bigcode-santacoder": 49_158}
 
-# Rows of 4.39.3 have them, those of 4.43.3 have not.
-# Source: transformers 4.39.3, models/mistral/modeling_mistral.py, MistralRotaryEmbedding.
-_WITHOUT_ROTARY_CACHES = (4, 43)
+# Source: transformers 4.41.2 (has them) and 4.42.4 (has not), models/mistral/modeling_mistral.py, MistralRotaryEmbedding.
+_WITHOUT_ROTARY_CACHES = (4, 42)
 
 # Versions of the rows of June 2024, published without any: those of the project's next record, a month later.
 _UNRECORDED = {"torch": "2.2.2", "transformers": "4.39.3", "peft": "0.11.1", "bitsandbytes": "0.43.1", "trl": "0.9.6"}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 from estimator.estimate import Interval
 from estimator.kernels import Kernel
 from estimator.recipe import Recipe
+from estimator.stack import Stack, Version
 
 _RESIDUALS = Path(__file__).with_name("data") / "residuals.json"
 
@@ -33,6 +34,40 @@ class ResidualClass:
     device: tuple[float, ...]
     evidence: str
     """Where the measurements come from, for people."""
+    versions: Mapping[str, tuple[Version, Version]] = field(default_factory=dict)
+    """Oldest and newest major and minor version measured, by library."""
+
+    def other_versions(self, stack: Stack) -> str | None:
+        """What of a stack lies outside the versions measured, for people; None where nothing does."""
+        outside = []
+        for library, (oldest, newest) in self.versions.items():
+            asked: Version = getattr(stack, library)
+            if not oldest <= asked[:2] <= newest:
+                outside.append(f"{library} {_shown(oldest)} to {_shown(newest)}, not {_shown(asked[:2])}")
+        return "; ".join(outside) or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Margin:
+    """What "fits" asks for above an estimate that has no interval."""
+
+    share: float
+    """Of the estimate."""
+    coverage: float
+    num_rows: int
+    evidence: str
+
+    @property
+    def basis(self) -> str:
+        """For people."""
+        return (
+            f"{self.coverage:.0%} of what nvidia-smi showed in other kinds of run lay less than {self.share:.1%} above the estimate "
+            f"({self.num_rows} {self.evidence})"
+        )
+
+
+def _shown(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def residual(measured_bytes: int, predicted_bytes: int) -> float:
@@ -64,6 +99,12 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
 
     Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
     kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
+
+    Library versions are not part of it. They do change the formulas (bytes per logit, keys and values repeated or not), minor by minor,
+    and every such change is a rule of `stack` with its source; a residual is what is left after the rules of its own version. With versions
+    in the name, a class would hold the rows of one minor at most, and no recipe of today would ever have an interval. That residuals carry
+    over to a version never measured is a conjecture, though, which no quantile covers: so a class knows its versions, and an interval of
+    another one says so in its basis, and a warning beside it (`other_stack`).
 
     Args:
         recipe: of the run.
@@ -123,6 +164,8 @@ def interval(
     device = conformal_radius(known.device, coverage)
     if allocated is None or device is None:
         return None
+    other = known.other_versions(recipe.stack)
+    caveat = f"; measured with {other}: {carried()}" if other is not None else ""
     low, high = _around(allocated_bytes, allocated)
     device_low, device_high = _around(device_bytes, device)
     return Interval(
@@ -131,7 +174,7 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}{caveat}",
     )
 
 
@@ -139,12 +182,17 @@ def _around(num_bytes: int, radius: float) -> tuple[int, int]:
     return math.floor(num_bytes * math.exp(-radius)), math.ceil(num_bytes * math.exp(radius))
 
 
+def other_stack(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
+    """What of a recipe's versions lies outside those that its class was measured with, for people; None without such a class."""
+    known = shipped().get(class_of(recipe, kernels) or "")
+    return known.other_versions(recipe.stack) if known is not None else None
+
+
 @cache
 def shipped() -> Mapping[str, ResidualClass]:
     """Residuals that `python -m calibration.accuracy --write-intervals` wrote; empty before the first time."""
     if not _RESIDUALS.exists():
         return MappingProxyType({})
-    data: dict[str, Any] = json.loads(_RESIDUALS.read_text(encoding="utf-8"))
     return MappingProxyType(
         {
             name: ResidualClass(
@@ -152,7 +200,27 @@ def shipped() -> Mapping[str, ResidualClass]:
                 allocated=tuple(row["residual"] for row in entry["allocated"]),
                 device=tuple(row["residual"] for row in entry["device"]),
                 evidence=entry["evidence"],
+                versions=MappingProxyType({library: (tuple(old), tuple(new)) for library, (old, new) in entry["versions"].items()}),
             )
-            for name, entry in data["classes"].items()
+            for name, entry in _written()["classes"].items()
         }
     )
+
+
+@cache
+def carried() -> str:
+    """How intervals did on versions of transformers that had no say in them, for people."""
+    figures = (f"{inside} of {judged} {figure}" for figure, (inside, judged) in _written()["carried"].items())
+    return f"intervals made without a version of transformers held {' and '.join(figures)} figures of it"
+
+
+@cache
+def margin_without_interval() -> Margin:
+    """The one-sided quantile over every published device figure that set no constant, written by the same command."""
+    return Margin(**_written()["margin"])
+
+
+@cache
+def _written() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(_RESIDUALS.read_text(encoding="utf-8"))
+    return data
