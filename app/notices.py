@@ -271,8 +271,8 @@ def _other_stack(a: Answered) -> Iterable[str]:
     other = other_stack(a.recipe, a.estimate.kernels) if a.has_interval else None
     if other is not None:
         yield (
-            f"the measurements behind the interval were made with {other}: what is known to have changed is in the estimate, but the interval's "
-            f"90 % are not assured for these versions ({carried()})."
+            f"the measurements behind the interval were made with {other}: known changes are in the estimate, but the interval's 90 % are "
+            f"not assured for these versions ({carried()})."
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from calibration.bounded import bounds
 from calibration.left_out import IdleRow, Tagged, coverages, one_sided, refits
 from calibration.published import CONSTANTS, NotModelled, Row, Run, rows, translate
 from calibration.published_model import inventory_of
@@ -143,6 +144,14 @@ def _print_left_out(left_out: Sequence[NotModelled]) -> None:
         by_reason.setdefault((one.row.source, one.reason), []).append(one.row.id)
     for (source, reason), ids in sorted(by_reason.items(), key=lambda entry: -len(entry[1])):
         print(f"  {len(ids):5}  {source:<20} {reason}: {ranges(ids)}")
+
+
+def _print_bounds() -> None:
+    print("\nbounds: allocated peak at the mean length, which the mean of reserved memory over all steps must not fall below [GiB]")
+    for found in bounds(rows()):
+        verdict = "holds" if found.holds else "BROKEN"
+        figures = f"{_gib(found.mean_reserved)} {_gib(found.predicted_peak)}  {found.share:4.0%}"
+        print(f"  {found.row.id:<20} {figures}  {verdict}  {found.row.fields['at']}")
 
 
 def _print_rules() -> None:
@@ -304,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print_refits(compared)
     _print_coverages(compared)
     _print_rules()
+    _print_bounds()
     _print_left_out(left_out)
     if options.write_intervals:
         _RESIDUALS.write_text(json.dumps(residual_classes(compared), indent=1) + "\n", encoding="utf-8")

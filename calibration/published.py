@@ -163,6 +163,7 @@ def _obstacle(row: Row) -> str | None:
         (_is_foreign_quantization(fields.get("quantization")), f"quantization {fields.get('quantization')}: not bitsandbytes"),
         (fields.get("loss") == "third_party", "loss and layer kernels of a third party"),
         (fields.get("loss") == "liger", "together with third-party layer kernels"),
+        ("reserved_mean_bytes" in fields, "lengths of single batches are not published: compared as a bound, above"),
         (row.source != "fms-accel", f"stack or step of {row.source} is not translated: {fields['why']}"),
         ("length" not in fields, f"token count of the largest batch is not known: {fields['why']}"),
     )
@@ -185,10 +186,11 @@ _WITHOUT_ROTARY_CACHES = (4, 42)
 _UNRECORDED = {"torch": "2.2.2", "transformers": "4.39.3", "peft": "0.11.1", "bitsandbytes": "0.43.1", "trl": "0.9.6"}
 
 
-def _stack(versions: Mapping[str, str]) -> Stack:
+def stack_of(versions: Mapping[str, str]) -> Stack:
+    """The versions of a row; libraries that it does not name had no part in it."""
     known = versions or _UNRECORDED
-    parsed = {name: parse_version(f"versions.{name}", known[name]) for name in ("torch", "transformers", "peft", "bitsandbytes", "trl")}
-    return Stack(**parsed)
+    libraries = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+    return Stack(**{name: parse_version(f"versions.{name}", known[name]) for name in libraries if name in known})
 
 
 def _fms_run(row: Row) -> Run:
@@ -197,7 +199,7 @@ def _fms_run(row: Row) -> Run:
     Source: foundation-model-stack/fms-acceleration, scripts/benchmarks/defaults.yaml, scenarios.yaml and sample-configurations.
     """
     fields = row.fields
-    stack = _stack(row.versions)
+    stack = stack_of(row.versions)
     dtype = parse_dtype(fields["weight_dtype"])
     is_baseline = "baseline-peft-bnb" in fields["at"]
     recipe = Recipe(

@@ -93,7 +93,8 @@ RULES: tuple[Rule, ...] = (
         name="4-bit weights are loaded in the order of their names, into segments asked for one by one, until 4.49",
         origin=Origin.SOURCE,
         source="transformers 4.48.1: modeling_utils.py, load_state_dict (safe_load_file) and _load_state_dict_into_meta_model; "
-        "safetensors 0.4.5, 0.5.2: torch.py, load_file answers sorted names (tried); transformers 4.50.3: caching_allocator_warmup, absent from 4.49.0",
+        "safetensors 0.4.5, 0.5.2: torch.py, load_file answers sorted names (tried); transformers 4.50.3: caching_allocator_warmup, absent "
+        "from 4.49.0",
         agreeing=("fms-accel-0057", "fms-accel-0069", "fms-accel-0071", "fms-accel-0079"),
     ),
     Rule(
@@ -111,8 +112,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="vocabulary of Mistral 32,001 and of santacoder 49,158",
         origin=Origin.INPUT,
-        source="tokenizer and one padding token: 32,000 + 1; 49,152 + <|endoftext|> and four <fim-…> tokens + 1. That the five are not among "
-        "the 49,152 is what resting memory says: 20 kB of 6.8 GB are at stake",
+        source="tokenizer and one padding token: 32,000 + 1; 49,152 + <|endoftext|> and four <fim-…> tokens + 1. That the five are not "
+        "among the 49,152 is what resting memory says: 20 kB of 6.8 GB are at stake",
         agreeing=("fms-accel-0001", "fms-accel-0033"),
     ),
     Rule(
