@@ -262,8 +262,8 @@ def _no_interval(a: Answered) -> Iterable[str]:
         margin = margin_without_interval()
         yield (
             f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "
-            f"constant, too few for an interval: 'fits' asks for {margin.share:.1%} above the estimate instead, and what fits with less is "
-            f"'tight'. {margin.basis}."
+            f"constant, too few for an interval: 'fits' asks for {100 * margin.share:.1f} % above the estimate, and what fits with less "
+            f"is 'tight'. {margin.basis}."
         )
 
 

@@ -43,8 +43,9 @@ class ResidualClass:
         for library, (oldest, newest) in self.versions.items():
             asked: Version = getattr(stack, library)
             if not oldest <= asked[:2] <= newest:
-                outside.append(f"{library} {_shown(oldest)} to {_shown(newest)}, not {_shown(asked[:2])}")
-        return "; ".join(outside) or None
+                measured = _shown(oldest) if oldest == newest else f"{_shown(oldest)} to {_shown(newest)}"
+                outside.append(f"{library} {measured}, not {_shown(asked[:2])}")
+        return " and ".join(outside) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,8 @@ class Margin:
     def basis(self) -> str:
         """For people."""
         return (
-            f"{self.coverage:.0%} of what nvidia-smi showed in other kinds of run lay less than {self.share:.1%} above the estimate "
-            f"({self.num_rows} {self.evidence})"
+            f"In {100 * self.coverage:.0f} % of the published runs, of whatever kind, nvidia-smi showed no more than that: {self.num_rows} "
+            f"{self.evidence}"
         )
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app import examples
 from app.catalogue import list_models
 from app.service import answer
+from estimator.correction import margin_without_interval
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -341,3 +342,24 @@ def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
     request = {"model": "meta-llama/Llama-3.2-1B", "training": {"max_length": 64}}
     assert "transformers 4.57" in warning(answer({**request, "stack": {"transformers": "4.57"}}), "model_loaded_in_float32")
     assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))
+
+
+def test_an_interval_of_versions_never_measured_is_called_that() -> None:
+    today = answer(examples.QLORA)
+    assert "transformers 4.39 to 4.48, not 5." in warning(today, "other_stack")
+    assert "transformers 4.39 to 4.48, not 5." in today["peak"]["interval"]["basis"]
+
+
+def test_an_interval_of_versions_that_were_measured_needs_no_word() -> None:
+    stack = {"torch": "2.5.1", "transformers": "4.48.1", "peft": "0.13.2", "bitsandbytes": "0.43.3", "trl": "0.13.0"}
+    then = answer({**examples.QLORA, "stack": stack})
+    assert then["peak"]["interval"] is not None
+    assert "other_stack" not in codes(then)
+
+
+def test_without_an_interval_the_answer_says_what_fits_asks_for_and_why() -> None:
+    unmeasured = {**examples.QLORA["training"], "gradient_checkpointing": False}
+    message = warning(answer({**examples.QLORA, "training": unmeasured}), "interval_unavailable")
+    margin = margin_without_interval()
+    assert f"{100 * margin.share:.1f} % above the estimate" in message
+    assert f"{margin.num_rows} rows of fms-accel" in message

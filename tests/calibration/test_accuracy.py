@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 
-from calibration.accuracy import Comparison, Pair, compare, residual_classes
+from calibration.accuracy import Comparison, Pair, compare, margin, residual_classes
 from calibration.published import CONSTANTS, Run, rows, translate
-from estimator.correction import shipped
+from estimator.correction import carried, margin_without_interval, shipped
 
 RUNS = {one.row.id: one for one in map(translate, rows()) if isinstance(one, Run)}
 
@@ -54,6 +54,31 @@ def test_shipped_residuals_are_those_of_the_present_estimator() -> None:
         kept = shipped()[name]
         assert sorted(kept.allocated) == pytest.approx(sorted(row["residual"] for row in entry["allocated"]), abs=1e-5)
         assert sorted(kept.device) == pytest.approx(sorted(row["residual"] for row in entry["device"]), abs=1e-5)
+
+
+def test_the_shipped_margin_is_that_of_the_present_estimator() -> None:
+    present = margin([_compared(name) for name in sorted(RUNS)])
+    shipped_margin = margin_without_interval()
+    assert shipped_margin.share == pytest.approx(present["share"], abs=1e-3)
+    assert (shipped_margin.num_rows, shipped_margin.coverage) == (present["num_rows"], present["coverage"])
+
+
+def test_nine_in_ten_device_figures_lie_below_the_estimate_and_the_margin() -> None:
+    judging = [found for found in map(_compared, sorted(RUNS)) if found.judges("device")]
+    share = margin_without_interval().share
+    below = [found.figures["device"].measured <= found.figures["device"].predicted * (1 + share + 1e-4) for found in judging]
+    assert sum(below) >= 0.9 * len(judging)
+
+
+def test_how_intervals_carry_over_to_another_version_is_told_in_rows() -> None:
+    inside, judged = residual_classes([_compared(name) for name in sorted(RUNS)])["carried"]["allocated"]
+    assert f"{inside} of {judged} allocated" in carried()
+
+
+def test_a_class_knows_the_versions_it_was_measured_with() -> None:
+    for name, one in shipped().items():
+        assert one.versions["transformers"] == ((4, 39), (4, 48))
+        assert ("bitsandbytes" in one.versions) == name.startswith("QLoRA")
 
 
 def test_every_published_row_belongs_to_the_class_of_its_method() -> None:
