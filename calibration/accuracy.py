@@ -19,6 +19,8 @@ from estimator import correction
 from estimator.device import context_bytes, library_bytes
 from estimator.engine import estimate
 from estimator.errors import VramplanError
+from estimator.estimate import Estimate
+from estimator.phases import Phase
 
 # Figures that have intervals.
 _JUDGED = ("allocated", "device")
@@ -79,12 +81,20 @@ def compare(run: Run) -> Comparison:
     row = run.row
     if row.resting_bytes is not None and estimated.steady_state_bytes is not None:
         figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes)
-    if row.allocated_bytes is not None and estimated.steady_state_bytes is not None:
-        figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=estimated.peak.allocated_bytes)
+    if row.allocated_bytes is not None and (estimated.steady_state_bytes is not None or run.recipe.inference is not None):
+        figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=_peak(run, estimated))
     if row.device_bytes is not None and estimated.device_bytes is not None:
         figures["device"] = Pair(measured=row.device_bytes, predicted=estimated.device_bytes)
     residual_class = correction.class_of(run.recipe, estimated.kernels)
     return Comparison(run=run, figures=MappingProxyType(figures), residual_class=residual_class)
+
+
+def _peak(run: Run, estimated: Estimate) -> int:
+    """The largest allocation of what a row measured: the whole run, or its prompt alone [bytes]."""
+    if run.method != Phase.PREFILL.value:
+        return estimated.peak.allocated_bytes
+    (prefill,) = (phase.allocated_bytes for phase in estimated.phases if phase.phase is Phase.PREFILL)
+    return prefill
 
 
 def compare_all(published: Iterable[Row] | None = None) -> tuple[tuple[Comparison, ...], tuple[NotModelled, ...]]:
@@ -131,10 +141,8 @@ def _print_summary(compared: Sequence[Comparison]) -> None:
     for group, members in [*sorted(groups.items()), ("all", list(compared))]:
         resting = [m.figures["resting"].error for m in members if "resting" in m.figures]
         peaks = [m.figures["allocated"].error for m in members]
-        worst_resting = f"{max(resting, key=abs):+.3%}" if resting else "-"
-        print(
-            f"{group:<52} {len(members):4}   {worst_resting:>13}   {statistics.median(map(abs, peaks)):>16.3%}  {max(peaks, key=abs):+.3%}"
-        )
+        median = statistics.median(map(abs, peaks))
+        print(f"{group:<52} {len(members):4}   {_worst(resting):>13}   {median:>16.3%}  {_worst(peaks)}")
 
 
 def _print_left_out(left_out: Sequence[NotModelled]) -> None:
@@ -203,11 +211,14 @@ def _print_by_group(compared: Sequence[Comparison]) -> None:
     named = sorted({(dimension, group) for found in compared for dimension, group in found.groups.items()})
     for dimension, group in named:
         members = [found for found in compared if found.groups.get(dimension) == group]
-        resting = max((found.figures["resting"].error for found in members if "resting" in found.figures), key=abs, default=math.nan)
+        resting = _worst([found.figures["resting"].error for found in members if "resting" in found.figures])
         peaks = [found.figures["allocated"].error for found in members if found.judges("allocated")]
-        median = statistics.median(map(abs, peaks)) if peaks else math.nan
-        worst = max(peaks, key=abs, default=math.nan)
-        print(f"  {f'{dimension} {group}':<44} {len(members):4}  {resting:>+13.3%}  {median:>16.3%}  {worst:>+7.3%}")
+        median = f"{statistics.median(map(abs, peaks)):.3%}" if peaks else "-"
+        print(f"  {f'{dimension} {group}':<44} {len(members):4}  {resting:>13}  {median:>16}  {_worst(peaks):>7}")
+
+
+def _worst(errors: Sequence[float]) -> str:
+    return f"{max(errors, key=abs):+.3%}" if errors else "-"
 
 
 def _print_coverages(compared: Sequence[Comparison]) -> None:

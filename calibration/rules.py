@@ -110,6 +110,19 @@ RULES: tuple[Rule, ...] = (
         agreeing=("fms-accel-0033", "fms-accel-0035"),
     ),
     Rule(
+        name="keys and values of the tokens before stay until those with the new token are complete, until 4.41",
+        origin=Origin.SOURCE,
+        source="transformers 4.35.2: models/llama/modeling_llama.py, LlamaAttention.forward (torch.cat of past_key_value, which the caller "
+        "holds); 4.42.4: generation/utils.py says of such models that they copy the cache, using much more memory",
+        agreeing=("optimum-bench-llama-0006", "optimum-bench-llama-0008", "optimum-bench-llama-0076"),
+    ),
+    Rule(
+        name="Llama's logits of the whole prompt until 4.44, in float32 until 4.45",
+        origin=Origin.SOURCE,
+        source="transformers 4.35.2: models/llama/modeling_llama.py, LlamaForCausalLM.forward (logits.float())",
+        agreeing=("optimum-bench-llama-0005", "optimum-bench-llama-0007"),
+    ),
+    Rule(
         name="vocabulary of Mistral 32,001 and of santacoder 49,158",
         origin=Origin.INPUT,
         source="tokenizer and one padding token: 32,000 + 1; 49,152 + <|endoftext|> and four <fim-…> tokens + 1. That the five are not "

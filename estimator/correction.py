@@ -96,7 +96,7 @@ def conformal_radius(residuals: Sequence[float], coverage: float = COVERAGE) -> 
 
 
 def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
-    """The class whose residuals speak for a recipe; None for inference, of which nothing was compared yet.
+    """The class whose residuals speak for a recipe; None for inference, of whose device memory nothing was compared yet.
 
     Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
     kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
