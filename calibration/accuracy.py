@@ -217,6 +217,16 @@ def _print_by_group(compared: Sequence[Comparison]) -> None:
         print(f"  {f'{dimension} {group}':<44} {len(members):4}  {resting:>13}  {median:>16}  {_worst(peaks):>7}")
 
 
+def _print_device(compared: Sequence[Comparison]) -> None:
+    judging = [found.figures["device"].error for found in compared if found.judges("device")]
+    bound = margin(compared)
+    print("\ndevice memory, rows that set no constant of it")
+    print(f"  {len(judging)} rows: median error {statistics.median(map(abs, judging)):.2%}, worst {_worst(judging)}")
+    print(
+        f"  margin without an interval: {bound['share']:.2%} above the estimate ({100 * bound['coverage']:.0f} % of those rows, one-sided)"
+    )
+
+
 def _worst(errors: Sequence[float]) -> str:
     return f"{max(errors, key=abs):+.3%}" if errors else "-"
 
@@ -321,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print_rows(compared)
     _print_summary(compared)
     _print_by_group(compared)
+    _print_device(compared)
     _print_refits(compared)
     _print_coverages(compared)
     _print_rules()

@@ -162,11 +162,16 @@ def _obstacle(row: Row) -> str | None:
     checks = (
         (row.is_bound, "the run failed: a bound, not a figure"),
         (fields.get("num_gpus", 1) != 1, "several GPUs: not modelled yet"),
-        (fields["phase"] != "train" and row.source != _GENERATION, f"phase {fields['phase']}: this benchmark is not translated"),
         (_is_foreign_quantization(fields.get("quantization")), f"quantization {fields.get('quantization')}: not bitsandbytes"),
         (fields.get("loss") == "third_party", "loss and layer kernels of a third party"),
         (fields.get("loss") == "liger", "together with third-party layer kernels"),
+        (fields["phase"] == "stage", "allocated between the stages of a notebook's own loop, not a peak"),
+        (fields["phase"] != "train" and row.source != _GENERATION, f"phase {fields['phase']} is not translated: {fields['why']}"),
         ("reserved_mean_bytes" in fields, "lengths of single batches are not published: compared as a bound, above"),
+        (
+            row.source == "peft-metamath" and fields["method"] not in ("full", "lora", "dora"),
+            f"adapters of {fields['method']} are not modelled",
+        ),
         (row.source not in ("fms-accel", _GENERATION), f"stack or step of {row.source} is not translated: {fields['why']}"),
         ("length" not in fields, f"token count of the largest batch is not known: {fields['why']}"),
     )
