@@ -32,7 +32,7 @@ class Card:
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
-        return device_high_bytes if device_high_bytes is not None else math.ceil(device_bytes * (1 + margin_without_interval().share))
+        return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + margin_without_interval().share))
 
     def verdict(self, device_bytes: int, device_high_bytes: int | None = None) -> str:
         """`fits`, `tight` or `does_not_fit`.

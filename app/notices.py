@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from app import left_out
 from app.answer import is_modelled
 from app.answered import Answered, Rule
+from app.training import positions
 from app.versions import shown
-from estimator.correction import MIN_RESIDUALS, class_of, margin_without_interval, shipped
+from estimator.correction import MIN_RESIDUALS, carried, class_of, margin_without_interval, other_stack
 from estimator.dtypes import DType
 from estimator.estimate import Notice
 from estimator.kernels import Kernel
@@ -267,22 +268,21 @@ def _beyond_positions(a: Answered) -> Iterable[str]:
 def _no_interval(a: Answered) -> Iterable[str]:
     runs = a.recipe.training is not None or a.recipe.inference is not None
     if runs and not a.has_interval and is_modelled(a.estimate):
-        kind, margin = class_of(a.recipe, a.estimate.kernels), margin_without_interval()
+        kind = class_of(a.recipe, a.estimate.kernels)
+        margin = margin_without_interval()
         yield (
             f"there are fewer than {MIN_RESIDUALS} published measurements of this kind of run ({kind or 'inference'}) that set no "
-            f"constant, too few for an interval: 'fits' asks for {margin.share:.1%} above the estimate instead, which nine in ten of "
-            f"{margin.num_residuals} measured runs of other kinds stay within, and what fits with less is 'tight'."
+            f"constant, too few for an interval: 'fits' asks for {100 * margin.share:.1f} % above the estimate, and what fits with less "
+            f"is 'tight'. {margin.basis}."
         )
 
 
-def _interval_of_other_versions(a: Answered) -> Iterable[str]:
-    kind = shipped().get(class_of(a.recipe, a.estimate.kernels) or "")
-    asked = a.recipe.stack.transformers[0]
-    if a.has_interval and kind is not None and asked not in kind.transformers:
-        seen = " and ".join(map(str, sorted(kind.transformers)))
+def _other_stack(a: Answered) -> Iterable[str]:
+    other = other_stack(a.recipe, a.estimate.kernels) if a.has_interval else None
+    if other is not None:
         yield (
-            f"the interval rests on runs under transformers {seen}, and this answer is for transformers {asked}: the same rules hold for "
-            "both, each with the formulas of its version, but no measured run of this version is among them."
+            f"the measurements behind the interval were made with {other}: known changes are in the estimate, but the interval's 90 % are "
+            f"not assured for these versions ({carried()})."
         )
 
 
@@ -374,5 +374,5 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_other_major, "other_transformers_major"),
     (_generation, "generation_left_out"),
     (_no_interval, "interval_unavailable"),
-    (_interval_of_other_versions, "interval_of_other_versions"),
+    (_other_stack, "other_stack"),
 )

@@ -1,73 +1,120 @@
-"""Published rows judged by what other rows taught: one model, one stack, one method or one source left out at a time.
+"""Errors on rows that had no say: leave one model, one stack, one method, one source out, refit on the rest, judge the group."""
 
-A constant that rows set is set anew from the rest. Where none is, the estimate of a row does not depend on the others, and what is left to
-judge is the interval: its radius comes from the rest.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from calibration.accuracy import Comparison
-from calibration.published import Run
-from estimator.correction import COVERAGE, conformal_radius, residual
+from estimator.correction import COVERAGE, conformal_radius
+
+Groups = Mapping[str, str]
+"""Dimension (`model`, `transformers`, `bitsandbytes`, `method`, `source`) → the row's group of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """One group of rows against all others."""
+class IdleRow:
+    """A row from which the idle share of cached segments can be had, and which it can predict [bytes]."""
 
-    axis: str
+    groups: Groups
+    measured_peak: int
+    measured_resting: int
+    measured_device: int
+    predicted_peak: int
+    predicted_resting: int
+    outside_allocator: int
+    """Context and libraries."""
+
+    @property
+    def share(self) -> float:
+        """Idle bytes as a share of what comes and goes within a step."""
+        idle = self.measured_device - self.outside_allocator - self.measured_peak
+        return idle / (self.measured_peak - self.measured_resting)
+
+    def error(self, share: float) -> float:
+        """Of the device figure that a share gives: (predicted − measured) / measured."""
+        predicted = self.predicted_peak + share * (self.predicted_peak - self.predicted_resting) + self.outside_allocator
+        return (predicted - self.measured_device) / self.measured_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refit:
+    """A constant set without one group, and how it does there."""
+
+    dimension: str
     group: str
-    num_rows: int
-    worst: float
-    """The error of the group's rows that is largest, as (predicted − measured) / measured."""
-    radius: float | None
-    """Of an interval made from the other groups' rows; None where they are too few."""
-    num_inside: int | None
-    """How many of the group's rows that interval holds."""
+    constant: float | None
+    """None when nothing is left to set it by."""
+    errors: tuple[float, ...]
+    """Of the group's rows."""
 
 
-def axes_of(run: Run) -> Mapping[str, str]:
-    """What a row shares with others, by axis."""
-    stack = run.recipe.stack
-    versions = ".".join(map(str, stack.transformers[:2])), ".".join(map(str, stack.bitsandbytes[:2]))
-    return {
-        "model": run.model,
-        "stack": "transformers {}, bitsandbytes {}".format(*versions),
-        "method": run.method,
-        "source": run.row.source,
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tagged:
+    """A residual, ln(measured / predicted), with its class."""
+
+    groups: Groups
+    residual_class: str
+    residual: float
 
 
-def left_out(compared: Sequence[Comparison], figure: str) -> Iterator[LeftOut]:
-    """Every group of every axis, for rows that may judge the figure.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Intervals made without one group, and how many of its rows lie inside."""
 
-    Args:
-        compared: all rows.
-        figure: `resting`, `allocated` or `device`.
-    """
-    judging = [found for found in compared if found.judges(figure)]
-    for axis in ("model", "stack", "method", "source"):
-        for group in sorted({axes_of(found.run)[axis] for found in judging}):
-            members = [found.figures[figure] for found in judging if axes_of(found.run)[axis] == group]
-            others = [found.figures[figure] for found in judging if axes_of(found.run)[axis] != group]
-            radius = conformal_radius([residual(pair.measured, pair.predicted) for pair in others], COVERAGE)
-            inside = None if radius is None else sum(abs(residual(pair.measured, pair.predicted)) <= radius for pair in members)
-            yield LeftOut(
-                axis=axis,
-                group=group,
-                num_rows=len(members),
-                worst=max((pair.error for pair in members), key=abs),
-                radius=radius,
-                num_inside=inside,
+    dimension: str
+    group: str
+    inside: int
+    outside: int
+    without_interval: int
+    """Rows whose class keeps too few residuals."""
+
+    @property
+    def share(self) -> float | None:
+        judged = self.inside + self.outside
+        return self.inside / judged if judged else None
+
+
+Member = TypeVar("Member", IdleRow, Tagged)
+
+
+def split(rows: Sequence[Member]) -> Iterator[tuple[str, str, list[Member], list[Member]]]:
+    """Every group of every dimension: dimension, group, its rows, all others. Rows without a dimension stay among the others."""
+    dimensions = dict.fromkeys(dimension for row in rows for dimension in row.groups)
+    for dimension in dimensions:
+        for group in sorted({row.groups[dimension] for row in rows if dimension in row.groups}):
+            inside = [row for row in rows if row.groups.get(dimension) == group]
+            yield dimension, group, inside, [row for row in rows if row.groups.get(dimension) != group]
+
+
+def refits(rows: Sequence[IdleRow], fit: Callable[[Sequence[float]], float] = statistics.median) -> list[Refit]:
+    """The idle share set on all rows but a group's, group by group."""
+    found = []
+    for dimension, group, inside, rest in split(rows):
+        share = fit([row.share for row in rest]) if rest else None
+        errors = tuple(row.error(share) for row in inside) if share is not None else ()
+        found.append(Refit(dimension=dimension, group=group, constant=share, errors=errors))
+    return found
+
+
+def coverages(residuals: Sequence[Tagged], coverage: float = COVERAGE) -> list[Coverage]:
+    """Coverage that intervals reach on a group when their radii come from the other rows of the same class."""
+    found = []
+    for dimension, group, inside, rest in split(residuals):
+        radii = [conformal_radius([r.residual for r in rest if r.residual_class == one.residual_class], coverage) for one in inside]
+        hits = [abs(one.residual) <= radius for one, radius in zip(inside, radii, strict=True) if radius is not None]
+        found.append(
+            Coverage(
+                dimension=dimension, group=group, inside=sum(hits), outside=len(hits) - sum(hits), without_interval=len(inside) - len(hits)
             )
+        )
+    return found
 
 
-def told(found: LeftOut) -> str:
-    """A line of the table."""
-    interval = (
-        "too few others for an interval"
-        if found.radius is None
-        else f"±{found.radius:.2%} from the others holds {found.num_inside} of {found.num_rows}"
-    )
-    return f"{found.axis:<8} {found.group:<40} {found.num_rows:4} rows   worst {found.worst:+8.2%}   {interval}"
+def one_sided(residuals: Sequence[float], coverage: float = COVERAGE) -> float | None:
+    """The bound below which the next residual lies with probability `coverage`: the ⌈coverage · (n + 1)⌉-th smallest, if there is one.
+
+    Source: as `conformal_radius`, with the signed residual as its score.
+    """
+    rank = math.ceil(coverage * (len(residuals) + 1))
+    return sorted(residuals)[rank - 1] if rank <= len(residuals) else None

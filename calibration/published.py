@@ -13,10 +13,13 @@ from typing import Any, TypeAlias
 
 from estimator.dtypes import DType, parse_dtype
 from estimator.gpus import Gpu, find_gpu
-from estimator.recipe import Adapter, Attention, Loss, Quantization, QuantizationKind, Recipe, Trainer, Training
+from estimator.recipe import Adapter, Attention, Inference, Loss, Quantization, QuantizationKind, Recipe, Trainer, Training
 from estimator.stack import Stack, parse_version
 
 _DIRECTORY = Path(__file__).with_name("measurements") / "published"
+
+# The benchmark whose runs of `generate` are translated.
+_GENERATION = "optimum-bench-llama"
 
 # Ids of a batch that stay alive after the last step: token ids, labels and mask, each int64.
 BATCH_BYTES_PER_TOKEN = 24
@@ -184,7 +187,7 @@ def translate(row: Row) -> Translation:
     reason = _obstacle(row)
     if reason is not None:
         return NotModelled(row=row, reason=reason)
-    return _fms_run(row)
+    return _generation_run(row) if row.source == _GENERATION else _fms_run(row)
 
 
 def _obstacle(row: Row) -> str | None:
@@ -193,11 +196,17 @@ def _obstacle(row: Row) -> str | None:
     checks = (
         (row.is_bound, "the run failed: a bound, not a figure"),
         (fields.get("num_gpus", 1) != 1, "several GPUs: not modelled yet"),
-        (fields["phase"] != "train", f"phase {fields['phase']}: inference runs of others are not translated yet"),
         (_is_foreign_quantization(fields.get("quantization")), f"quantization {fields.get('quantization')}: not bitsandbytes"),
         (fields.get("loss") == "third_party", "loss and layer kernels of a third party"),
         (fields.get("loss") == "liger", "together with third-party layer kernels"),
-        (row.source != "fms-accel", f"stack or step of {row.source} is not translated: {fields['why']}"),
+        (fields["phase"] == "stage", "allocated between the stages of a notebook's own loop, not a peak"),
+        (fields["phase"] != "train" and row.source != _GENERATION, f"phase {fields['phase']} is not translated: {fields['why']}"),
+        ("reserved_mean_bytes" in fields, "lengths of single batches are not published: compared as a bound, above"),
+        (
+            row.source == "peft-metamath" and fields["method"] not in ("full", "lora", "dora"),
+            f"adapters of {fields['method']} are not modelled",
+        ),
+        (row.source not in ("fms-accel", _GENERATION), f"stack or step of {row.source} is not translated: {fields['why']}"),
         ("length" not in fields, f"token count of the largest batch is not known: {fields['why']}"),
     )
     return next((reason for holds, reason in checks if holds), None)
@@ -207,22 +216,23 @@ def _is_foreign_quantization(quantization: str | None) -> bool:
     return quantization is not None and not quantization.startswith("bnb-")
 
 
-# The script adds a padding token and resizes the embeddings to the tokenizer's length, whatever the checkpoint's: 32,000 + 1 for Mistral,
-# 49,157 + 1 for santacoder, whose checkpoint is padded to 49,280. Resting memory confirms both to 2 kB.
+# The script adds a padding token and resizes the embeddings to the tokenizer's length, whatever the checkpoint's: 32,000 + 1 for Mistral;
+# for santacoder 49,152 byte pairs, <|endoftext|>, <fim-prefix>, <fim-middle>, <fim-suffix>, <fim-pad> and one more, where the checkpoint is
+# padded to 49,280.
 _RESIZED_VOCABULARY = {"mistralai/Mistral-7B-v0.1": 32_001, "bigcode/gpt_bigcode-santacoder": 49_158}
 
-# Rows of 4.39.3 have them, those of 4.43.3 have not.
-# Source: transformers 4.39.3, models/mistral/modeling_mistral.py, MistralRotaryEmbedding.
-_WITHOUT_ROTARY_CACHES = (4, 43)
+# Source: transformers 4.41.2 (has them) and 4.42.4 (has not), models/mistral/modeling_mistral.py, MistralRotaryEmbedding.
+_WITHOUT_ROTARY_CACHES = (4, 42)
 
 # Versions of the rows of June 2024, published without any: those of the project's next record, a month later.
 _UNRECORDED = {"torch": "2.2.2", "transformers": "4.39.3", "peft": "0.11.1", "bitsandbytes": "0.43.1", "trl": "0.9.6"}
 
 
-def _stack(versions: Mapping[str, str]) -> Stack:
+def stack_of(versions: Mapping[str, str]) -> Stack:
+    """The versions of a row; libraries that it does not name had no part in it."""
     known = versions or _UNRECORDED
-    parsed = {name: parse_version(f"versions.{name}", known[name]) for name in ("torch", "transformers", "peft", "bitsandbytes", "trl")}
-    return Stack(**parsed)
+    libraries = ("torch", "transformers", "peft", "bitsandbytes", "trl")
+    return Stack(**{name: parse_version(f"versions.{name}", known[name]) for name in libraries if name in known})
 
 
 def _fms_run(row: Row) -> Run:
@@ -231,7 +241,7 @@ def _fms_run(row: Row) -> Run:
     Source: foundation-model-stack/fms-acceleration, scripts/benchmarks/defaults.yaml, scenarios.yaml and sample-configurations.
     """
     fields = row.fields
-    stack = _stack(row.versions)
+    stack = stack_of(row.versions)
     dtype = parse_dtype(fields["weight_dtype"])
     is_baseline = "baseline-peft-bnb" in fields["at"]
     recipe = Recipe(
@@ -266,6 +276,45 @@ def _fms_run(row: Row) -> Run:
         recipe=recipe,
         gpu=find_gpu("a100-80"),
         group=f"{fields['model'].rpartition('/')[2]} {fields['method']} {kind} {transformers}",
+    )
+
+
+# The weights are the same as in the repositories that the catalogue has.
+_MIRRORED = {"NousResearch/Llama-2-7b-hf": "meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-13b-hf": "meta-llama/Llama-2-13b-hf"}
+
+_ATTENTIONS = {
+    "eager": Attention.EAGER,
+    "sdpa(BetterTransformer)": Attention.SDPA,
+    "flash_attention_2": Attention.FLASH_ATTENTION_2,
+}
+
+
+def _generation_run(row: Row) -> Run:
+    """A forward pass over a prompt, or the generation of 512 tokens after it: equal lengths, no padding, greedy.
+
+    Source: huggingface/optimum-benchmark, examples/running-llamas/configs; transformers 4.35.2, models/llama/modeling_llama.py,
+    LlamaRotaryEmbedding (cos and sin of all positions in every layer).
+    """
+    fields = row.fields
+    stack = stack_of(row.versions)
+    attention = _ATTENTIONS[fields["attention"]]
+    recipe = Recipe(
+        dtype=parse_dtype(fields["weight_dtype"]),
+        attention=attention,
+        inference=Inference(batch_size=fields["batch"], prompt_length=fields["prompt"], max_new_tokens=max(1, fields["generated"])),
+        compute_capability=(8, 0),
+        stack=stack,
+    )
+    model = _MIRRORED[fields["model"]]
+    return Run(
+        row=row,
+        model=model,
+        config=None,
+        vocab_size=None,
+        has_rotary_caches=True,
+        recipe=recipe,
+        gpu=find_gpu("a100-80"),
+        group=f"{model.rpartition('/')[2]} {fields['method']} {attention.value} {'.'.join(map(str, stack.transformers))}",
     )
 
 

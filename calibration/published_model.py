@@ -38,7 +38,8 @@ def with_vocabulary(inventory: Inventory, size: int) -> Inventory:
 def with_rotary_caches(inventory: Inventory, dtype: DType) -> Inventory:
     """The same model with cos and sin of all positions as buffers of every layer's attention, in the type of the load.
 
-    Source: transformers 4.39.3, models/mistral/modeling_mistral.py, MistralRotaryEmbedding._set_cos_sin_cache.
+    Source: transformers 4.39.3, models/mistral/modeling_mistral.py, MistralRotaryEmbedding._set_cos_sin_cache; 4.35.2,
+    models/llama/modeling_llama.py, LlamaRotaryEmbedding._set_cos_sin_cache.
     """
     config = inventory.config
     head_dim = config.get("head_dim") or int(str(config["hidden_size"])) // int(str(config["num_attention_heads"]))
@@ -52,7 +53,7 @@ def with_rotary_caches(inventory: Inventory, dtype: DType) -> Inventory:
             dtype=dtype,
             role=TensorRole.NONPERSISTENT_BUFFER,
             module_kind=ModuleKind.OTHER,
-            module_class="MistralRotaryEmbedding",
+            module_class="RotaryEmbedding",
         )
 
     return replace(

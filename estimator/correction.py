@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any
 from estimator.estimate import Interval
 from estimator.kernels import Kernel
 from estimator.recipe import Recipe
+from estimator.stack import Stack, Version
 
 _RESIDUALS = Path(__file__).with_name("data") / "residuals.json"
 
@@ -33,18 +34,41 @@ class ResidualClass:
     device: tuple[float, ...]
     evidence: str
     """Where the measurements come from, for people."""
-    transformers: frozenset[int] = frozenset()
-    """Major versions that they were made with."""
+    versions: Mapping[str, tuple[Version, Version]] = field(default_factory=dict)
+    """Oldest and newest major and minor version measured, by library."""
+
+    def other_versions(self, stack: Stack) -> str | None:
+        """What of a stack lies outside the versions measured, for people; None where nothing does."""
+        outside = []
+        for library, (oldest, newest) in self.versions.items():
+            asked: Version = getattr(stack, library)
+            if not oldest <= asked[:2] <= newest:
+                measured = _shown(oldest) if oldest == newest else f"{_shown(oldest)} to {_shown(newest)}"
+                outside.append(f"{library} {measured}, not {_shown(asked[:2])}")
+        return " and ".join(outside) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Margin:
-    """What a run without an interval must leave free: the upper end of a one-sided interval over all kinds of runs."""
+    """What "fits" asks for above an estimate that has no interval."""
 
     share: float
     """Of the estimate."""
-    num_residuals: int
+    coverage: float
+    num_rows: int
     evidence: str
+
+    @property
+    def basis(self) -> str:
+        """For people."""
+        return (
+            f"In {100 * self.coverage:.0f} % of the published runs, of whatever kind, nvidia-smi showed no more than that: {self.num_rows} "
+            f"{self.evidence}"
+        )
+
+
+def _shown(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def residual(measured_bytes: int, predicted_bytes: int) -> float:
@@ -88,10 +112,16 @@ def conformal_excess(residuals: Sequence[float], coverage: float = COVERAGE) -> 
 
 
 def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
-    """The class whose residuals speak for a recipe; None for inference, of which nothing was compared yet.
+    """The class whose residuals speak for a recipe; None for inference, of whose device memory nothing was compared yet.
 
     Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
     kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
+
+    Library versions are not part of it. They do change the formulas (bytes per logit, keys and values repeated or not), minor by minor,
+    and every such change is a rule of `stack` with its source; a residual is what is left after the rules of its own version. With versions
+    in the name, a class would hold the rows of one minor at most, and no recipe of today would ever have an interval. That residuals carry
+    over to a version never measured is a conjecture, though, which no quantile covers: so a class knows its versions, and an interval of
+    another one says so in its basis, and a warning beside it (`other_stack`).
 
     Args:
         recipe: of the run.
@@ -152,6 +182,8 @@ def interval(
     device = _radius(known.device, (other.device for other in of.values()), coverage)
     if allocated is None or device is None:
         return None
+    other = known.other_versions(recipe.stack)
+    caveat = f"; measured with {other}: {carried()}" if other is not None else ""
     low, high = _around(allocated_bytes, allocated)
     device_low, device_high = _around(device_bytes, device)
     return Interval(
@@ -160,8 +192,7 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}', and no narrower than all "
-        f"classes together: {known.evidence}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}{caveat}",
     )
 
 
@@ -179,16 +210,17 @@ def _around(num_bytes: int, radius: float) -> tuple[int, int]:
     return math.floor(num_bytes * math.exp(-radius)), math.ceil(num_bytes * math.exp(radius))
 
 
-@cache
-def _shipped() -> Mapping[str, Any]:
-    """What `python -m calibration.accuracy --write-intervals` wrote."""
-    data: dict[str, Any] = json.loads(_RESIDUALS.read_text(encoding="utf-8"))
-    return MappingProxyType(data)
+def other_stack(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
+    """What of a recipe's versions lies outside those that its class was measured with, for people; None without such a class."""
+    known = shipped().get(class_of(recipe, kernels) or "")
+    return known.other_versions(recipe.stack) if known is not None else None
 
 
 @cache
 def shipped() -> Mapping[str, ResidualClass]:
-    """Residuals by class."""
+    """Residuals that `python -m calibration.accuracy --write-intervals` wrote; empty before the first time."""
+    if not _RESIDUALS.exists():
+        return MappingProxyType({})
     return MappingProxyType(
         {
             name: ResidualClass(
@@ -196,22 +228,27 @@ def shipped() -> Mapping[str, ResidualClass]:
                 allocated=tuple(row["residual"] for row in entry["allocated"]),
                 device=tuple(row["residual"] for row in entry["device"]),
                 evidence=entry["evidence"],
-                transformers=frozenset(entry["transformers"]),
+                versions=MappingProxyType({library: (tuple(old), tuple(new)) for library, (old, new) in entry["versions"].items()}),
             )
-            for name, entry in _shipped()["classes"].items()
+            for name, entry in _written()["classes"].items()
         }
     )
 
 
 @cache
+def carried() -> str:
+    """How intervals did on versions of transformers that had no say in them, for people."""
+    figures = (f"{inside} of {judged} {figure}" for figure, (inside, judged) in _written()["carried"].items())
+    return f"intervals made without a version of transformers held {' and '.join(figures)} figures of it"
+
+
+@cache
 def margin_without_interval() -> Margin:
-    """From the device residuals of every class: none speaks for a run that has no class, and together they are all there is."""
-    entries = _shipped()["classes"].values()
-    residuals = [row["residual"] for entry in entries for row in entry["device"]]
-    excess = conformal_excess(residuals)
-    assert excess is not None, "the shipped residuals are enough"
-    return Margin(
-        share=max(0.0, math.exp(excess) - 1),
-        num_residuals=len(residuals),
-        evidence="; ".join(sorted({entry["evidence"] for entry in entries})),
-    )
+    """The one-sided quantile over every published device figure that set no constant, written by the same command."""
+    return Margin(**_written()["margin"])
+
+
+@cache
+def _written() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(_RESIDUALS.read_text(encoding="utf-8"))
+    return data

@@ -48,8 +48,7 @@ def workspace_bytes(compute_capability: tuple[int, int]) -> int:
 def workspaces_bytes(compute_capability: tuple[int, int], *, training: bool) -> int:
     """All cuBLAS workspaces of a process: handles belong to host threads, and the backward pass runs in a thread of its own [bytes].
 
-    Source: torch, aten/src/ATen/cuda/CublasHandlePool.cpp, getCurrentCUDABlasHandle (handles are kept by thread); csrc/autograd/engine.cpp
-    (a thread for each device).
+    Source: torch, aten/src/ATen/cuda/CublasHandlePool.cpp, getCurrentCUDABlasHandle (a pool of handles per thread).
     """
     return workspace_bytes(compute_capability) * (2 if training else 1)
 

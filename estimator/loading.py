@@ -96,7 +96,7 @@ def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
         The sum over blocks [bytes]; 0 where the loading is not known.
 
     Source: transformers 4.48, modeling_utils.py, load_state_dict and _load_state_dict_into_meta_model; quantizers/quantizer_bnb_4bit.py,
-    create_quantized_param; safetensors, torch.py, load_file (`keys` in order).
+    create_quantized_param; safetensors 0.4.5 and 0.5.2, torch.py, load_file (answers sorted names).
     """
     quantization = recipe.quantization
     if quantization is None or not quantization.kind.is_4bit or not recipe.stack.loads_without_warmup:

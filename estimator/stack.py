@@ -281,14 +281,6 @@ class Stack:
         return self.transformers < (4, 50)
 
     @property
-    def mistral_expands_flash_heads(self) -> bool:
-        """Whether Mistral's flash attention repeats keys and values for all query heads before the kernel.
-
-        Source: transformers 4.47, models/mistral/modeling_mistral.py, MistralFlashAttention2.forward.
-        """
-        return self.transformers < (4, 48)
-
-    @property
     def sft_casts_trainable_to_bfloat16(self) -> bool:
         """Whether SFTTrainer casts every trainable parameter of a 4- or 8-bit model to bfloat16.
 

@@ -6,10 +6,11 @@ import pytest
 
 from app.card import HEADROOM_BYTES, Card, card_of
 from app.request import HardwareFields
-from estimator.correction import shipped
+from estimator.correction import margin_without_interval
 from estimator.errors import UnknownNameError
 from estimator.units import GIB
 
+MARGIN = margin_without_interval().share
 CARD = Card(id="x", name="x", capacity_bytes=10 * GIB + HEADROOM_BYTES)
 
 
@@ -21,6 +22,8 @@ CARD = Card(id="x", name="x", capacity_bytes=10 * GIB + HEADROOM_BYTES)
         (5.0, 10.1, "tight"),
         (10.0, 12.0, "tight"),
         (10.1, 12.0, "does_not_fit"),
+        (10.0 / (1.001 + MARGIN), None, "fits"),
+        (10.0 / (0.999 + MARGIN), None, "tight"),
     ],
 )
 def test_the_verdict_compares_the_upper_bound_with_what_is_usable(device_gib: float, high_gib: float, verdict: str) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app import examples
 from app.catalogue import list_models
 from app.service import answer
-from estimator.errors import RequestError
+from estimator.correction import margin_without_interval
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -343,43 +343,22 @@ def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
     assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "warned"),
-    [
-        ({"hardware": {"gpu": "h200"}}, True),
-        ({"hardware": {"gpu": "a100-80"}}, False),
-        ({"hardware": {"gpu": "h200"}, "attn_implementation": "flash_attention_2"}, False),
-        ({"hardware": {"gpu": "h200"}, "stack": {"torch": "2.8"}}, False),
-    ],
-)
-def test_cards_on_which_torch_prefers_cudnn_are_told_what_is_assumed(changes: dict[str, Any], warned: bool) -> None:
-    training = {"max_length": 64, "per_device_train_batch_size": 1, "bf16": True}
-    result = answer({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes})
-    assert ("cudnn_attention_assumed" in codes(result)) is warned
+def test_an_interval_of_versions_never_measured_is_called_that() -> None:
+    today = answer(examples.QLORA)
+    assert "transformers 4.39 to 4.48, not 5." in warning(today, "other_stack")
+    assert "transformers 4.39 to 4.48, not 5." in today["peak"]["interval"]["basis"]
 
 
-# -- what the allocator holds -----------------------------------------------------------------------------------------------------------
+def test_an_interval_of_versions_that_were_measured_needs_no_word() -> None:
+    stack = {"torch": "2.5.1", "transformers": "4.48.1", "peft": "0.13.2", "bitsandbytes": "0.43.3", "trl": "0.13.0"}
+    then = answer({**examples.QLORA, "stack": stack})
+    assert then["peak"]["interval"] is not None
+    assert "other_stack" not in codes(then)
 
 
-def _full(**changes: Any) -> dict[str, Any]:
-    training = {"per_device_train_batch_size": 4, "max_length": 1024, "optim": "adamw_torch", "bf16": True, "gradient_checkpointing": True}
-    return {"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "training": training, **changes}
-
-
-def test_allocator_settings_of_the_request_reach_the_replay() -> None:
-    plain, growing = (answer(_full(pytorch_cuda_alloc_conf=text))["peak"] for text in ("", "expandable_segments:True"))
-    assert growing["allocated_bytes"] == plain["allocated_bytes"] <= growing["reserved_bytes"] != plain["reserved_bytes"]
-
-
-def test_a_setting_that_pytorch_does_not_have_is_refused() -> None:
-    with pytest.raises(RequestError, match="max_split"):
-        answer(_full(pytorch_cuda_alloc_conf="max_split:1"))
-
-
-def test_what_fits_by_giving_the_cache_back_is_tight() -> None:
-    free = answer(_full(hardware={"gpu": "a100-80"}))["peak"]["device_bytes"]
-    # headroom is 256 MiB: 256 MiB less than the run would hold with room for it
-    small = answer(_full(hardware={"capacity_gib": free / 2**30}))
-    assert small["peak"]["device_bytes"] < free
-    assert small["fit"]["verdict"] == "tight"
-    assert "cache_given_back" in codes(small)
+def test_without_an_interval_the_answer_says_what_fits_asks_for_and_why() -> None:
+    unmeasured = {**examples.QLORA["training"], "gradient_checkpointing": False}
+    message = warning(answer({**examples.QLORA, "training": unmeasured}), "interval_unavailable")
+    margin = margin_without_interval()
+    assert f"{100 * margin.share:.1f} % above the estimate" in message
+    assert f"{margin.num_rows} rows of fms-accel" in message

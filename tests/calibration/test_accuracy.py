@@ -4,11 +4,12 @@ from functools import cache
 
 import pytest
 
-from calibration.accuracy import Comparison, Pair, compare, residual_classes
+from calibration.accuracy import Comparison, Pair, compare, margin, residual_classes
 from calibration.published import CONSTANTS, Run, rows, translate
-from estimator.correction import shipped
+from estimator.correction import carried, margin_without_interval, shipped
 
-RUNS = {one.row.id: one for one in map(translate, rows()) if isinstance(one, Run)}
+ALL = {one.row.id: one for one in map(translate, rows()) if isinstance(one, Run)}
+RUNS = {name: one for name, one in ALL.items() if one.recipe.training is not None}
 
 # Packed weights of 8 MiB in freed blocks of 9 MiB: the allocator counts what it does not split off.
 UNSPLIT = {"fms-accel-0069", "fms-accel-0071"}
@@ -16,10 +17,10 @@ UNSPLIT = {"fms-accel-0069", "fms-accel-0071"}
 
 @cache
 def _compared(name: str) -> Comparison:
-    return compare(RUNS[name])
+    return compare(ALL[name])
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_an_allocated_peak_is_within_3_percent(name: str) -> None:
     assert abs(_compared(name).figures["allocated"].error) <= 0.03
 
@@ -32,6 +33,22 @@ def test_resting_memory_is_within_1_percent(name: str) -> None:
 def test_half_of_the_allocated_peaks_are_within_a_tenth_of_a_percent() -> None:
     errors = sorted(abs(_compared(name).figures["allocated"].error) for name in RUNS)
     assert errors[len(errors) // 2] <= 0.001
+
+
+# What rounding leaves of unquantized weights is not counted: 1 MiB of each of 3 × 40 weights of 135 MiB of the 13B model.
+_UNSPLIT_13B_BYTES = 3 * 40 * 2**20
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(RUNS)))
+def test_generation_peaks_within_two_tenths_of_a_percent_of_what_was_measured(name: str) -> None:
+    unsplit = _UNSPLIT_13B_BYTES if "13b" in ALL[name].model else 0
+    pair = _compared(name).figures["allocated"]
+    assert pair.predicted + unsplit == pytest.approx(pair.measured, rel=2e-3)
+
+
+def test_the_prompt_alone_is_compared_with_its_own_phase() -> None:
+    prompt, whole = (_compared(f"optimum-bench-llama-{n}").figures["allocated"].predicted for n in ("0007", "0008"))
+    assert prompt < 0.5 * whole
 
 
 def test_an_error_is_negative_when_the_estimate_is_too_low() -> None:
@@ -54,6 +71,31 @@ def test_shipped_residuals_are_those_of_the_present_estimator() -> None:
         kept = shipped()[name]
         assert sorted(kept.allocated) == pytest.approx(sorted(row["residual"] for row in entry["allocated"]), abs=1e-5)
         assert sorted(kept.device) == pytest.approx(sorted(row["residual"] for row in entry["device"]), abs=1e-5)
+
+
+def test_the_shipped_margin_is_that_of_the_present_estimator() -> None:
+    present = margin([_compared(name) for name in sorted(RUNS)])
+    shipped_margin = margin_without_interval()
+    assert shipped_margin.share == pytest.approx(present["share"], abs=1e-3)
+    assert (shipped_margin.num_rows, shipped_margin.coverage) == (present["num_rows"], present["coverage"])
+
+
+def test_nine_in_ten_device_figures_lie_below_the_estimate_and_the_margin() -> None:
+    judging = [found for found in map(_compared, sorted(RUNS)) if found.judges("device")]
+    share = margin_without_interval().share
+    below = [found.figures["device"].measured <= found.figures["device"].predicted * (1 + share + 1e-4) for found in judging]
+    assert sum(below) >= 0.9 * len(judging)
+
+
+def test_how_intervals_carry_over_to_another_version_is_told_in_rows() -> None:
+    inside, judged = residual_classes([_compared(name) for name in sorted(RUNS)])["carried"]["allocated"]
+    assert f"{inside} of {judged} allocated" in carried()
+
+
+def test_a_class_knows_the_versions_it_was_measured_with() -> None:
+    for name, one in shipped().items():
+        assert one.versions["transformers"] == ((4, 39), (4, 48))
+        assert ("bitsandbytes" in one.versions) == name.startswith("QLoRA")
 
 
 def test_every_published_row_belongs_to_the_class_of_its_method() -> None:

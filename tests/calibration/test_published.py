@@ -12,6 +12,7 @@ from estimator.recipe import Attention, Loss, QuantizationKind, Trainer
 
 TRANSLATED = {row.id: translated for row in rows() for translated in [translate(row)]}
 RUNS = {name: one for name, one in TRANSLATED.items() if isinstance(one, Run)}
+TUNING = {name: one for name, one in RUNS.items() if one.row.source == "fms-accel"}
 
 
 def test_every_row_has_an_id_of_its_own() -> None:
@@ -47,8 +48,14 @@ def test_every_single_gpu_fms_row_of_grade_a_is_modelled_but_for_gptq_and_kernel
         and not str(row.fields.get("quantization")).startswith("gptq")
         and row.fields["loss"] == "stock"
     }
-    assert set(RUNS) == expected
-    assert Counter(run.method for run in RUNS.values()) == {"full": 12, "lora": 10, "qlora": 20}
+    assert set(TUNING) == expected
+    assert Counter(run.method for run in TUNING.values()) == {"full": 12, "lora": 10, "qlora": 20}
+
+
+def test_every_unquantized_run_of_the_generation_benchmark_is_modelled() -> None:
+    expected = {row.id for row in rows() if row.source == "optimum-bench-llama" and "quantization" not in row.fields}
+    assert set(RUNS) - set(TUNING) == expected
+    assert len(expected) == 78
 
 
 def test_constants_name_rows_that_exist() -> None:

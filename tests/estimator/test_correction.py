@@ -161,3 +161,31 @@ def test_a_class_without_residuals_has_no_interval() -> None:
 
 def test_a_residual_is_positive_when_more_was_measured_than_predicted() -> None:
     assert residual(110, 100) > 0 > residual(90, 100)
+
+
+def test_an_interval_of_other_versions_says_so_in_its_basis_and_one_of_those_measured_does_not() -> None:
+    (known,) = _classes(allocated=9, device=9).values()
+    measured = replace(known, versions={"transformers": ((4, 39), (4, 48))})
+    today = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes={known.name: measured})
+    then = replace(_recipe(), stack=Stack(transformers=(4, 44, 2)))
+    old = interval(recipe=then, kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes={known.name: measured})
+    assert today is not None
+    assert old is not None
+    assert "transformers 4.39 to 4.48, not 5.23" in today.basis
+    assert "not " not in old.basis.removeprefix(f"9 allocated and 9 device residuals of the class '{known.name}'")
+
+
+@pytest.mark.parametrize(
+    ("stack", "outside"),
+    [
+        (Stack(transformers=(4, 39, 0), bitsandbytes=(0, 43, 1)), None),
+        (Stack(transformers=(4, 48, 3), bitsandbytes=(0, 43, 3)), None),
+        (Stack(transformers=(4, 49, 0), bitsandbytes=(0, 43, 3)), "transformers 4.39 to 4.48, not 4.49"),
+        (Stack(transformers=(4, 38, 2), bitsandbytes=(0, 43, 3)), "transformers 4.39 to 4.48, not 4.38"),
+        (Stack(transformers=(4, 48, 0), bitsandbytes=(0, 45, 0)), "bitsandbytes 0.43, not 0.45"),
+    ],
+)
+def test_a_version_outside_the_measured_ones_is_named(stack: Stack, outside: str | None) -> None:
+    versions = {"transformers": ((4, 39), (4, 48)), "bitsandbytes": ((0, 43), (0, 43))}
+    known = ResidualClass(name="x", allocated=(), device=(), evidence="made up", versions=versions)
+    assert known.other_versions(stack) == outside
