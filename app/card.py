@@ -1,6 +1,5 @@
 """The card of a request: what it can hold, and what fits."""
 
-import math
 from dataclasses import dataclass
 
 from app.request import HardwareFields

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from app import left_out
 from app.answer import is_modelled
 from app.answered import Answered, Rule
-from app.training import positions
 from app.versions import shown
 from estimator.correction import MIN_RESIDUALS, carried, class_of, margin_without_interval, other_stack
 from estimator.dtypes import DType

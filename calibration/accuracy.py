@@ -17,7 +17,7 @@ from calibration.published_model import inventory_of
 from calibration.rules import all_rules, ranges
 from estimator import correction
 from estimator.device import context_bytes, library_bytes
-from estimator.engine import estimate
+from estimator.engine import Device, estimate
 from estimator.errors import VramplanError
 from estimator.estimate import Estimate
 from estimator.phases import Phase

@@ -30,50 +30,6 @@ CONSTANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType({"devi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """Something that the rows show and that was read in a library's code: no row set it."""
-
-    name: str
-    where: str
-    """Module of the estimator."""
-    source: str
-
-
-CONFIRMED: tuple[Rule, ...] = (
-    Rule(
-        name="two cuBLAS workspaces of 8.125 MiB",
-        where="estimator.device",
-        source="torch 2.2, aten/src/ATen/cuda/CublasHandlePool.cpp: one a handle, one handle a thread, and backward has its own thread",
-    ),
-    Rule(
-        name="remainders of blocks that loading leaves",
-        where="estimator.loading",
-        source="transformers 4.39-4.48, modeling_utils.py; bitsandbytes 0.43, nn/modules.py; torch, CUDACachingAllocator.cpp",
-    ),
-    Rule(
-        name="copies of the logits: 16-bit, float32, shifted",
-        where="estimator.stack",
-        source="transformers 4.48, loss/loss_utils.py, ForCausalLMLoss; before, modeling_mistral.py, MistralForCausalLM.forward",
-    ),
-    Rule(
-        name="float32 queries and keys into flash attention",
-        where="estimator.stack",
-        source="transformers 4.47, modeling_mistral.py, MistralFlashAttention2.forward",
-    ),
-    Rule(
-        name="cosines of all positions as buffers",
-        where="calibration.published_model",
-        source="transformers 4.39.3, modeling_mistral.py, MistralRotaryEmbedding",
-    ),
-    Rule(
-        name="embeddings resized to the tokenizer",
-        where="calibration.published",
-        source="fms-hf-tuning, sft_trainer.py: resize_token_embeddings after a padding token is added",
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One published measurement with its citation."""
 

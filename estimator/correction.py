@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -95,22 +95,6 @@ def conformal_radius(residuals: Sequence[float], coverage: float = COVERAGE) -> 
     return sorted(map(abs, residuals))[rank - 1]
 
 
-def conformal_excess(residuals: Sequence[float], coverage: float = COVERAGE) -> float | None:
-    """The value that ln(measured / predicted) of the next measurement stays below with probability `coverage`.
-
-    Args:
-        residuals: ln(measured / predicted) of measurements exchangeable with the next one.
-        coverage: between 0 and 1.
-
-    Returns:
-        The ⌈coverage · (n + 1)⌉-th smallest residual; None when there are too few for any finite value.
-
-    Source: as `conformal_radius`, one-sided.
-    """
-    rank = math.ceil(coverage * (len(residuals) + 1))
-    return sorted(residuals)[rank - 1] if rank <= len(residuals) else None
-
-
 def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     """The class whose residuals speak for a recipe; None for inference, of whose device memory nothing was compared yet.
 
@@ -192,7 +176,8 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}{caveat}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}', and no narrower than all "
+        f"classes together: {known.evidence}{caveat}",
     )
 
 

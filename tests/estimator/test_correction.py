@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_excess, conformal_radius, interval, residual, shipped
+from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_radius, interval, residual, shipped
 from estimator.dtypes import DType
 from estimator.engine import estimate
 from estimator.kernels import Kernel
@@ -48,12 +48,6 @@ def test_a_class_is_never_trusted_beyond_what_all_classes_show() -> None:
     alone = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1000, classes={own.name: tight})
     assert alone is not None
     assert alone.allocated_high_bytes == 1000
-
-
-def test_the_one_sided_quantile_is_an_order_statistic_too() -> None:
-    values = [0.01 * i for i in range(-9, 10)]
-    assert conformal_excess(values, 0.9) == pytest.approx(0.08)
-    assert conformal_excess(values[:8], 0.9) is None
 
 
 def test_nine_residuals_are_the_fewest_that_cover_90_percent() -> None:
