@@ -74,7 +74,20 @@ _LISTS: Mapping[str, frozenset[str]] = {
     "moe_intermediate_size": frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "hunyuan"}),
     "num_attention_heads": frozenset({"clap", "clap_audio_model", "glpn", "levit", "pvt", "pvt_v2", "segformer"}),
     "num_heads": frozenset(
-        "cvt dinat donut-swin florence2 florence_vision hiera maskformer maskformer-swin swin swin2sr swinv2 vision-encoder-decoder".split()
+        [
+            "cvt",
+            "dinat",
+            "donut-swin",
+            "florence2",
+            "florence_vision",
+            "hiera",
+            "maskformer",
+            "maskformer-swin",
+            "swin",
+            "swin2sr",
+            "swinv2",
+            "vision-encoder-decoder",
+        ]
     ),
     "num_kv_heads": frozenset({"openelm"}),
 }
