@@ -23,6 +23,8 @@ MAX_MODULES = 2**20
 MAX_ROPE_FACTOR = 10**6
 MAX_INTEGER = 2**53
 """Beyond this, JSON readers disagree about integers."""
+MAX_FLOAT = 3.4028234663852886e38
+"""The largest float32: what models compute with."""
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -73,9 +75,50 @@ _BOUNDS = (
     _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**15, exact=False),
     _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
     _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16, exact=False),
+    _bound(r".*chunk_size", -1, 2**24, exact=False),  # of audio samples in some
     _bound(r".*_position_embeddings|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31, exact=False),
     _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", -1, 2**20, exact=False),
 )
+
+# Sizes that are lists, one entry per layer or stage, and of which architectures; everywhere else they are one integer.
+# Source: the annotations of transformers 5.23's config classes; config.json of tencent/Hunyuan-A13B-Instruct and apple/OpenELM-3B.
+_LISTS: Mapping[str, frozenset[str]] = {
+    "embed_dim": frozenset({"cvt", "florence_vision"}),
+    "intermediate_size": frozenset({"gemma3n", "gemma3n_text"}),
+    "moe_intermediate_size": frozenset({"ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "hunyuan"}),
+    "num_attention_heads": frozenset({"clap", "clap_audio_model", "glpn", "levit", "pvt", "pvt_v2", "segformer"}),
+    "num_heads": frozenset(
+        [
+            "cvt",
+            "dinat",
+            "donut-swin",
+            "florence2",
+            "florence_vision",
+            "hiera",
+            "maskformer",
+            "maskformer-swin",
+            "swin",
+            "swin2sr",
+            "swinv2",
+            "vision-encoder-decoder",
+        ]
+    ),
+    "num_kv_heads": frozenset({"openelm"}),
+}
+# Sizes that have to be given as a number where they are given, and the architectures whose classes take a null all the same.
+# Source: the annotations of transformers 5.23's config classes.
+_NOT_NULL: Mapping[str, frozenset[str]] = {
+    "hidden_size": frozenset({"esmfold2"}),
+    "num_hidden_layers": frozenset({"dpt"}),
+    "num_attention_heads": frozenset({"dpt"}),
+    "vocab_size": frozenset({"esm", "rag", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer"}),
+    **dict.fromkeys(("n_embd", "n_embed", "n_layer", "n_head", "num_layers", "dim", "embed_dim", "max_position_embeddings"), frozenset()),
+}
+# Sizes written as one number per tower, and as a length in seconds times a rate, which leaves a float.
+# Source: transformers 5.23, LxmertConfig.num_hidden_layers; MusicFlamingoConfig.max_position_embeddings.
+_MAPPINGS: Mapping[str, frozenset[str]] = {"num_hidden_layers": frozenset({"lxmert"})}
+_FLOATS: Mapping[str, frozenset[str]] = {"max_position_embeddings": frozenset({"musicflamingo"})}
+_ROPE = ("rope_scaling", "rope_parameters")
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "n_embed")
@@ -99,7 +142,7 @@ def check(config: object) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
         raise _error("model_type", model_type, "the name of an architecture, for instance 'llama'")
-    wrong = [error for path, name, value in _fields(config, "") for error in _check_field(path, name, value)][:10]
+    wrong = [error for path, part, kind in _typed_parts(config) for error in _check_part(path, part, kind)][:10]
     if wrong:
         raise ConfigError(wrong[0].message, errors=[entry for error in wrong for entry in error.errors])
     _check_rope(config)
@@ -142,6 +185,8 @@ def _check_shape(config: Mapping[str, Any]) -> None:
         elif isinstance(value, float):
             if not math.isfinite(value) and not (value > 0 and path.endswith(_MAY_BE_INFINITE)):
                 raise _error(path, value, "a finite number")
+            if math.isfinite(value) and abs(value) > MAX_FLOAT:
+                raise _error(path, value, f"a number of magnitude at most {MAX_FLOAT:.3g}")
         elif isinstance(value, int):
             if abs(value) > MAX_INTEGER:
                 raise _error(path, value, f"an integer of magnitude at most {MAX_INTEGER}")
@@ -165,31 +210,88 @@ _NOT_SIZES = (
     "label2id",
     "task_specific_params",
     "auto_map",
-    "rope_scaling",
-    "rope_parameters",
+    *_ROPE,
 )
 # Mamba-2 configs are written with an upper limit of Infinity, which is no JSON; it has no bearing on shapes and is left out.
 _MAY_BE_INFINITE = "time_step_limit"
 
 
-def _fields(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, object]]:
-    for part_path, part in _parts(config, path):
-        for name, value in part.items():
-            yield f"{part_path}.{name}".removeprefix("."), name, value
+def _typed_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Every part with its architecture; a part that names none has that of the whole."""
+    whole = config["model_type"]
+    for path, part in _parts(config, ""):
+        own = part.get("model_type")
+        yield path, part, own if isinstance(own, str) else whole
 
 
-def _check_field(path: str, name: str, value: object) -> Iterator[ConfigError]:
+def _check_part(path: str, part: Mapping[str, Any], model_type: str) -> Iterator[ConfigError]:
+    for name, value in part.items():
+        where = f"{path}.{name}".removeprefix(".")
+        if name in _ROPE and isinstance(value, Mapping):
+            yield from _check_rope(where, value)
+        else:
+            yield from _check_field(where, name, value, model_type)
+    yield from _check_heads(path, part)
+
+
+def _check_field(path: str, name: str, value: object, model_type: str) -> Iterator[ConfigError]:
     bound = next((b for b in _BOUNDS if b.names.fullmatch(name)), None)
     if bound is None:
         return
-    if (bound.single and isinstance(value, list)) or (bound.required and value is None):
-        yield _error(path, value, f"an integer from {bound.low} to {bound.high}")
+    accepted = f"an integer from {bound.low} to {bound.high}"
+    is_null_refused = name in _NOT_NULL and model_type not in _NOT_NULL[name]
+    if (value is None and is_null_refused) or (bound.exact and isinstance(value, list) and model_type not in _LISTS.get(name, ())):
+        yield _error(path, value, accepted)
         return
+    if isinstance(value, Mapping) and model_type in _MAPPINGS.get(name, ()):
+        value = list(value.values())
+    if isinstance(value, float) and value.is_integer() and model_type in _FLOATS.get(name, ()):
+        value = int(value)
     for number in _flat(value):
         is_integer = isinstance(number, int) and not isinstance(number, bool)
         if (isinstance(number, int) and is_integer and not bound.low <= number <= bound.high) or (bound.exact and not is_integer):
-            yield _error(path, number, f"an integer from {bound.low} to {bound.high}")
+            yield _error(path, number, accepted)
             return
+
+
+def _check_rope(path: str, rope: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Of rotary positions: their kind is a word, their factors are numbers above zero; a model may have one set per kind of layer.
+
+    Source: transformers, modeling_rope_utils.py, RopeParameters.
+    """
+    for name, value in rope.items():
+        where = f"{path}.{name}"
+        if isinstance(value, Mapping):
+            yield from _check_rope(where, value)
+        elif name in ("rope_type", "type"):
+            if not isinstance(value, str):
+                yield _error(where, value, "a word, for instance 'default', 'linear' or 'yarn'")
+        elif name in _ROPE_POSITIVE:
+            numbers = value if name in _ROPE_LISTS and isinstance(value, list) else [value]
+            for number in numbers:
+                if number is not None and not (_is_number(number) and 0 < number <= _MAX_ROPE):
+                    yield _error(where, number, f"a number above 0 and at most {_MAX_ROPE:g}")
+                    break
+
+
+_ROPE_LISTS = ("short_factor", "long_factor")
+_ROPE_POSITIVE = ("factor", "rope_theta", "attention_factor", "original_max_position_embeddings", "high_freq_factor", *_ROPE_LISTS)
+_MAX_ROPE = 1e12
+"""A thousand times the largest published base (1e9, Mistral 3); factors are far below."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_heads(path: str, part: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """Every key and value head serves as many query heads as the next: true of all configs that transformers and publications have.
+
+    Source: transformers, integrations/sdpa_attention.py, repeat_kv by num_attention_heads // num_key_value_heads.
+    """
+    heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
+        yield _error(f"{path}.num_key_value_heads".removeprefix("."), shared, f"a divisor of num_attention_heads ({heads})")
 
 
 def _flat(value: object) -> Iterator[object]:

@@ -1,6 +1,7 @@
 """Whatever is asked, the answer is an answer or a refusal."""
 
 import copy
+import time
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -47,3 +48,38 @@ def test_a_request_with_any_values_gets_200_or_422(example: dict[str, Any], chan
             target[name] = value
     response = CLIENT.post("/v1/estimate", json=request)
     assert response.status_code in (200, 422), (request, response.text)
+
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+}
+CONFIG_FIELDS = st.sampled_from([*((name,) for name in TINY), ("rope_scaling", "factor"), ("rope_scaling", "rope_type"), ("text_config",)])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(CONFIG_FIELDS, VALUES), min_size=1, max_size=3))
+def test_a_config_with_any_values_gets_200_or_422(changes: list[tuple[tuple[str, ...], Any]]) -> None:
+    config = copy.deepcopy(TINY)
+    for path, value in changes:
+        target: Any = config
+        for name in path[:-1]:
+            target = target.get(name)
+        if isinstance(target, dict):
+            target[path[-1]] = value
+    start = time.perf_counter()
+    response = CLIENT.post("/v1/estimate", json={"model": {"config": config}, "dtype": "bfloat16"})
+    seconds = time.perf_counter() - start
+    assert response.status_code in (200, 422), (config, response.text)
+    refused_by_bounds = "accepted: " in response.text
+    assert seconds < 2 or not refused_by_bounds, (config, seconds, response.text)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING
 
 from estimator.errors import ConfigError
 from estimator.sources import bounds, configfile
@@ -35,6 +36,23 @@ def nested(depth: int) -> dict[str, Any]:
         ({"hidden_size": float("nan")}, "hidden_size"),
         ({"hidden_size": float("inf")}, "hidden_size"),
         ({"hidden_size": 2**18}, "hidden_size"),
+        ({"hidden_size": [64]}, "hidden_size"),
+        ({"hidden_size": []}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"vocab_size": [100]}, "vocab_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"intermediate_size": [64, 64]}, "intermediate_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads"),
+        ({"text_config": {"hidden_size": [64]}}, "text_config.hidden_size"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1e308}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": [2.0]}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "rope_scaling.factor"),
+        ({"rope_scaling": {"rope_type": 3, "factor": 2.0}}, "rope_scaling.rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 0}}}, "rope_parameters.full_attention.rope_theta"),
+        ({"rms_norm_eps": -1e308}, "rms_norm_eps"),
         ({"hidden_size": [64, 2**40]}, "hidden_size"),
         ({"num_key_value_heads": 0}, "num_key_value_heads"),
         ({"num_attention_heads": "__import__('os')"}, "num_attention_heads"),
@@ -116,6 +134,25 @@ def test_flags_and_factors_that_sound_like_sizes_are_let_through() -> None:
     bounds.check(
         {**LLAMA, "use_sliding_window": False, "scale_depth": 1.4, "cross_attn_all_layers": True, "rope_scaling": {"mscale_all_dim": 0.707}}
     )
+
+
+def test_sizes_per_layer_are_lists_in_the_architectures_that_have_them() -> None:
+    bounds.check({"model_type": "gemma3n_text", "intermediate_size": [16384] * 35})
+    bounds.check({"model_type": "segformer", "num_attention_heads": [1, 2, 5, 8]})
+    bounds.check({"model_type": "lxmert", "num_hidden_layers": {"vision": 5, "cross_encoder": 5, "language": 9}})
+
+
+def test_every_default_config_of_transformers_passes() -> None:
+    num_checked = 0
+    for model_type in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[model_type]().to_dict()
+            as_stored = json.loads(json.dumps(config))
+        except Exception:  # classes without defaults, or whose defaults are no JSON: nobody can paste these
+            continue
+        bounds.check(as_stored)
+        num_checked += 1
+    assert num_checked > 700
 
 
 def test_an_infinite_time_step_limit_as_in_published_mamba_configs_is_left_out() -> None:
