@@ -20,7 +20,6 @@ MAX_PARAMETERS = 20 * 10**12
 """Ten times the largest model published so far (Kimi-K2 1.0e12, DeepSeek-V4-Pro 1.6e12)."""
 MAX_MODULES = 2**20
 """Layers × experts. Where experts are modules of their own, each costs about 0.1 ms to build; the limit on time does the rest."""
-MAX_ROPE_FACTOR = 10**6
 MAX_INTEGER = 2**53
 """Beyond this, JSON readers disagree about integers."""
 MAX_FLOAT = 3.4028234663852886e38
@@ -38,39 +37,26 @@ class Bound:
     high: int
     exact: bool
     """Whether the names are those of sizes alone; else the field may also hold a flag, a factor or a word, which is then let through."""
-    single: bool
-    """Whether the size is one for the whole model: a list, by layer or stage, is then no value."""
-    required: bool
-    """Whether null is no value either."""
 
 
-def _bound(names: str, low: int, high: int, *, exact: bool = True, single: bool = False, required: bool = False) -> Bound:
+def _bound(names: str, low: int, high: int, *, exact: bool = True) -> Bound:
     # Flags and factors share endings with sizes: `use_sliding_window`, `scale_depth`, `pad_key_length`.
-    pattern = re.compile(rf"(?!use_|is_|has_|no_|pad_|scale_|tie_)(?:{names})")
-    return Bound(names=pattern, low=low, high=high, exact=exact, single=single, required=required)
+    return Bound(names=re.compile(rf"(?!use_|is_|has_|no_|pad_|scale_|tie_)(?:{names})"), low=low, high=high, exact=exact)
 
 
 # The first that matches a field's whole name decides. Names are those of transformers' config classes, text, vision and audio parts alike.
 _BOUNDS = (
-    _bound(
-        r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks",
-        1,
-        512,
-        single=True,
-        required=True,
-    ),
+    _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 512),
     _bound(
         r"num_key_value_heads|num_kv_heads|num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 1, 2**13
     ),
-    _bound(r"vocab_size", 1, 2**24, single=True),
-    _bound(r"head_dim|kv_lora_rank|q_lora_rank|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17, single=True),
-    _bound(r"moe_intermediate_size", 0, 2**17),
+    _bound(r"vocab_size", 1, 2**24),
+    _bound(r"head_dim|kv_lora_rank|q_lora_rank|moe_intermediate_size|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17),
     _bound(r"num_experts|num_local_experts|n_routed_experts|n_shared_experts|moe_num_experts|num_experts_per_tok", 0, 2**15),
-    _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31, single=True),
+    _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31),
     _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 512, exact=False),
     _bound(r".*_vocab_size|vocab_size_.*", 0, 2**24, exact=False),
-    _bound(r"hidden_size|d_model|n_embd|n_embed", 1, 2**17, single=True, required=True),
-    _bound(r"dim|embed_dim", 1, 2**17),
+    _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
     _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13, exact=False),
     _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**15, exact=False),
     _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
@@ -145,7 +131,6 @@ def check(config: object) -> dict[str, Any]:
     wrong = [error for path, part, kind in _typed_parts(config) for error in _check_part(path, part, kind)][:10]
     if wrong:
         raise ConfigError(wrong[0].message, errors=[entry for error in wrong for entry in error.errors])
-    _check_rope(config)
     for path, part in _parts(config, ""):
         _check_products(path, part)
     return _without_infinities(config)
@@ -302,7 +287,6 @@ def _flat(value: object) -> Iterator[object]:
 
 def _check_products(path: str, part: Mapping[str, Any]) -> None:
     """Number of modules and of parameters, from what nearly every architecture has: attention, MLPs, experts, embeddings."""
-    _check_heads(path, part)
     layers, hidden, experts = _largest(part, _LAYERS), _largest(part, _HIDDEN), max(1, _largest(part, _EXPERTS))
     intermediate, vocabulary = _largest(part, _INTERMEDIATE), _largest(part, _VOCABULARY)
     where = f"{path}." if path else ""
@@ -317,27 +301,6 @@ def _check_products(path: str, part: Mapping[str, Any]) -> None:
             f"{estimate:.3g} from {layers} layers, hidden {hidden}, intermediate {intermediate}, {experts} experts, vocabulary {vocabulary}"
         )
         raise _error(f"{where}num_parameters", sizes, f"at most {MAX_PARAMETERS:.3g} parameters")
-
-
-def _check_heads(path: str, part: Mapping[str, Any]) -> None:
-    """Grouped queries share key and value heads evenly: no attention kernel takes anything else."""
-    heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
-    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        field = f"{path}.num_key_value_heads".removeprefix(".")
-        raise _error(field, shared, f"a divisor of num_attention_heads, {heads}")
-
-
-def _check_rope(config: Mapping[str, Any]) -> None:
-    """Factors by which positions are stretched: positive, and not so large that no position is left."""
-    for path, part in _parts(config, ""):
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = part.get(name)
-            factor = rope.get("factor") if isinstance(rope, Mapping) else None
-            if factor is None:
-                continue
-            is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-            if not is_number or not 0 < factor <= MAX_ROPE_FACTOR:
-                raise _error(f"{path}.{name}.factor".removeprefix("."), factor, f"a number above 0, up to {MAX_ROPE_FACTOR}")
 
 
 def _largest(part: Mapping[str, Any], names: tuple[str, ...]) -> int:

@@ -70,17 +70,6 @@ def nested(depth: int) -> dict[str, Any]:
         ({"hidden_size": 2**17, "num_hidden_layers": 512, "intermediate_size": 2**20}, "num_parameters"),
         ({"num_experts": 2**15, "num_hidden_layers": 500}, "num_hidden_layers × experts"),
         ({"hidden_size": 8192, "num_experts": 8192, "moe_intermediate_size": 16384, "num_hidden_layers": 100}, "num_parameters"),
-        ({"hidden_size": [64]}, "hidden_size"),
-        ({"hidden_size": None}, "hidden_size"),
-        ({"num_hidden_layers": [2]}, "num_hidden_layers"),
-        ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"vocab_size": [100]}, "vocab_size"),
-        ({"max_position_embeddings": [1]}, "max_position_embeddings"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"text_config": {"num_attention_heads": 4, "num_key_value_heads": 8}}, "text_config.num_key_value_heads"),
-        ({"rope_scaling": {"factor": -1e308}}, "rope_scaling.factor"),
-        ({"rope_parameters": {"factor": "8"}}, "rope_parameters.factor"),
-        ({"text_config": {"rope_scaling": {"factor": 1e308}}}, "text_config.rope_scaling.factor"),
         ({"model_type": None}, "model_type"),
         ({"model_type": "../../etc/passwd"}, "model_type"),
         ({"model_type": ["llama"]}, "model_type"),
@@ -100,20 +89,6 @@ def test_several_wrong_fields_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         bounds.check({**LLAMA, "hidden_size": -1, "vocab_size": "x"})
     assert {error.field for error in caught.value.errors} == {"model.config.hidden_size", "model.config.vocab_size"}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_key_value_heads": None, "head_dim": None},  # transformers' own defaults
-        {"intermediate_size": [64, 128]},  # by layer, as in Gemma 3n
-        {"vision_config": {"num_heads": [1, 2, 4], "embed_dim": [8, 16]}},  # by stage
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        {"rope_scaling": None},
-    ],
-)
-def test_what_real_configs_hold_is_let_through(change: dict[str, Any]) -> None:
-    assert bounds.check({**LLAMA, **change})
 
 
 @pytest.mark.parametrize("config", [None, 3, "llama", [LLAMA], True])

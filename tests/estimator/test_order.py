@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from estimator.blocks.families import FAMILIES
 from estimator.engine import estimate, why_not_modelled
 from estimator.inventory import Inventory, TensorRow
-from estimator.phases import Item
 from estimator.recipe import Adapter, Loss, Recipe
 from estimator.sources import catalogue
 from tests.estimator.recipes import inference, model, training
@@ -38,7 +37,6 @@ EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 BITSANDBYTES_OPTIMIZERS = tuple(dict.fromkeys((*EIGHT_BIT, *PAGED)))
 TORCH_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "rmsprop")
-BITSANDBYTES_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 WIDE = settings(max_examples=120, deadline=None)
 
 
@@ -66,7 +64,7 @@ def resized(inventory: Inventory, *, layers: int | None = None, vocabulary: int 
         content_hash=f"{inventory.content_hash} {layers} {vocabulary}",
         rows=tuple(changed for changed in map(row, inventory.rows) if not changed.indices or changed.indices[0]),
         num_layers=layers,
-        config={key: by_layer(value) for key, value in inventory.config.items()} | {"vocab_size": vocabulary or old_vocabulary},
+        config={**inventory.config, "vocab_size": vocabulary or old_vocabulary},
     )
 
 
@@ -105,7 +103,6 @@ def test_the_peak_never_falls_with_layers(name: str, method: str, checkpointing:
 def test_the_peak_never_falls_with_the_vocabulary(
     name: str, method: str, checkpointing: bool, loss: Loss, vocabulary: int, more: int, length: int
 ) -> None:
-    """From 20,000 tokens on: no other size of these models is taken for the vocabulary."""
     asked = training(1, length, method=method, checkpointing=checkpointing, loss=loss)
     vocabulary += 200_000  # no other size of these models is as large, so that rows of the vocabulary are told by it
     smaller = resized(model(name), vocabulary=vocabulary)
