@@ -110,7 +110,6 @@ def test_int8_is_a_class_of_its_own_and_inference_has_none() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "lora"},  # ten rows, but six of them set a constant of the device figure
         {"loss": Loss.TRL_TILED},
         {"attention": Attention.EAGER},
         {"compute_capability": (7, 5)},
@@ -121,6 +120,13 @@ def test_what_no_nine_published_rows_judge_has_no_interval(changes: dict[str, An
     recipe = recipes.training(**changes)
     found = estimate(recipes.model("meta-llama/Llama-3.1-8B"), recipe)
     assert interval(recipe=recipe, kernels=found.kernels, allocated_bytes=1000, device_bytes=1500) is None
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_16_bit_loads_with_the_stock_loss_have_the_rows_it_takes(method: str) -> None:
+    recipe = recipes.training(method=method)
+    bounds = interval(recipe=recipe, kernels=FLASH, allocated_bytes=1000, device_bytes=1500)
+    assert bounds is not None
 
 
 def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
