@@ -135,6 +135,13 @@ def test_what_no_nine_published_rows_judge_has_no_interval(changes: dict[str, An
     assert interval(recipe=recipe, kernels=found.kernels, allocated_bytes=1000, device_bytes=1500) is None
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_16_bit_loads_with_the_stock_loss_have_the_rows_it_takes(method: str) -> None:
+    recipe = recipes.training(method=method)
+    bounds = interval(recipe=recipe, kernels=FLASH, allocated_bytes=1000, device_bytes=1500)
+    assert bounds is not None
+
+
 def test_an_interval_holds_the_estimate_and_names_its_evidence() -> None:
     bounds = interval(recipe=_recipe(), kernels=FLASH, allocated_bytes=1000, device_bytes=1500, classes=_classes(allocated=9, device=9))
     assert bounds is not None
