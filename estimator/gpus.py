@@ -175,7 +175,7 @@ def distance(gpu: Gpu, total_bytes: int) -> int:
 
 APPLE_ANSWER = (
     "{field}: {name!r} is Apple Silicon, which has no CUDA: bitsandbytes' 4-bit and 8-bit layers, flash-attn and paged optimizers do not "
-    "run there, and memory is shared with the system. Use MLX instead: `pip install mlx-lm`, then `mlx_lm.lora` trains LoRA on a model that "
+    "run there, memory is the system's. Use MLX instead: `pip install mlx-lm`, then `mlx_lm.lora` trains LoRA on a model that "
     "`mlx_lm.convert -q` has quantized to 4 bits. Cards that are answered for: `vramplan gpus`"
 )
 
