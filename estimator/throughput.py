@@ -213,7 +213,7 @@ _SCORE_BYTES = 28
 
 
 def _optimizer_bytes(inventory: Inventory, recipe: Recipe) -> float:
-    """Traffic of one update: clipping reads gradients twice and writes them; the update reads all and writes parameters and states [bytes]."""
+    """Traffic of one update: gradients read twice and written by clipping, then all read, parameters and states written [bytes]."""
     static = static_memory(inventory, recipe)
     parameters = sum(t.num_elements * t.dtype.itemsize * t.num_copies for t in static.tensors if t.trainable)
     states = static.optimizer_states_bytes + static.paged_bytes
