@@ -83,6 +83,12 @@ def test_the_range_is_wider_on_cards_of_which_no_run_was_published() -> None:
     assert not any("no published run" in said for said in judged.assumptions)
 
 
+def test_a_card_whose_best_product_was_published_is_scaled_by_it() -> None:
+    for gpu in all_gpus():
+        assert (gpu.matmul_share is None) == (gpu.matmul_share_source == "")
+    assert any("70%" in said for said in time("h100-sxm").assumptions)  # 0.75 × 80.1 / 85.9
+
+
 def test_what_trains_nothing_has_no_step() -> None:
     with pytest.raises(RequestError, match="training"):
         step_time(model(NAME), inference(), find_gpu("a100-80"))
