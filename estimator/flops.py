@@ -92,6 +92,10 @@ class AttentionCore:
     value_dim: int
     flash: bool
     """Whether one kernel does all of it, so that the backward pass computes the scores again."""
+    causal: bool
+    """Whether the kernel leaves out what the causal mask hides."""
+    dtype: DType
+    """What its factors are computed in."""
     runs: Mapping[Pass, int]
     """Layers that run it; of the backward pass `INPUT_GRADIENTS`, products counted one by one in `backward_products`."""
     backward_products: Mapping[str, int]
@@ -216,8 +220,13 @@ def step_program(inventory: Inventory, recipe: Recipe) -> StepProgram:
         )
     if inventory.layers_prefix is None or inventory.output_embedding is None:
         raise RequestError(f"model: the layers or the head of {inventory.model_class} are not known", field="model")
-    plain = replace(training, micro_batch_size=1, sequence_length=2, gradient_accumulation_steps=1, flattened=False, padded=False)
-    return _program(inventory, replace(recipe, training=plain, num_multiprocessors=1))
+    plain = replace(training, micro_batch_size=1, sequence_length=2, gradient_accumulation_steps=1, flattened=False)
+    return _program(inventory, replace(on_any_card(recipe), training=plain))
+
+
+def on_any_card(recipe: Recipe) -> Recipe:
+    """The recipe with no more of its card than decides which kernels run."""
+    return replace(recipe, num_multiprocessors=1, compute_capability=(8, 0) if recipe.compute_capability >= (8, 0) else (7, 0))
 
 
 @lru_cache(maxsize=256)
@@ -435,7 +444,7 @@ class _Walk:
         key_dim = nope + rope if nope and rope else head_dim
         value_dim = (_integer(config, "v_head_dim") if nope else None) or head_dim
         window = _integer(config, "sliding_window") if self.types[index] == "sliding_attention" else None
-        flash = self.recipe.attention is not Attention.EAGER
+        flash = self._is_one_kernel(key_dim, value_dim)
         backward = {letter: int(asks[letter]) for letter in "qkv"} | {"weights": int(asks["q"] or asks["k"])}
         if flash:  # one kernel gives all three gradients
             backward = dict.fromkeys(backward, int(any(asks.values())))
@@ -456,9 +465,28 @@ class _Walk:
             key_dim=key_dim,
             value_dim=value_dim,
             flash=flash,
+            causal=flash and not self.training.padded,
+            dtype=self._attention_dtype(flash),
             runs=runs,
             backward_products=backward,
         )
+
+    def _is_one_kernel(self, key_dim: int, value_dim: int) -> bool:
+        """As `attention.scaled_dot_product` chooses: sdpa writes grouped heads out where flash attention does not take them."""
+        recipe = self.recipe
+        if recipe.attention is not Attention.SDPA:
+            return recipe.attention is not Attention.EAGER
+        heads = _required(self.config, "num_attention_heads")
+        grouped = (_integer(self.config, "num_key_value_heads") or heads) < heads
+        half = (self.training.autocast_dtype or recipe.dtype).is_half
+        fits_flash = half and recipe.compute_capability >= (8, 0) and key_dim == value_dim <= 256
+        return fits_flash or not grouped or self.training.padded
+
+    def _attention_dtype(self, flash: bool) -> DType:
+        """Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math: in float32."""
+        if self.recipe.attention is Attention.SDPA and not flash:
+            return DType.FLOAT32
+        return self.training.autocast_dtype or self.recipe.dtype
 
     def _head(self, hidden: bool) -> Iterator[Product]:
         name = f"{self.inventory.output_embedding}.weight"
