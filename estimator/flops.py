@@ -15,7 +15,6 @@ from fractions import Fraction
 from functools import lru_cache
 
 from estimator.adapters import TRANSPOSED_EXPERTS
-from estimator.blocks.moe import experts_per_token
 from estimator.dtypes import DType
 from estimator.errors import RequestError
 from estimator.inventory import Inventory, ModuleKind
@@ -39,6 +38,10 @@ _ATTENTION_INPUTS = {
 }
 _ATTENTION_OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "attn_out", "wo"})
 _MLP_OUTPUTS = frozenset({"down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "ff_out", "output_linear"})
+# Experts that are all run for every token, with zeros for those not chosen. Source: transformers, models/llama4/modeling_llama4.py,
+# Llama4TextMoe.forward.
+_ALL_RUN = frozenset({"Llama4TextExperts"})
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")
 _PARALLEL_TYPES = frozenset({"cohere", "cohere2", "codegen", "gptj", "phi"})
 # Norms and dropout behind the last product of a layer keep something, so that recomputation goes on to them.
 _CLOSING_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffw_layernorm", "ffn_norm")
@@ -66,6 +69,8 @@ class Product:
     """Rows that go through it for one token: experts see a share of them."""
     fixed_rows: int = 0
     """Rows whatever the batch, in place of tokens: products of weights with weights."""
+    num_weights: int = 1
+    """Weights that one run goes through: the experts of a stack."""
     dtype: DType
     """What its factors are computed in."""
     packed_bytes: int = 0
@@ -218,6 +223,8 @@ def step_program(inventory: Inventory, recipe: Recipe) -> StepProgram:
         raise RequestError(
             f"task.kind: the FLOPs of {training.objective.kind.value!r} are not modelled; accepted: 'sft'", field="task.kind"
         )
+    if inventory.config.get("is_encoder_decoder"):
+        raise RequestError(f"model: the FLOPs of {inventory.model_class}, an encoder with a decoder, are not modelled", field="model")
     if inventory.layers_prefix is None or inventory.output_embedding is None:
         raise RequestError(f"model: the layers or the head of {inventory.model_class} are not known", field="model")
     plain = replace(training, micro_batch_size=1, sequence_length=2, gradient_accumulation_steps=1, flattened=False)
@@ -381,6 +388,7 @@ class _Walk:
                 inner=inner,
                 outer=outer,
                 rows_per_token=share,
+                num_weights=weight.shape[0] if len(weight.shape) == 3 else 1,
                 dtype=computed,
                 packed_bytes=weight.raw_bytes if weight.quantization is not None else 0,
                 runs=_runs(copies, 1, again - (is_last and a is None), asks, weight.trainable or folds),
@@ -410,15 +418,22 @@ class _Walk:
     def _shape(self, name: str, weight: StoredTensor) -> tuple[int, int, Fraction, int]:
         """K, N, rows for each token, and copies in one layer."""
         if len(weight.shape) == 3:
-            _, first, second = weight.shape
-            inner, outer = (first, second) if weight.module_class in TRANSPOSED_EXPERTS else (second, first)
-            return inner, outer, Fraction(experts_per_token(self.config)), 1
+            experts, first, second = weight.shape
+            all_run = weight.module_class in _ALL_RUN
+            inner, outer = (first, second) if weight.module_class in TRANSPOSED_EXPERTS or all_run else (second, first)
+            return inner, outer, Fraction(experts if all_run else self._experts_per_token()), 1
         first, second = weight.shape
         inner, outer = (first, second) if weight.module_kind is ModuleKind.CONV1D else (second, first)
         if ".experts.{}" in name:
             experts = len(weight.indices[1])
-            return inner, outer, Fraction(experts_per_token(self.config), experts), experts
+            return inner, outer, Fraction(self._experts_per_token(), experts), experts
         return inner, outer, Fraction(1), 1
+
+    def _experts_per_token(self) -> int:
+        found = next((number for name in _EXPERTS_PER_TOKEN if (number := _integer(self.config, name))), None)
+        if found is None:
+            raise RequestError("model: its config does not say how many experts a token goes through", field="model")
+        return found
 
     def _dtype(self, weight: StoredTensor) -> DType:
         """What autocast, the compute type of bitsandbytes or else the weight's own type computes in."""

@@ -30,7 +30,7 @@ _A100_MATMUL_SHARE = 0.859
 
 # Measured time over estimated time, smallest and largest of 42 published runs on one A100 (tests/calibration/test_throughput.py prints
 # them): full, LoRA and QLoRA of Mistral-7B and santacoder, flash attention, reentrant checkpointing.
-JUDGED_GPUS = frozenset({"a100-40", "a100-80"})
+JUDGED_GPUS = frozenset({"a100-80"})
 JUDGED_RANGE = (0.86, 1.23)
 # No published run judges other cards: a factor of two, a plain choice, since some are held below their peaks by their power limits.
 UNJUDGED_RANGE = (0.6, 2.0)
@@ -215,7 +215,7 @@ class _Card:
 def _all_runs(product: Product, tokens: int) -> tuple[float, float, DType]:
     """Arithmetic and traffic of a product in all its runs [FLOP, bytes]."""
     runs, rows = sum(product.runs.values()), float(product.rows(tokens))
-    moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
+    moved = (rows * product.inner + product.num_weights * product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
     return runs * 2 * rows * product.inner * product.outer, runs * moved, product.dtype
 
 

@@ -95,6 +95,13 @@ def test_padding_is_attended_to_in_full() -> None:
     assert step_work(model(NAME), padded).kernels[0][0] == 2 * step_work(model(NAME), recipe).kernels[0][0]
 
 
+def test_a_short_batch_of_a_mixture_waits_for_the_weights_of_its_experts() -> None:
+    name, card = "Qwen/Qwen3-30B-A3B", find_gpu("h200-sxm")
+    step = step_time(model(name), training(1, 128, method="lora"), card)
+    weights = 2 * 28.9e9  # of the experts: 48 layers × 128 × 3 × 2048 × 768, 2 bytes each
+    assert step.parts["products"] > 3 * weights / 4.8e12  # forward, again, and for the gradients of its inputs
+
+
 def test_the_range_is_wider_on_cards_of_which_no_run_was_published() -> None:
     judged, other = time("a100-80"), time("h100-sxm")
     assert judged.seconds_high / judged.seconds < other.seconds_high / other.seconds
