@@ -15,7 +15,7 @@ from estimator.units import MIB, gib
 
 MAX_CHARACTERS = 262_144
 MAX_CARDS = 64
-_MAX_LINE = 1024
+_MAX_LINE, _MAX_NAME = 1024, 64
 # A total further from the catalogue's than this belongs to another variant of the card (ECC switched, memory changed).
 SAME_TOTAL = 0.03
 
@@ -191,8 +191,9 @@ def _is_number(text: str) -> bool:
 
 
 def _base_name(path: str) -> str:
-    """A program without its folders, which may name people."""
-    return re.split(r"[/\\]", path.strip())[-1] or path.strip()
+    """A program without its folders, which may name people, and without what terminals act on."""
+    name = re.split(r"[/\\]", path.strip())[-1] or path.strip()
+    return "".join(c if c.isprintable() else "?" for c in name)[:_MAX_NAME]
 
 
 # -- `-L` -----------------------------------------------------------------------------------------------------------------------------

@@ -203,6 +203,11 @@ def test_slices_are_refused() -> None:
         read_cards(LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n")
 
 
+def test_names_of_processes_carry_no_commands_to_terminals() -> None:
+    first, _ = read_cards(TABLE.replace("python3.11 ", "py\x1b[31mthon"))
+    assert first.processes[1].name == "py?[31mthon"
+
+
 @given(st.text(alphabet="| \nGPU0123456789:MiB/OffNACG,.x[]", max_size=400))
 def test_any_text_is_read_or_refused(text: str) -> None:
     with suppress(RequestError):
