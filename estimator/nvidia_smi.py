@@ -22,6 +22,7 @@ SAME_TOTAL = 0.03
 _MODES = frozenset({"On", "Off", "N/A", "WDDM", "TCC", "MCDM"})
 _TABLE_USAGE = re.compile(r"(\d{1,9})MiB\s{0,8}/\s{0,8}(\d{1,9})MiB")
 _TYPES = frozenset({"C", "G", "C+G", "M", "M+C"})
+_SLICED = re.compile(r"MIG devices:|MIG \d{1,2}g\.\d{1,3}gb")
 _LISTED = re.compile(r"GPU (\d{1,3}): (\S.{0,80}?)(?: \(UUID: [\w-]{1,60}\))?")
 _DETAILED = re.compile(r"GPU [0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
 _MEBIBYTES = re.compile(r"(\d{1,9})\s{0,4}(?:MiB)?")
@@ -81,7 +82,7 @@ def read_cards(text: str, *, field: str = "hardware.nvidia_smi") -> tuple[SmiCar
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"{field}: more than {MAX_CHARACTERS:,} characters", field=field)
     lines = [line.rstrip() for line in text.expandtabs().splitlines() if len(line) <= _MAX_LINE]
-    if any("MIG devices:" in line or line.lstrip().startswith("MIG ") for line in lines):
+    if any(_SLICED.search(line) for line in lines) or _has_slices(lines):
         raise RequestError(f"{field}: cards in MIG slices are not answered for; give hardware.capacity_gib of the slice", field=field)
     for read in (_detailed, _table, _listed, _table_of_values):
         found = tuple(read(lines))
@@ -207,6 +208,15 @@ def _listed(lines: list[str]) -> Iterator[SmiCard]:
 
 
 # -- `-q` -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _has_slices(lines: list[str]) -> bool:
+    """Whether the long form says that a card's MIG mode is on."""
+    return any(
+        below.partition(":")[0].strip() == "Current" and below.partition(":")[2].strip() == "Enabled"
+        for line, below in pairwise(lines)
+        if line.strip().rstrip(" :") == "MIG Mode"
+    )
 
 
 def _detailed(lines: list[str]) -> Iterator[SmiCard]:

@@ -89,6 +89,9 @@ Attached GPUs                             : 1
 GPU 00000000:01:00.0
     Product Name                          : NVIDIA H100 80GB HBM3
     Product Architecture                  : Hopper
+    MIG Mode
+        Current                           : Disabled
+        Pending                           : Disabled
     FB Memory Usage
         Total                             : 81559 MiB
         Reserved                          : 551 MiB
@@ -198,9 +201,18 @@ def test_anything_else_is_refused(text: str) -> None:
         read_cards(text)
 
 
-def test_slices_are_refused() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n",
+        TABLE + "| MIG devices:                                                                |\n",
+        DETAILED.replace("Disabled", "Enabled"),
+    ],
+    ids=["list", "table", "long"],
+)
+def test_slices_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match="MIG"):
-        read_cards(LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n")
+        read_cards(text)
 
 
 def test_names_of_processes_carry_no_commands_to_terminals() -> None:
