@@ -101,7 +101,7 @@ def identify(card: SmiCard, *, field: str = "hardware.nvidia_smi") -> FoundCard:
     Raises:
         RequestError: if the catalogue has none of that name, or several and no total was printed.
     """
-    candidates = _candidates(card.name)
+    candidates = _candidates(card, field)
     if not candidates:
         raise RequestError(
             f"{field}: {card.name!r} is not in the catalogue; give hardware.capacity_gib, what "
@@ -134,11 +134,26 @@ def usage_sentence(card: FoundCard) -> str:
     return f"{gib(card.occupied_bytes)} of GPU {card.read.index} ({card.gpu.name}) are in use by {by}"
 
 
-def _candidates(name: str) -> tuple[Gpu, ...]:
-    if not name.endswith("..."):
-        return find_gpus(name)
-    start = name_key(name.removesuffix("..."))
-    return tuple(gpu for gpu in all_gpus() if start and any(name_key(known).startswith(start) for known in (gpu.nvml_name, *gpu.aliases)))
+def _candidates(card: SmiCard, field: str) -> tuple[Gpu, ...]:
+    """Cards of a name; of a shortened one those of the printed total, if their names begin so.
+
+    Raises:
+        RequestError: if what is left of the name and the total do not settle the card.
+    """
+    if not card.name.endswith("..."):
+        return find_gpus(card.name)
+    start, total = name_key(card.name.removesuffix("...")), card.total_bytes
+    beginning = [gpu for gpu in all_gpus() if any(name_key(known).startswith(start) for known in (gpu.nvml_name, *gpu.aliases))]
+    if total is None:
+        return tuple(beginning)
+    alike = tuple(gpu for gpu in beginning if distance(gpu, total) <= SAME_TOTAL * total)
+    if len(alike) > 1:
+        raise RequestError(
+            f"{field}: nvidia-smi has shortened the name to {card.name!r}, which may be {', '.join(gpu.id for gpu in alike)}; paste the "
+            "output of nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv",
+            field=field,
+        )
+    return alike
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------------------
@@ -220,7 +235,7 @@ def _has_slices(lines: list[str]) -> bool:
 
 
 def _detailed(lines: list[str]) -> Iterator[SmiCard]:
-    starts = [number for number, line in enumerate(lines) if _DETAILED.fullmatch(line)]
+    starts = [number for number, line in enumerate(lines) if _DETAILED.fullmatch(line.strip())]
     for index, (start, end) in enumerate(pairwise([*starts, len(lines)])):
         card = _detailed_card(index, lines[start + 1 : end])
         if card is not None:

@@ -140,6 +140,46 @@ def test_shortened_names_are_told_apart_by_their_total() -> None:
     assert second.occupied_bytes == 70000 * MIB
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "said"), [("NVIDIA GeForce ...", 24259, "rtx3090"), ("Tesla V100-SXM2...", 99999, "not in the catalogue")]
+)
+def test_a_shortened_name_that_settles_nothing_is_refused_with_a_way_out(name: str, total: int, said: str) -> None:
+    line = f"|   0  {name}  On   | 00000000:01:00.0  On |                  N/A |\n"
+    text = line + f"| 30%   36C    P8    16W / 350W |    169MiB / {total}MiB |      5%      Default |\n"
+    with pytest.raises(RequestError, match=said):
+        identify(read_cards(text)[0])
+
+
+def test_the_total_of_an_old_driver_settles_a_shortened_name() -> None:
+    line = "|   0  Tesla V100-SXM2...  On   | 00000000:03:00.0 Off |                    0 |\n"
+    (card,) = read_cards(line + "| N/A   31C    P0    41W / 300W |      0MiB / 32510MiB |      0%      Default |\n")
+    assert identify(card).gpu.id == "v100-32"
+
+
+def test_an_indented_output_is_read_as_well() -> None:
+    for text in (TABLE, LISTED, DETAILED):
+        indented = "".join(f"    {line}\n" for line in text.splitlines())
+        assert read_cards(indented) == read_cards(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("Tesla V100-PCIE-16GB", "v100-16"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA GH200 480GB", "gh200-96"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtxpro6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("Quadro RTX 6000", "quadro-rtx6000"),
+    ],
+)
+def test_names_of_the_driver_are_found(name: str, gpu: str) -> None:
+    assert identify(read_cards(f"GPU 0: {name} (UUID: GPU-1)")[0]).gpu.id == gpu
+
+
 def test_windows_says_no_memory_per_process() -> None:
     (card,) = read_cards(WINDOWS)
     assert identify(card).gpu.id == "rtx4060ti-16"
