@@ -1,11 +1,17 @@
 """The card of a request: what it can hold, and what fits."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
-from app.request import HardwareFields
+from app.request import MAX_GIB, HardwareFields
 from estimator.correction import margin_without_interval
-from estimator.gpus import find_gpu
+from estimator.errors import RequestError
+from estimator.gpus import Gpu, Vendor, find_gpu
+from estimator.nvidia_smi import FoundCard, identify, read_cards, usage_sentence
 from estimator.units import GIB, MIB
+
+# `23.5GiB` in place of a name.
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s?(GiB|GB|G|MiB|MB)", re.IGNORECASE)
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
@@ -23,11 +29,20 @@ class Card:
     compute_capability: tuple[int, int] | None = None
     num_multiprocessors: int | None = None
     headroom_bytes: int = HEADROOM_BYTES
+    occupied_bytes: int = 0
+    """What other processes hold of the capacity [bytes]."""
+    occupants: str = ""
+    """Who they are, in a sentence."""
+    beside: tuple[str, ...] = ()
+    """Names of the machine's other cards."""
+    is_variant: bool = False
+    """Whether the capacity is not the catalogue's for a card of this name."""
+    vendor: Vendor = Vendor.NVIDIA
 
     @property
     def usable_bytes(self) -> int:
-        """Capacity less headroom [bytes]."""
-        return self.capacity_bytes - self.headroom_bytes
+        """Capacity less headroom and what others hold [bytes]."""
+        return self.capacity_bytes - self.headroom_bytes - self.occupied_bytes
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
@@ -51,16 +66,63 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     Raises:
         UnknownNameError: if there is no such GPU in the catalogue.
     """
+    if hardware is not None and hardware.nvidia_smi is not None:
+        return emptiest(pasted_cards(hardware.nvidia_smi))
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
     if hardware.capacity_gib is not None:
         return Card(id=None, name=f"a card of {hardware.capacity_gib:g} GiB", capacity_bytes=round(hardware.capacity_gib * GIB))
     assert hardware.gpu is not None
-    gpu = find_gpu(hardware.gpu)
+    size = _SIZE.fullmatch(hardware.gpu.strip())
+    if size is not None:
+        return _card_of_size(float(size[1]), size[2].lower(), hardware.gpu)
+    return card_for(find_gpu(hardware.gpu))
+
+
+def _card_of_size(number: float, unit: str, said: str) -> Card:
+    """A card of so many GiB, as CUDA reports them; labels in GB say more than there is."""
+    if unit != "gib" or not 0 < number <= MAX_GIB:
+        raise RequestError(
+            f"hardware.gpu: {said!r} is not accepted; labels in GB say more than CUDA gives: name the card, or give what "
+            f"torch.cuda.get_device_properties(0).total_memory says in GiB, such as 23.5GiB (at most {MAX_GIB:,})",
+            field="hardware.gpu",
+        )
+    return Card(id=None, name=f"a card of {number:g} GiB", capacity_bytes=round(number * GIB))
+
+
+def card_for(gpu: Gpu) -> Card:
+    """A card of the catalogue."""
     return Card(
         id=gpu.id,
         name=gpu.name,
         capacity_bytes=gpu.capacity_bytes,
         compute_capability=gpu.compute_capability,
         num_multiprocessors=gpu.num_sms,
+        vendor=gpu.vendor,
     )
+
+
+def pasted_cards(text: str) -> tuple[Card, ...]:
+    """The cards of a machine, from the output of its nvidia-smi.
+
+    Raises:
+        RequestError: if it cannot be read, or a card is not in the catalogue.
+    """
+    return tuple(_pasted(identify(card)) for card in read_cards(text))
+
+
+def _pasted(found: FoundCard) -> Card:
+    return replace(
+        card_for(found.gpu),
+        id=None if found.is_variant else found.gpu.id,
+        capacity_bytes=found.capacity_bytes,
+        occupied_bytes=found.occupied_bytes,
+        occupants=usage_sentence(found),
+        is_variant=found.is_variant,
+    )
+
+
+def emptiest(cards: tuple[Card, ...]) -> Card:
+    """The card with the most memory that nobody uses, the first of several; the others are named beside it."""
+    chosen = max(range(len(cards)), key=lambda index: (cards[index].usable_bytes, -index))
+    return replace(cards[chosen], beside=tuple(card.name for index, card in enumerate(cards) if index != chosen))

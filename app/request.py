@@ -4,10 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from estimator.nvidia_smi import MAX_CHARACTERS
+
 MAX_BATCH = 65_536
 MAX_LENGTH = 2**24
 MAX_RANK = 16_384
 MAX_ACCUMULATION = 2**20
+MAX_GIB = 16_384
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=1024)]
@@ -132,7 +135,9 @@ class HardwareFields(Border):
     """The card."""
 
     gpu: Name | None = None
-    capacity_gib: Annotated[float, Field(gt=0, le=16_384)] | None = None
+    capacity_gib: Annotated[float, Field(gt=0, le=MAX_GIB)] | None = None
+    nvidia_smi: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)] | None = None
+    """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
 

@@ -1,20 +1,31 @@
-"""The GPU catalogue: what CUDA gives on each card, and on what evidence."""
+"""The GPU catalogue: what CUDA gives on each card, how fast it is, and on what evidence."""
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from estimator.errors import UnknownNameError
+from estimator.dtypes import DType
+from estimator.errors import RequestError, UnknownNameError
 from estimator.units import MIB
 
 _CATALOGUE = Path(__file__).with_name("data") / "gpus.json"
 
 # Words of NVML names that tell no two cards apart.
-_FILLER = re.compile(r"nvidia|geforce|tesla|generation")
+_FILLER = re.compile(r"nvidia|geforce|tesla|generation|amd|instinct")
+# Chips of Apple: `m3 max`, `apple m2 ultra`, `mps`.
+_APPLE = re.compile(r"(apple.*|mps|metal|macbook.*|mac(mini|studio|pro)|m[1-9](pro|max|ultra)?)(\d+gb)?")
+
+
+class Vendor(StrEnum):
+    """Whose card it is: bitsandbytes, flash-attn and this catalogue's memory facts are about CUDA first."""
+
+    NVIDIA = "nvidia"
+    AMD = "amd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +60,20 @@ class Gpu:
     source: str
     """Where the capacity was seen."""
     note: str
+    vendor: Vendor = Vendor.NVIDIA
+    is_modified: bool = False
+    """Whether third parties changed its memory: found by its id or by name and total, never by name alone."""
+    memory_bandwidth: float | None = None
+    """Of the card's own memory [bytes/s]."""
+    dense_flops: Mapping[DType, float] = field(default_factory=dict, compare=False)
+    """Peak of dense matrix products with sums in float32, by type of the factors, where it is known [FLOP/s]."""
+    spec_source: str = ""
+    """Where bandwidth and peaks were read."""
+    spec_certainty: str = "low"
+    """`high`, `medium` or `low`: how well bandwidth and peaks are known."""
+    matmul_share: float | None = None
+    """Of its dense peak, what the best bfloat16 product reached in a published benchmark."""
+    matmul_share_source: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +103,14 @@ def _parse(row: dict[str, Any]) -> Gpu:
         certainty=row["certainty"],
         source=row["capacity_source"],
         note=row.get("note", ""),
+        vendor=Vendor(row.get("vendor", "nvidia")),
+        is_modified=row.get("is_modified", False),
+        memory_bandwidth=None if row["memory_bandwidth_gb_s"] is None else row["memory_bandwidth_gb_s"] * 1e9,
+        dense_flops={DType(name): tflops * 1e12 for name, tflops in row["dense_tflops"].items() if tflops is not None},
+        spec_source=row["spec_source"],
+        spec_certainty=row["spec_certainty"],
+        matmul_share=row.get("matmul_share"),
+        matmul_share_source=row.get("matmul_share_source", ""),
     )
 
 
@@ -87,7 +120,7 @@ def all_gpus() -> tuple[Gpu, ...]:
     return tuple(_parse(row) for row in json.loads(_CATALOGUE.read_text(encoding="utf-8"))["gpus"])
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", _FILLER.sub("", name.lower()))
 
 
@@ -101,8 +134,14 @@ def _by_name() -> dict[str, tuple[Gpu, ...]]:
     found: dict[str, dict[str, Gpu]] = {}
     for gpu in all_gpus():
         for name in gpu.names:
-            found.setdefault(_key(name), {})[gpu.id] = gpu
+            found.setdefault(name_key(name), {})[gpu.id] = gpu
     return {key: tuple(gpus.values()) for key, gpus in found.items()}
+
+
+def find_gpus(name: str) -> tuple[Gpu, ...]:
+    """All cards of an id, an alias or an NVML name; none where it is not known."""
+    exact = _by_id().get(name.strip().lower())
+    return (exact,) if exact is not None else _by_name().get(name_key(name), ())
 
 
 def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None = None) -> Gpu:
@@ -111,22 +150,39 @@ def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None 
     Args:
         name: case, blanks, hyphens and the words NVIDIA, GeForce and Tesla do not matter.
         field: what error messages call it.
-        total_bytes: total memory that CUDA reports; decides between cards of one name [bytes].
+        total_bytes: total memory that CUDA or nvidia-smi reports; decides between cards of one name [bytes].
 
     Raises:
         UnknownNameError: if no card has this name, or several have and `total_bytes` is absent.
+        RequestError: if it is a chip of Apple.
     """
     exact = _by_id().get(name.strip().lower())
     if exact is not None and total_bytes is None:
         return exact
-    candidates = _by_name().get(_key(name), ())
+    candidates = _by_name().get(name_key(name), ())
     if not candidates:
+        if _APPLE.fullmatch(name_key(name)):
+            raise RequestError(APPLE_ANSWER.format(field=field, name=name), field=field)
         raise UnknownNameError.of(field, name, _by_id())
-    if len(candidates) == 1:
-        return candidates[0]
-    if total_bytes is None:
+    if total_bytes is not None:
+        return min(candidates, key=lambda gpu: distance(gpu, total_bytes))
+    usual = [gpu for gpu in candidates if not gpu.is_modified]
+    if len(usual) != 1:
         raise _ambiguous(field, name, candidates)
-    return min(candidates, key=lambda gpu: abs(gpu.capacity_bytes - total_bytes))
+    return usual[0]
+
+
+def distance(gpu: Gpu, total_bytes: int) -> int:
+    """How far a reported total is from the card's, as CUDA or as nvidia-smi shows it [bytes]."""
+    totals = (gpu.capacity_bytes, gpu.nvidia_smi_bytes or gpu.capacity_bytes)
+    return min(abs(total - total_bytes) for total in totals)
+
+
+APPLE_ANSWER = (
+    "{field}: {name!r} is Apple Silicon, which has no CUDA: bitsandbytes' 4-bit and 8-bit layers, flash-attn and paged optimizers do not "
+    "run there, memory is the system's. Use MLX instead: `pip install mlx-lm`, then `mlx_lm.lora` trains LoRA on a model that "
+    "`mlx_lm.convert -q` has quantized to 4 bits. Cards that are answered for: `vramplan gpus`"
+)
 
 
 def _ambiguous(field: str, name: str, candidates: Iterable[Gpu]) -> UnknownNameError:

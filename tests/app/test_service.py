@@ -9,6 +9,7 @@ from app import examples
 from app.catalogue import list_models
 from app.service import answer
 from estimator.correction import margin_without_interval
+from estimator.errors import RequestError
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -362,3 +363,40 @@ def test_without_an_interval_the_answer_says_what_fits_asks_for_and_why() -> Non
     margin = margin_without_interval()
     assert f"{100 * margin.share:.1f} % above the estimate" in message
     assert f"{margin.num_rows} rows of fms-accel" in message
+
+
+PASTE = (
+    "name, memory.total [MiB], memory.used [MiB]\nNVIDIA GeForce RTX 4090, 24564 MiB, 6000 MiB\nNVIDIA GeForce RTX 3060, 12288 MiB, 1 MiB\n"
+)
+
+
+def test_pasted_memory_in_use_counts_against_the_card() -> None:
+    pasted = answer(examples.QLORA | {"hardware": {"nvidia_smi": PASTE}})
+    alone = answer(examples.QLORA | {"hardware": {"gpu": "rtx4090"}})
+    assert pasted["fit"]["gpu"] == "rtx4090"
+    assert pasted["fit"]["occupied_bytes"] == 6000 * 2**20
+    assert pasted["fit"]["free_bytes"] == alone["fit"]["free_bytes"] - 6000 * 2**20
+    codes = {warning["code"]: warning["message"] for warning in pasted["warnings"]}
+    assert "5.86 GiB of GPU 0" in codes["memory_in_use"]
+    assert "GeForce RTX 3060" in codes["several_cards"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "field"),
+    [
+        ({"nvidia_smi": "nothing"}, "hardware.nvidia_smi"),
+        ({"nvidia_smi": PASTE, "gpu": "rtx4090"}, "hardware.nvidia_smi"),
+        ({"gpu": "m3 max"}, "hardware.gpu"),
+    ],
+)
+def test_hardware_that_cannot_be_answered_for_is_refused_by_its_field(hardware: dict[str, str], field: str) -> None:
+    with pytest.raises(RequestError) as error:
+        answer(examples.QLORA | {"hardware": hardware})
+    assert error.value.errors[0].field == field
+
+
+def test_an_amd_card_is_outside_bitsandbytes_cuda_path_and_16_bit_methods_do_not_care() -> None:
+    quantized = answer(examples.QLORA | {"hardware": {"gpu": "mi300x"}})
+    plain = answer(examples.SFT_LORA | {"hardware": {"gpu": "mi300x"}})
+    assert "outside_cuda" in {warning["code"] for warning in quantized["warnings"]}
+    assert "outside_cuda" not in {warning["code"] for warning in plain["warnings"]}
