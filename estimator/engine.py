@@ -82,7 +82,10 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(recipe, prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory)), _BASIS)
+            regime = regime_of(recipe, inventory)
+            program = _shared_program(inventory, structure, prepared, regime)
+            keeping = _keeping_program(inventory, structure, prepared, regime)
+            return _training(recipe, prepared, program, _BASIS, keeping)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -145,10 +148,9 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     loaded = _loaded(static, recipe) | share.loaded
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
         loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
-    if training is not None:
-        if training.objective.reference is Reference.MODEL:
-            for held in (stored, loaded):
-                _add_reference(held, inventory, recipe)
+    if training is not None and training.objective.reference is Reference.MODEL:
+        for held in (stored, loaded):
+            _add_reference(held, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
@@ -262,7 +264,9 @@ def _input_sizes(training: Training) -> list[int]:
             assert_never(objective.kind)
 
 
-def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
+def _training(
+    recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis], keeping: Program | None = None
+) -> Estimate:
     training = recipe.training
     assert training is not None
     batch, length = training.shape
@@ -278,7 +282,12 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
             # Those of earlier micro-batches wait, all of them, and later ones are added in place.
             held[Item.GRADIENTS] = share.waiting_gradients_bytes
         basis = {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of
-        phases.append(_phase(phase, _sum(held, largest(program.peaks[phase], batch, length).items()), basis))
+        step = _sum(held, largest(program.peaks[phase], batch, length).items())
+        if keeping is not None and phase is Phase.BACKWARD:
+            kept = largest(keeping.peaks[phase], batch, length).items()
+            kept[Item.GRADIENTS] = int(kept.get(Item.GRADIENTS, 0) * share.kept_gradients)
+            step = max(step, _sum(held, kept), key=lambda items: sum(items.values()))
+        phases.append(_phase(phase, step, basis))
     update = dict(between)
     update[Item.GRADIENTS] = share.gradients_bytes
     update[Item.TEMPORARY] = share.update_temporary_bytes
@@ -359,6 +368,23 @@ def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, re
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
     return _step_program(inventory, _as_run(recipe, share), regime, tensors)
+
+
+def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
+    """The step with the gradients it has made so far, for ranks that keep a part of each.
+
+    A backward pass is largest at its beginning, where logits are, or towards its end, where gradients are: the one shows in the program
+    that hands gradients on, the other in this one.
+    """
+    share = prepared.share
+    if not share.kept_gradients:
+        return None
+    return _step_program(inventory, replace(_without_accumulation(recipe), parallel=Parallel()), regime, share.tensors)
+
+
+def _without_accumulation(recipe: Recipe) -> Recipe:
+    assert recipe.training is not None
+    return replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=1))
 
 
 def _as_run(recipe: Recipe, share: Share) -> Recipe:
