@@ -224,10 +224,10 @@ def units_of(recipe: Recipe, tensors: tuple[StoredTensor, ...]) -> Units:
             key: object = tensor.indices[0][0]
         elif "embed" in tensor.pattern or "wte" in tensor.pattern:
             key = embedding if has_head else tail
-        elif tensor.item is Item.WEIGHTS and (_is_head(tensor) or "norm" in tensor.pattern or "ln_f" in tensor.pattern):
-            key = tail
         else:
-            key = tail if _is_head(tensor) else "root"
+            # In a PeftModel accelerate finds no final norm: it stays with the root.
+            is_norm = recipe.adapter is None and ("norm" in tensor.pattern or "ln_f" in tensor.pattern)
+            key = tail if is_norm or _is_head(tensor) else "root"
         groups.setdefault(key, []).append(_sharded(tensor, recipe.parallel.num_gpus, compute, has_4bit=has_4bit))
 
     def unit(key: object) -> Unit:
