@@ -8,11 +8,13 @@ from typing import assert_never
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
+from estimator.errors import RequestError
+from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate, RankEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
-from estimator.parallelism.options import Parallel
+from estimator.parallelism.cards import Card, cards
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
 from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
@@ -73,6 +75,12 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
+    if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.DEVICE_MAP:
+        return _over_cards(inventory, recipe, traced)
+    return _on_one_card(inventory, recipe, traced)
+
+
+def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None) -> Estimate:
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
     if traced is not None:
@@ -121,6 +129,66 @@ def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
 
 def _has_experts(inventory: Inventory) -> bool:
     return any(inventory.config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+# -- layers on several cards ------------------------------------------------------------------------------------------------------------
+
+
+def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None) -> Estimate:
+    """Each card's part by itself; the answer is that of the card that needs most.
+
+    Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
+    """
+    if traced is not None:
+        raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
+    alone = replace(recipe, parallel=Parallel())
+    parts = cards(inventory, recipe)
+    answers = [_on_one_card(card.inventory, alone, None) for card in parts]
+    if not parts[0].has_head:
+        answers[0] = _with_returned_logits(answers[0], inventory, recipe)
+    ranks = tuple(_rank(card, answer) for card, answer in zip(parts, answers, strict=True))
+    largest_answer = max(answers, key=lambda answer: answer.device_bytes or answer.peak.allocated_bytes)
+    # Parameters are counted over all cards.
+    return replace(largest_answer, ranks=ranks, parameters=static_memory(inventory, alone).parameters)
+
+
+def _rank(card: Card, answer: Estimate) -> RankEstimate:
+    peak = answer.peak
+    return RankEstimate(
+        rank=card.number,
+        phase=peak.phase,
+        allocated_bytes=peak.allocated_bytes,
+        reserved_bytes=answer.reserved_bytes,
+        device_bytes=answer.device_bytes,
+        holds=card.holds,
+    )
+
+
+def _with_returned_logits(answer: Estimate, inventory: Inventory, recipe: Recipe) -> Estimate:
+    """The model's outputs travel to the card of its inputs, and are turned into float32 there.
+
+    Source: accelerate, hooks.py, AlignDevicesHook.post_forward (io_same_device); utils/operations.py, convert_outputs_to_fp32.
+    """
+    training = recipe.training
+    if training is None or training.loss is not Loss.STOCK:
+        return answer
+    batch, length = training.shape
+    vocabulary = inventory.config["vocab_size"]
+    assert isinstance(vocabulary, int)
+    logits = batch * length * vocabulary
+    widths = (recipe.dtype.itemsize,) if training.autocast_dtype is None else (training.autocast_dtype.itemsize, 4)
+    returned = sum(allocated(logits * width) for width in widths)
+    item = LineItem(item=Item.COMMUNICATION, num_bytes=returned, basis=Basis.MODELLED)
+    phases = tuple(replace(p, items=(*p.items, item)) if p.phase is Phase.LOSS else p for p in answer.phases)
+    # What the new peak exceeds the former one by is held by the allocator, and seen from outside.
+    more = max(p.allocated_bytes for p in phases) - answer.peak.allocated_bytes
+    reserved, device = answer.reserved_bytes, answer.device_bytes
+    return replace(
+        answer,
+        phases=phases,
+        reserved_bytes=None if reserved is None else reserved + more,
+        device_bytes=None if device is None else device + more,
+    )
 
 
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------

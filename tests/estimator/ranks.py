@@ -97,7 +97,9 @@ def _ddp() -> dict[str, Any]:
 
 def _fsdp() -> dict[str, Any]:
     return {
-        f"{'tied' if tied else 'untied'}, {'adapter' if adapter else 'full'}": _sharded({**CONFIG, "tie_word_embeddings": tied}, adapter=adapter)
+        f"{'tied' if tied else 'untied'}, {'adapter' if adapter else 'full'}": _sharded(
+            {**CONFIG, "tie_word_embeddings": tied}, adapter=adapter
+        )
         for tied in (False, True)
         for adapter in (False, True)
     }

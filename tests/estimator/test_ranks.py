@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,7 +79,10 @@ def _of(kind: str) -> tuple[Recipe, StaticMemory]:
 def test_shards_are_those_of_fully_shard_with_padding(fsdp: list[dict[str, Any]], kind: str, rank: int) -> None:
     recipe, static = _of(kind)
     ours = {
-        m.tensor.pattern.format(*(i for (i,) in m.tensor.indices)): (m.shard_elements * m.dtype.itemsize, m.local_rows(rank) * m.row_elements)
+        m.tensor.pattern.format(*(i for (i,) in m.tensor.indices)): (
+            m.shard_elements * m.dtype.itemsize,
+            m.local_rows(rank) * m.row_elements,
+        )
         for unit in units_of(recipe, static.tensors).all
         for m in unit.members
     }
