@@ -213,7 +213,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     accumulates = training is not None and training.gradient_accumulation_steps > 1
     share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
     stored = dict(share.stored)
-    loaded = _loaded(static, recipe) | share.loaded
+    loaded = _loaded(static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
         loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
     if training is not None and training.objective.reference is Reference.MODEL:
