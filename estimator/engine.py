@@ -44,6 +44,10 @@ _COMPILED = Notice(
     "compiler fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer "
     "describes, but for keys and values copied for all heads.",
 )
+_BORROWED = Notice(
+    code="card_without_layers",
+    message="one of the cards holds no layer; it is answered for as if it held one with its adapter, which is that much too high.",
+)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -148,8 +152,10 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None) ->
         answers[0] = _with_returned_logits(answers[0], inventory, recipe)
     ranks = tuple(_rank(card, answer) for card, answer in zip(parts, answers, strict=True))
     largest_answer = max(answers, key=lambda answer: answer.device_bytes or answer.peak.allocated_bytes)
+    borrowed = tuple(_BORROWED for card in parts if card.borrows_layer)[:1]
     # Parameters are counted over all cards.
-    return replace(largest_answer, ranks=ranks, parameters=static_memory(inventory, alone).parameters)
+    parameters = static_memory(inventory, alone).parameters
+    return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
 
 
 def _rank(card: Card, answer: Estimate) -> RankEstimate:

@@ -19,6 +19,8 @@ class Card:
     holds: str
     """In words."""
     has_head: bool
+    borrows_layer: bool
+    """Whether it has no layer of its own and counts another card's last one: an adapter needs one to be on."""
 
 
 def cards(inventory: Inventory, recipe: Recipe) -> tuple[Card, ...]:
@@ -28,10 +30,11 @@ def cards(inventory: Inventory, recipe: Recipe) -> tuple[Card, ...]:
         RequestError: if a module is left over when the last card is full.
     """
     placed = placement(inventory, recipe)
-    return tuple(_card(inventory, placed, number, recipe.parallel.num_gpus) for number in range(recipe.parallel.num_gpus))
+    num_cards = recipe.parallel.num_gpus
+    return tuple(_card(inventory, placed, number, num_cards, adapted=recipe.adapter is not None) for number in range(num_cards))
 
 
-def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_cards: int) -> Card:
+def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_cards: int, *, adapted: bool) -> Card:
     prefix = f"{inventory.layers_prefix}."
     rows = []
     layers: set[int] = set()
@@ -47,6 +50,12 @@ def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_card
                     others.append(row.module_pattern)
             elif not row.pattern.startswith(prefix):
                 rows.append(_emptied(part))
+    borrows = adapted and not layers
+    if borrows:
+        last = inventory.num_layers - 1
+        rows += [
+            replace(r, indices=((last,), *r.indices[1:])) for r in inventory.rows if r.pattern.startswith(prefix) and last in r.indices[0]
+        ]
     has_head = inventory.output_embedding is not None and card_of(placed, f"{inventory.output_embedding}.weight") == number
     # Logits are made where the head is.
     config = inventory.config if has_head else {**inventory.config, "vocab_size": 1}
@@ -61,6 +70,7 @@ def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_card
         ),
         holds=", ".join([listed, *dict.fromkeys(others)]),
         has_head=has_head,
+        borrows_layer=borrows,
     )
 
 
