@@ -100,6 +100,8 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     _HARDWARE: (
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
+        _option("hardware.num_gpus", "int", "how many of them"),
+        _option("hardware.strategy", "str", "single, ddp, zero1, zero2, zero3, fsdp or device_map"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
         _option("engine", "str", "auto, analytic or trace"),
     ),

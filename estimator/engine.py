@@ -146,7 +146,7 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None) ->
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
-    parts = cards(inventory, recipe)
+    parts = cards(inventory, _without_sizes(recipe))
     answers = [_on_one_card(card.inventory, alone, None) for card in parts]
     if not parts[0].has_head:
         answers[0] = _with_returned_logits(answers[0], inventory, recipe)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from estimator.inventory import Inventory, TensorRow
 from estimator.parallelism.placement import card_of, placement
@@ -23,8 +24,9 @@ class Card:
     """Whether it has no layer of its own and counts another card's last one: an adapter needs one to be on."""
 
 
+@lru_cache(maxsize=256)
 def cards(inventory: Inventory, recipe: Recipe) -> tuple[Card, ...]:
-    """Every card with its part, in order.
+    """Every card with its part, in order; kept by recipe, so that callers leave sizes out of it.
 
     Raises:
         RequestError: if a module is left over when the last card is full.
