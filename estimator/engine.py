@@ -9,16 +9,22 @@ from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.allocator_settings import AllocatorSettings
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate
+from estimator.errors import RequestError
+from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate, RankEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import passing_bytes, unsplit_bytes
+from estimator.parallelism.cards import Card, cards
+from estimator.parallelism.options import Parallel, Strategy
+from estimator.parallelism.share import Share, whole
+from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import reservation
 from estimator.schedule import Schedule
 from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
+from estimator.storage import StoredTensor
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
@@ -41,6 +47,10 @@ _COMPILED = Notice(
     "compiler fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer "
     "describes, but for keys and values copied for all heads.",
 )
+_BORROWED = Notice(
+    code="card_without_layers",
+    message="one of the cards holds no layer; it is answered for as if it held one with its adapter, which is that much too high.",
+)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -52,6 +62,8 @@ class Prepared:
     stored: Mapping[Item, int]
     """Between steps, inputs of the step left out [bytes]."""
     accumulates: bool
+    share: Share
+    """What one rank has of the static memory."""
     load: PhaseEstimate
     workspace_bytes: int
     unsplit_bytes: int
@@ -84,10 +96,16 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
+    if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.DEVICE_MAP:
+        return _over_cards(inventory, recipe, traced, device)
+    return _on_one_card(inventory, recipe, traced, device, replays=not recipe.parallel.is_spread)
+
+
+def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, device: Device, *, replays: bool) -> Estimate:
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
     if traced is not None:
-        seen = traced.schedule
+        seen = traced.schedule if replays else None
         held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=lambda: seen)
         return replace(_training(held, traced, _BASIS_TRACED), engine=Engine.TRACE)
     reason = why_not_modelled(inventory, recipe)
@@ -96,9 +114,11 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     try:
         if recipe.training is not None:
             regime = regime_of(recipe, inventory)
-            schedule = partial(_step_schedule, inventory, structure, regime)
+            program = _shared_program(inventory, structure, prepared, regime)
+            keeping = _keeping_program(inventory, structure, prepared, regime)
+            schedule = partial(_step_schedule, inventory, structure, regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
-            return _training(held, _step_program(inventory, structure, regime), _BASIS)
+            return _training(held, program, _BASIS, keeping)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -136,6 +156,69 @@ def _has_experts(inventory: Inventory) -> bool:
     return any(inventory.config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
+# -- layers on several cards ------------------------------------------------------------------------------------------------------------
+
+
+def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, device: Device) -> Estimate:
+    """Each card's part by itself; the answer is that of the card that needs most.
+
+    Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
+    """
+    if traced is not None:
+        raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
+    alone = replace(recipe, parallel=Parallel())
+    parts = cards(inventory, _without_sizes(recipe))
+    answers = [_on_one_card(card.inventory, alone, None, device, replays=False) for card in parts]
+    if not parts[0].has_head:
+        answers[0] = _with_returned_logits(answers[0], inventory, recipe)
+    ranks = tuple(_rank(card, answer) for card, answer in zip(parts, answers, strict=True))
+    largest_answer = max(answers, key=lambda answer: answer.device_bytes)
+    borrowed = tuple(_BORROWED for card in parts if card.borrows_layer)[:1]
+    # Parameters are counted over all cards.
+    parameters = static_memory(inventory, alone).parameters
+    return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
+
+
+def _rank(card: Card, answer: Estimate) -> RankEstimate:
+    peak = answer.peak
+    return RankEstimate(
+        rank=card.number,
+        phase=peak.phase,
+        allocated_bytes=peak.allocated_bytes,
+        reserved_bytes=answer.reserved_bytes,
+        device_bytes=answer.device_bytes,
+        holds=card.holds,
+    )
+
+
+def _with_returned_logits(answer: Estimate, inventory: Inventory, recipe: Recipe) -> Estimate:
+    """The model's outputs travel to the card of its inputs, and are turned into float32 there.
+
+    Source: accelerate, hooks.py, AlignDevicesHook.post_forward (io_same_device); utils/operations.py, convert_outputs_to_fp32.
+    """
+    training = recipe.training
+    if training is None or training.loss is not Loss.STOCK:
+        return answer
+    batch, length = training.shape
+    vocabulary = inventory.config["vocab_size"]
+    assert isinstance(vocabulary, int)
+    logits = batch * length * vocabulary
+    widths = (recipe.dtype.itemsize,) if training.autocast_dtype is None else (training.autocast_dtype.itemsize, 4)
+    returned = sum(allocated(logits * width) for width in widths)
+    item = LineItem(item=Item.COMMUNICATION, num_bytes=returned, basis=Basis.MODELLED)
+    phases = tuple(replace(p, items=(*p.items, item)) if p.phase is Phase.LOSS else p for p in answer.phases)
+    # What the new peak exceeds the former one by is held by the allocator, and seen from outside.
+    more = max(p.allocated_bytes for p in phases) - answer.peak.allocated_bytes
+    held = answer.holding.get()
+    holding = replace(
+        held,
+        reserved_bytes=held.reserved_bytes + more,
+        device_bytes=held.device_bytes + more,
+        without_pressure_bytes=held.without_pressure_bytes + more,
+    )
+    return replace(answer, phases=phases, holding=Deferred.of(holding), least_device_bytes=answer.least_device_bytes + more)
+
+
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -155,22 +238,20 @@ def _without_sizes(recipe: Recipe) -> Recipe:
 def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     static = static_memory(inventory, recipe)
     training = recipe.training
-    stored = {
-        Item.WEIGHTS: static.weights_bytes,
-        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
-        Item.BUFFERS: static.buffers_bytes,
-        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
-    }
-    loaded = _loaded(inventory, static, recipe)
-    if training is not None:
-        stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
-        if training.objective.reference is Reference.MODEL:
-            for held in (stored, loaded):
-                _add_reference(held, inventory, recipe)
+    accumulates = training is not None and training.gradient_accumulation_steps > 1
+    share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
+    stored = dict(share.stored)
+    loaded = _loaded(inventory, static, recipe) | dict(share.loaded)
+    if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
+        loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
+    if training is not None and training.objective.reference is Reference.MODEL:
+        for held in (stored, loaded):
+            _add_reference(held, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
-        accumulates=training is not None and training.gradient_accumulation_steps > 1,
+        accumulates=accumulates,
+        share=share,
         load=_phase(Phase.LOAD, loaded),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
@@ -242,7 +323,8 @@ def _modelled(prepared: Prepared, reserved: int) -> Deferred[Holding]:
 
 def _holding(prepared: Prepared, reserved: int, basis: Basis, unpressed: int | None = None) -> Holding:
     def shown(num_bytes: int) -> int:
-        return device_bytes(reserved_bytes=num_bytes, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
+        context = prepared.context_bytes + prepared.share.outside_bytes
+        return device_bytes(reserved_bytes=num_bytes, context_bytes=context, paged_bytes=prepared.share.paged_bytes)
 
     return Holding(
         reserved_bytes=reserved,
@@ -313,25 +395,37 @@ class _Held:
         return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
 
 
-def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
+def _no_schedule() -> Schedule | None:
+    """What a rank allocates is not known one by one."""
+    return None
+
+
+def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keeping: Program | None = None) -> Estimate:
     prepared, training = run.prepared, run.recipe.training
     assert training is not None
     batch, length = training.shape
-    static = prepared.static
+    static, share = prepared.static, prepared.share
     inputs = training.gradient_accumulation_steps * sum(allocated(_INDEX_BYTES * n) for n in _input_sizes(training))
     between = _between(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
         held = dict(between)
-        if prepared.accumulates:
+        held[Item.COMMUNICATION] = share.communication.get(phase, 0)
+        if share.waiting_gradients_bytes:
             # Those of earlier micro-batches wait, all of them, and later ones are added in place.
-            held[Item.GRADIENTS] = static.gradients_bytes
+            held[Item.GRADIENTS] = share.waiting_gradients_bytes
         basis = {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of
-        phases.append(_phase(phase, _sum(held, largest(program.peaks[phase], batch, length).items()), basis))
+        step = _sum(held, largest(program.peaks[phase], batch, length).items())
+        if keeping is not None and phase is Phase.BACKWARD:
+            kept = largest(keeping.peaks[phase], batch, length).items()
+            kept[Item.GRADIENTS] = int(kept.get(Item.GRADIENTS, 0) * share.kept_gradients)
+            step = max(step, _sum(held, kept), key=lambda items: sum(items.values()))
+        phases.append(_phase(phase, step, basis))
     update = dict(between)
-    update[Item.GRADIENTS] = static.gradients_bytes
-    update[Item.TEMPORARY] = static.optimizer_temporary_bytes
+    update[Item.GRADIENTS] = share.gradients_bytes
+    update[Item.TEMPORARY] = share.update_temporary_bytes
+    update[Item.COMMUNICATION] = share.communication.get(Phase.OPTIMIZER_STEP, 0)
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
@@ -340,8 +434,12 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis]) -> E
         phases=tuple(phases),
         steady_state_bytes=steady,
         holding=Deferred(lambda: run.replayed(peak, steady)),
-        least_device_bytes=device_bytes(reserved_bytes=peak, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
-        paged_bytes=static.paged_bytes,
+        least_device_bytes=device_bytes(
+            reserved_bytes=peak, context_bytes=prepared.context_bytes + share.outside_bytes, paged_bytes=share.paged_bytes
+        ),
+        paged_bytes=share.paged_bytes,
+        host_bytes=share.host_bytes,
+        notices=share.notices,
         kernels=program.kernels,
     )
 
@@ -371,12 +469,13 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
     structure = _without_sizes(recipe)
-    tensors = static_memory(inventory, structure).tensors
     training = recipe.training
     if training is not None:
-        peaks = run_step(inventory, structure, tensors, regime_of(recipe, inventory), names=True).peaks
+        share = _prepared(inventory, structure).share
+        peaks = run_step(inventory, _as_run(structure, share), share.tensors, regime_of(recipe, inventory), names=True).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
+        tensors = static_memory(inventory, structure).tensors
         return _generation_instants(recipe, inventory, lambda regime: run_generation(inventory, structure, tensors, regime, names=True))
     return {}
 
@@ -385,7 +484,7 @@ def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
     """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
     structure = _without_sizes(recipe)
     if recipe.training is not None:
-        return _step_program(inventory, structure, regime_of(recipe, inventory)).weights_growth_bytes
+        return _shared_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory)).weights_growth_bytes
     return _first_generation(inventory, recipe, structure).weights_growth_bytes if recipe.inference is not None else 0
 
 
@@ -395,9 +494,43 @@ def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: in
     return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
+def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program:
+    """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
+    share = prepared.share
+    tensors = None if share.tensors is prepared.static.tensors else share.tensors
+    return _step_program(inventory, _as_run(recipe, share), regime, tensors)
+
+
+def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
+    """The step with the gradients it has made so far, for ranks that keep a part of each.
+
+    A backward pass is largest at its beginning, where logits are, or towards its end, where gradients are: the one shows in the program
+    that hands gradients on, the other in this one.
+    """
+    share = prepared.share
+    if not share.kept_gradients:
+        return None
+    return _step_program(inventory, replace(_without_accumulation(recipe), parallel=Parallel()), regime, share.tensors)
+
+
+def _without_accumulation(recipe: Recipe) -> Recipe:
+    assert recipe.training is not None
+    return replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=1))
+
+
+def _as_run(recipe: Recipe, share: Share) -> Recipe:
+    """The recipe of the step alone: gradients that have places of their own are handed on like those of a second micro-batch."""
+    if not recipe.parallel.is_spread:
+        return recipe
+    training = recipe.training
+    if training is not None and share.gradients_have_places:
+        training = replace(training, gradient_accumulation_steps=2)
+    return replace(recipe, training=training, parallel=Parallel())
+
+
 @lru_cache(maxsize=256)
-def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
-    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
+def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None) -> Program:
+    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors if tensors is None else tensors, regime)
 
 
 @lru_cache(maxsize=64)

@@ -234,7 +234,8 @@ class _Step:
         tape.phase = Phase.DECODE
         tape.few_rows = self.regime.few_rows
         for index, cache in enumerate(self.caches):
-            cache += self.cached_before(index, spans)
+            if self.layers[index]:
+                cache += self.cached_before(index, spans)
         keeps_earlier = self.recipe.stack.keeps_earlier_cache(self.inventory.model_type)
         earlier = [list(cache) for cache in self.caches] if keeps_earlier else []
         held = self.held_by_generate()
@@ -348,8 +349,16 @@ class _Step:
         Source: transformers, modeling_utils.py, enable_input_require_grads.
         """
         training = self.training
-        if hidden.node is None and self.recipe.adapter is not None and training is not None and training.gradient_checkpointing:
+        if hidden.node is not None or self.recipe.adapter is None or training is None:
+            return
+        if training.gradient_checkpointing or self._comes_from_another_card:
             hidden.node = _InputGradient(self.tape, hidden)
+
+    @property
+    def _comes_from_another_card(self) -> bool:
+        """Whether the embedding lies elsewhere: what enters the first layer here has a graph behind it."""
+        embedding = self.outside.get(f"{self.inventory.input_embedding}.weight")
+        return embedding is not None and embedding.num_elements == 0
 
     def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
         vocabulary = self._vocabulary
@@ -406,10 +415,12 @@ class _Step:
     # -- layers ---------------------------------------------------------------------------------------------------------------------
 
     def _run_layers(self, hidden: Value, around: Surroundings) -> Value:
-        kinds = [self._kind(i) for i in range(self.inventory.num_layers)]
-        last = {kind: i for i, kind in enumerate(kinds)}
+        # Layers that lie on another card have no tensors here.
+        kinds = {i: self._kind(i) for i in range(self.inventory.num_layers) if self.layers[i]}
+        last = {kind: i for i, kind in kinds.items()}
+        first = min(kinds, default=0)
         seen: dict[object, _Copy] = {}
-        for index, kind in enumerate(kinds):
+        for index, kind in kinds.items():
             entry = (kind, hidden.dtype, hidden.requires_grad)
             if self.tape.log is None and entry in seen and index != last[kind]:
                 self.caches[index].clear()
@@ -424,7 +435,7 @@ class _Step:
             if self.spans is not None and kind not in self.rows:
                 self.rows[kind] = self._rows(index)
             # The first layer is no model for the others: the embedding that enters it outlives it.
-            if self.tape.log is None and index > 0 and entry not in seen:
+            if self.tape.log is None and index > first and entry not in seen:
                 seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
         return hidden
 
