@@ -68,7 +68,12 @@ def explain(inventory: Inventory, recipe: Recipe, traced: Program | None = None)
 @lru_cache(maxsize=64)
 def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
-    instants = worst_instants(inventory, recipe) if modelled else {}
+    instants: Mapping[Phase, Instant] = {}
+    if modelled:
+        try:
+            instants = worst_instants(inventory, recipe)
+        except NotImplementedError:  # a block met something that it has no rule for: the estimate ends with the load, and says so
+            modelled = False
     texts = _texts(inventory, recipe, _phases(recipe, modelled), instants)
     if modelled:
         _add_what_stays(texts, inventory, recipe)
