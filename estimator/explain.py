@@ -73,7 +73,12 @@ def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
     # On each card of a device map the step is that of the whole model with fewer layers.
     run = replace(recipe, parallel=Parallel()) if recipe.parallel.strategy is Strategy.DEVICE_MAP else recipe
-    instants = worst_instants(inventory, run) if modelled else {}
+    instants: Mapping[Phase, Instant] = {}
+    if modelled:
+        try:
+            instants = worst_instants(inventory, run)
+        except NotImplementedError:  # a block met something that it has no rule for: the estimate ends with the load, and says so
+            modelled = False
     phases = _phases(recipe, modelled)
     texts = _texts(inventory, run, phases, instants)
     if modelled:

@@ -9,7 +9,7 @@ from estimator.estimate import Estimate
 from estimator.explain import explain
 from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Adapter, Loss
+from estimator.recipe import Adapter, Attention, Loss, Recipe
 from estimator.sources.catalogue import entries
 from estimator.stack import Stack
 from tests.estimator.recipes import inference, model, training
@@ -138,6 +138,17 @@ def test_every_item_of_every_phase_is_explained() -> None:
             for item in phase.items:
                 assert texts[phase.phase, item.item].formula, (phase.phase, item.item)
                 assert texts[phase.phase, item.item].source
+
+
+@pytest.mark.parametrize("asked", [training(), inference()], ids=["training", "generation"])
+def test_a_block_that_meets_what_it_has_no_rule_for_is_answered_and_explained_up_to_the_load(asked: Recipe) -> None:
+    asked = replace(asked, attention=Attention.EAGER)
+    answered = estimate(model("tiiuae/falcon-7b"), asked)
+    assert [notice.code for notice in answered.notices] == ["not_modelled"]
+    assert "eager attention of Falcon" in answered.notices[0].message
+    texts = explain(model("tiiuae/falcon-7b"), asked)
+    assert {phase for phase, _ in texts} == {p.phase for p in answered.phases} == {Phase.LOAD}
+    assert all(texts[Phase.LOAD, item.item].formula for item in answered.phases[0].items)
 
 
 def test_the_load_is_never_above_the_peak() -> None:

@@ -49,7 +49,10 @@ def give(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def value_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """The value of a tensor where it is known; a tensor with content is its own."""
-    return getattr(tensor, "_vramplan_value", None) if isinstance(tensor, FakeTensor) else tensor
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    value: torch.Tensor | None = getattr(tensor, "_vramplan_value", None)
+    return None if value is not None and hasattr(tensor.untyped_storage(), "_vramplan_overwritten") else value
 
 
 class Values:
@@ -136,7 +139,7 @@ class Values:
                 give(results[0], func(like, *args[1:], **kwargs).contiguous())
             return
         if any(value_of(t) is None for t in given) or not results or not all(map(_is_worth_knowing, results)):
-            _forget(func, args, results)
+            _forget(func, args, kwargs)
             return
         if func in _EMPTY or (not given and torch.Tag.nondeterministic_seeded in func.tags):
             return
@@ -188,10 +191,14 @@ def _is_worth_knowing(tensor: torch.Tensor) -> bool:
     return tensor.numel() <= (_LARGEST_FLOAT if tensor.dtype.is_floating_point else _LARGEST)
 
 
-def _forget(func: Any, args: tuple[Any, ...], results: Sequence[torch.Tensor]) -> None:
-    """A tensor written to with unknown values is itself unknown."""
+def _forget(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A tensor written to with unknown values is itself unknown, and so is all that shares its memory."""
     if not func._schema.is_mutable:
         return
-    for result in results:
-        if any(result is a for a in args) and hasattr(result, "_vramplan_value"):
-            del result._vramplan_value
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        written = args[position] if position < len(args) else kwargs.get(argument.name)
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, FakeTensor):
+                tensor.untyped_storage()._vramplan_overwritten = True  # type: ignore[attr-defined]
