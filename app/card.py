@@ -1,15 +1,19 @@
 """The card of a request: what it can hold, and what fits."""
 
+import re
 from dataclasses import dataclass
 
 from app.request import HardwareFields
-from estimator.gpus import find_gpu
-from estimator.units import GIB, MIB
+from estimator.correction import required_bytes
+from estimator.errors import RequestError
+from estimator.gpus import Gpu, find_gpu
+from estimator.units import GIB, KIB, MIB
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
-# Without an interval, "fits" asks for this much above the estimate (a plain choice, not a fit); below it the verdict is "tight".
-MARGIN_WITHOUT_INTERVAL = 0.10
+# Spellings of `hardware.headroom` beside a number of bytes.
+_HEADROOM = re.compile(r"(\d+(?:\.\d+)?)\s*(%|KiB|MiB|GiB|KB|MB|GB|B)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,7 @@ class Card:
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
-        return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + MARGIN_WITHOUT_INTERVAL))
+        return required_bytes(device_bytes, device_high_bytes)
 
     def verdict(self, device_bytes: int, device_high_bytes: int | None = None) -> str:
         """`fits`, `tight` or `does_not_fit`.
@@ -55,13 +59,49 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
     if hardware.capacity_gib is not None:
-        return Card(id=None, name=f"a card of {hardware.capacity_gib:g} GiB", capacity_bytes=round(hardware.capacity_gib * GIB))
+        capacity = round(hardware.capacity_gib * GIB)
+        return Card(
+            id=None,
+            name=f"a card of {hardware.capacity_gib:g} GiB",
+            capacity_bytes=capacity,
+            headroom_bytes=headroom_bytes(hardware.headroom, capacity),
+        )
     assert hardware.gpu is not None
-    gpu = find_gpu(hardware.gpu)
+    return card_for(find_gpu(hardware.gpu), hardware.headroom)
+
+
+def card_for(gpu: Gpu, headroom: int | str | None = None) -> Card:
+    """A card of the catalogue with what is to be kept free on it."""
     return Card(
         id=gpu.id,
         name=gpu.name,
         capacity_bytes=gpu.capacity_bytes,
         compute_capability=gpu.compute_capability,
         num_multiprocessors=gpu.num_sms,
+        headroom_bytes=headroom_bytes(headroom, gpu.capacity_bytes),
     )
+
+
+def headroom_bytes(asked: int | str | None, capacity_bytes: int) -> int:
+    """What is kept free on purpose [bytes].
+
+    Args:
+        asked: bytes, a size with a unit (`512MiB`, `1 GiB`), or a share of the capacity (`5%`).
+        capacity_bytes: of the card [bytes].
+
+    Raises:
+        RequestError: if it is neither, or more than the card has.
+    """
+    if asked is None:
+        return HEADROOM_BYTES
+    match = _HEADROOM.fullmatch(str(asked).strip())
+    if match is None:
+        raise RequestError(
+            f"hardware.headroom: {asked!r} is not accepted; expected bytes, a size such as 512MiB, or a share such as 5%",
+            field="hardware.headroom",
+        )
+    number, unit = float(match[1]), (match[2] or "B").lower()
+    kept = round(capacity_bytes * number / 100) if unit == "%" else round(number * _UNITS[unit])
+    if kept >= capacity_bytes:
+        raise RequestError(f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes", field="hardware.headroom")
+    return kept

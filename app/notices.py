@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from app import left_out
 from app.answer import is_modelled
 from app.answered import Answered, Rule
-from app.card import MARGIN_WITHOUT_INTERVAL
 from app.training import positions
 from app.versions import shown
-from estimator.correction import MIN_RESIDUALS, class_of
+from estimator.correction import MARGIN_WITHOUT_INTERVAL, MIN_RESIDUALS, class_of
 from estimator.dtypes import DType
 from estimator.estimate import Notice
 from estimator.kernels import Kernel

@@ -100,6 +100,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
     _HARDWARE: (
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
+        _option("hardware.headroom", "str", "what is kept free: 512MiB, or 5%"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
         _option("engine", "str", "auto, analytic or trace"),
     ),
@@ -109,6 +110,8 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
     "Plan": (
         _option("global_batch_size", "int", "samples per optimizer step; absent = as large as fits"),
         _option("objective", "str", "largest_micro_batch, longest_sequence or most_margin"),
+        _option("hardware.filter", "str", "cards to choose from, instead of one: '24GB..80GB bf16'"),
+        _option("sort", "str", "of the cards: price, margin, batch, length or memory"),
     ),
 }
 

@@ -24,7 +24,7 @@ class Head(StrEnum):
 # Share of the memory that comes and goes within a step (peak − steady state) that lies idle in cached segments at the peak: blocks of the
 # size of the logits are freed and cannot serve requests of another size. Medians over published runs whose device memory was recorded
 # (`CONSTANTS` in calibration.published names them), after the context is taken off.
-_IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
+IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
 
 
 def segment_bytes(request_bytes: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
@@ -80,7 +80,7 @@ def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL
         Reserved bytes, a multiple of 2 MiB.
     """
     moving = max(0, peak_bytes - steady_bytes)
-    held = peak_bytes + round(moving * _IDLE_SHARE[head])
+    held = peak_bytes + round(moving * IDLE_SHARE[head])
     return -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
 
 

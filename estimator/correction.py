@@ -11,11 +11,14 @@ from typing import Any
 
 from estimator.estimate import Interval
 from estimator.kernels import Kernel
-from estimator.recipe import Recipe
+from estimator.recipe import ObjectiveKind, Recipe
 
 _RESIDUALS = Path(__file__).with_name("data") / "residuals.json"
 
 COVERAGE = 0.9
+
+# Without an interval, "fits" asks for this much above the estimate (a plain choice, not a fit); below it the verdict is "tight".
+MARGIN_WITHOUT_INTERVAL = 0.10
 
 # Below this many residuals no finite interval covers 90 %: ceil(0.9 · (n + 1)) > n.
 MIN_RESIDUALS = 9
@@ -115,14 +118,10 @@ def interval(
     Returns:
         The interval, or None when the class holds fewer than nine residuals of either kind.
     """
-    name = class_of(recipe, kernels)
-    known = (classes if classes is not None else shipped()).get(name or "")
-    if known is None:
+    found = radii(recipe, kernels, coverage=coverage, classes=classes)
+    if found is None:
         return None
-    allocated = conformal_radius(known.allocated, coverage)
-    device = conformal_radius(known.device, coverage)
-    if allocated is None or device is None:
-        return None
+    known, allocated, device = found
     low, high = _around(allocated_bytes, allocated)
     device_low, device_high = _around(device_bytes, device)
     return Interval(
@@ -131,8 +130,32 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}': {known.evidence}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{known.name}': {known.evidence}",
     )
+
+
+def radii(
+    recipe: Recipe, kernels: Collection[Kernel], *, coverage: float = COVERAGE, classes: Mapping[str, ResidualClass] | None = None
+) -> tuple[ResidualClass, float, float] | None:
+    """The class of a run, and how far its allocated and its device bytes may be off.
+
+    Returns:
+        Class and radii of ln(measured / predicted); None when the class holds fewer than nine residuals of either kind, and for
+        objectives beside next tokens, of which nothing was compared yet.
+    """
+    if recipe.training is None or recipe.training.objective.kind is not ObjectiveKind.SFT:
+        return None
+    known = (classes if classes is not None else shipped()).get(class_of(recipe, kernels) or "")
+    if known is None:
+        return None
+    allocated = conformal_radius(known.allocated, coverage)
+    device = conformal_radius(known.device, coverage)
+    return None if allocated is None or device is None else (known, allocated, device)
+
+
+def required_bytes(device_bytes: int, device_high_bytes: int | None) -> int:
+    """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
+    return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + MARGIN_WITHOUT_INTERVAL))
 
 
 def _around(num_bytes: int, radius: float) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from estimator.step import Program, Regime, compiles_decoding, generation_regime
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
-_INDEX_BYTES = 8  # token ids, labels and masks are int64
+INDEX_BYTES = 8  # token ids, labels and masks are int64
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
 # Source: transformers, generation/utils.py, generate and _prepare_position_ids_for_generation.
 _NUM_GENERATION_INPUTS = 3
@@ -82,6 +82,15 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
         return _load_only(prepared, Notice(code="not_modelled", message=_LOAD_ONLY.format(f"The step with {missing}")))
     return _load_only(prepared)
+
+
+def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
+    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime.
+
+    Only for recipes whose step is modelled (`why_not_modelled`).
+    """
+    structure = _without_sizes(recipe)
+    return _prepared(inventory, structure), _step_program(inventory, structure, regime_of(recipe, inventory))
 
 
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
@@ -195,7 +204,7 @@ def _load_temporary_bytes(static: StaticMemory, recipe: Recipe) -> int:
     return allocated(largest * width)
 
 
-def _between(prepared: Prepared, program: Program) -> dict[Item, int]:
+def between_steps(prepared: Prepared, program: Program) -> dict[Item, int]:
     """What stays from one step to the next, inputs left out [bytes]."""
     between = dict(prepared.stored)
     between[Item.WEIGHTS] += program.weights_growth_bytes
@@ -236,13 +245,12 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
 # -- training ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _input_sizes(training: Training) -> list[int]:
+def input_sizes(training: Training, batch: int, length: int) -> list[int]:
     """Elements of a micro-batch's tensors; those of one element per sequence, or less, are left out.
 
     Source: transformers, data/data_collator.py (ids, labels, mask); trl 1.16, trainer/dpo_trainer.py and reward_trainer.py,
     DataCollatorForPreference; grpo_trainer.py, GRPOTrainer._generate_and_score_completions.
     """
-    batch, length = training.shape
     objective = training.objective
     tokens = batch * length * objective.sequences_per_example
     match objective.kind:
@@ -257,13 +265,19 @@ def _input_sizes(training: Training) -> list[int]:
             assert_never(objective.kind)
 
 
+def head_of(training: Training) -> Head:
+    """How the loss is computed, as far as fragmentation goes."""
+    has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
+    return Head.FULL_LOGITS if has_logits else Head.FUSED
+
+
 def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
     training = recipe.training
     assert training is not None
     batch, length = training.shape
     static = prepared.static
-    inputs = training.gradient_accumulation_steps * sum(allocated(_INDEX_BYTES * n) for n in _input_sizes(training))
-    between = _between(prepared, program)
+    inputs = training.gradient_accumulation_steps * sum(allocated(INDEX_BYTES * n) for n in input_sizes(training, batch, length))
+    between = between_steps(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
@@ -279,9 +293,7 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
-    has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
-    head = Head.FULL_LOGITS if has_logits else Head.FUSED
-    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=head)
+    reserved = reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=head_of(training))
     return Estimate(
         parameters=static.parameters,
         phases=tuple(phases),
@@ -354,8 +366,8 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     inference = recipe.inference
     assert inference is not None
     program = _first_generation(inventory, recipe, structure)
-    between = _between(prepared, program)
-    between[Item.ACTIVATIONS] = _NUM_GENERATION_INPUTS * allocated(_INDEX_BYTES * inference.batch_size * inference.prompt_length)
+    between = between_steps(prepared, program)
+    between[Item.ACTIVATIONS] = _NUM_GENERATION_INPUTS * allocated(INDEX_BYTES * inference.batch_size * inference.prompt_length)
     instants = _generation_instants(recipe, inventory, lambda regime: _generation_program(inventory, structure, regime))
     phases = (
         prepared.load,

@@ -1,0 +1,86 @@
+"""Which cards a run fits: every card of the catalogue, with the best plan on each and its price."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from app.answer import SCHEMA_VERSION, Json
+from app.card import card_for
+from app.evaluation import evaluator_of
+from app.request import PlanRequest
+from app.resolution import resolve_recipe
+from app.service import Case
+from estimator.choice import Choice, Machine, choices
+from estimator.gpu_filter import GpuFilter
+from estimator.gpus import Gpu, Vendor, all_gpus
+from estimator.grid import Evaluator
+from estimator.offers import Offer, cheapest
+from estimator.planner import Goal
+
+_LAST = float("inf")
+# What "sort" may say: the smallest of it comes first.
+SORTS: dict[str, Callable[[Json], float]] = {
+    "price": lambda row: row["usd_per_hour"][0] if row["usd_per_hour"] else _LAST,
+    "margin": lambda row: -row["margin_bytes"],
+    "batch": lambda row: -row["per_device_train_batch_size"] * row["num_gpus"],
+    "length": lambda row: -row["max_length"],
+    "memory": lambda row: row["capacity_bytes"],
+}
+
+
+def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
+    """Every card that passes the filter, with the best size on it: what fits first, then as asked.
+
+    Raises:
+        RequestError: if the filter cannot be read, or the step is not modelled.
+    """
+    hardware = request.hardware
+    wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter")
+    headroom = hardware.headroom if hardware is not None else None
+    machines = [
+        Machine(gpu=gpu, num_gpus=1, usable_bytes=card_for(gpu, headroom).usable_bytes) for gpu in _cards(wanted) if wanted.accepts(gpu, 1)
+    ]
+
+    def answered(machine: Machine) -> tuple[Evaluator, Goal]:
+        recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
+        return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
+
+    rows = [_row(choice, wanted) for choice in choices(machines, answered)]
+    rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
+    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
+
+
+def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
+    """Cards of CUDA, whose memory is modelled; modified ones only where they are named."""
+    for gpu in all_gpus():
+        if gpu.vendor is Vendor.NVIDIA and (not gpu.is_modified or gpu.id in wanted.gpus):
+            yield gpu
+
+
+def _row(choice: Choice, wanted: GpuFilter) -> Json:
+    gpu, number = choice.machine.gpu, choice.machine.num_gpus
+    offer = cheapest(gpu.id, number, providers=wanted.providers, book=wanted.book)
+    return {
+        "gpu": gpu.id,
+        "name": gpu.name,
+        "num_gpus": number,
+        "strategy": "single" if number == 1 else "ddp",
+        "verdict": choice.verdict,
+        "per_device_train_batch_size": choice.micro_batch_size,
+        "gradient_accumulation_steps": choice.gradient_accumulation_steps,
+        "max_length": choice.sequence_length,
+        "global_batch_size": choice.micro_batch_size * choice.gradient_accumulation_steps * number,
+        "capacity_bytes": gpu.capacity_bytes,
+        "device_bytes": choice.device_bytes,
+        "margin_bytes": choice.machine.usable_bytes - choice.device_bytes,
+        "missing_bytes": max(0, choice.required_bytes - choice.machine.usable_bytes),
+        **_price(offer),
+    }
+
+
+def _price(offer: Offer | None) -> Json:
+    if offer is None:
+        return {"usd_per_hour": None, "offer": None}
+    return {
+        "usd_per_hour": [offer.usd_per_hour_min, offer.usd_per_hour_max],
+        "offer": {"provider": offer.provider, "date": offer.date, "source": offer.source},
+    }
