@@ -115,7 +115,7 @@ def all_gpus() -> tuple[Gpu, ...]:
     return tuple(_parse(row) for row in json.loads(_CATALOGUE.read_text(encoding="utf-8"))["gpus"])
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", _FILLER.sub("", name.lower()))
 
 
@@ -129,14 +129,14 @@ def _by_name() -> dict[str, tuple[Gpu, ...]]:
     found: dict[str, dict[str, Gpu]] = {}
     for gpu in all_gpus():
         for name in gpu.names:
-            found.setdefault(_key(name), {})[gpu.id] = gpu
+            found.setdefault(name_key(name), {})[gpu.id] = gpu
     return {key: tuple(gpus.values()) for key, gpus in found.items()}
 
 
 def find_gpus(name: str) -> tuple[Gpu, ...]:
     """All cards of an id, an alias or an NVML name; none where it is not known."""
     exact = _by_id().get(name.strip().lower())
-    return (exact,) if exact is not None else _by_name().get(_key(name), ())
+    return (exact,) if exact is not None else _by_name().get(name_key(name), ())
 
 
 def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None = None) -> Gpu:
@@ -154,9 +154,9 @@ def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None 
     exact = _by_id().get(name.strip().lower())
     if exact is not None and total_bytes is None:
         return exact
-    candidates = _by_name().get(_key(name), ())
+    candidates = _by_name().get(name_key(name), ())
     if not candidates:
-        if _APPLE.fullmatch(_key(name)):
+        if _APPLE.fullmatch(name_key(name)):
             raise RequestError(APPLE_ANSWER.format(field=field, name=name), field=field)
         raise UnknownNameError.of(field, name, _by_id())
     if total_bytes is not None:
@@ -175,7 +175,7 @@ def distance(gpu: Gpu, total_bytes: int) -> int:
 
 APPLE_ANSWER = (
     "{field}: {name!r} is Apple Silicon, which has no CUDA: bitsandbytes' 4-bit and 8-bit layers, flash-attn and paged optimizers do not "
-    "run there, and memory is shared with the system. Use MLX instead: `pip install mlx-lm`, then `mlx_lm.lora` trains LoRA on a model that "
+    "run there, memory is the system's. Use MLX instead: `pip install mlx-lm`, then `mlx_lm.lora` trains LoRA on a model that "
     "`mlx_lm.convert -q` has quantized to 4 bits. Cards that are answered for: `vramplan gpus`"
 )
 

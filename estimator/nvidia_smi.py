@@ -1,0 +1,256 @@
+"""What `nvidia-smi` prints, read back: the cards of a machine, what is in use on them, and by whom.
+
+Understood are the table of `nvidia-smi`, `nvidia-smi -L`, `nvidia-smi -q` and `--query-gpu=name,memory.total,memory.free --format=csv`.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from estimator.errors import RequestError
+from estimator.gpus import Gpu, all_gpus, distance, find_gpus, name_key
+from estimator.units import MIB, gib
+
+MAX_CHARACTERS = 262_144
+MAX_CARDS = 64
+_MAX_LINE = 1024
+# A total further from the catalogue's than this belongs to another variant of the card (ECC switched, memory changed).
+SAME_TOTAL = 0.03
+
+_TABLE_ROW = re.compile(r"\|\s{1,8}(\d{1,3})\s{1,4}(\S.{0,60}?)\s{1,40}(On|Off|N/A|WDDM|TCC|MCDM)\s{0,8}\|")
+_TABLE_USAGE = re.compile(r"(\d{1,9})MiB\s{0,8}/\s{0,8}(\d{1,9})MiB")
+_TABLE_PROCESS = re.compile(
+    r"\|\s{1,8}(\d{1,3})\s{1,8}(?:(?:N/A|\d{1,3})\s{1,8}(?:N/A|\d{1,3})\s{1,8})?(\d{1,10})\s{1,8}(C\+G|C|G|M\+C)\s{1,8}"
+    r"(\S.{0,200}?)\s{1,80}(\d{1,9}MiB|N/A)\s{0,8}\|"
+)
+_LISTED = re.compile(r"GPU (\d{1,3}): (\S.{0,80}?)(?: \(UUID: [\w-]{1,60}\))?")
+_DETAILED = re.compile(r"GPU [0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
+_FIELD = re.compile(r"(\s{0,40})(\S[^:]{0,60}?)\s{0,60}:\s?(.{0,200})")
+_MEBIBYTES = re.compile(r"(\d{1,9})\s{0,4}(?:MiB)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmiProcess:
+    """A process that holds memory of a card."""
+
+    pid: int
+    name: str
+    used_bytes: int | None
+    """None where the driver does not say, as under Windows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmiCard:
+    """One card as nvidia-smi shows it."""
+
+    index: int
+    name: str
+    """Shortened with `...` in tables of old drivers."""
+    total_bytes: int | None = None
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+    processes: tuple[SmiProcess, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundCard:
+    """A card that was read, and what the catalogue knows of it."""
+
+    read: SmiCard
+    gpu: Gpu
+    capacity_bytes: int
+    """What CUDA gives of it when nobody else is there [bytes]."""
+    is_variant: bool
+    """Whether its total is not the catalogue's: another variant, of which only the difference to the total is taken over."""
+
+    @property
+    def occupied_bytes(self) -> int:
+        """What others hold of the capacity: what is missing from it in the free memory, else what is in use, else the sum of processes
+        [bytes]."""
+        if self.read.free_bytes is not None:
+            return max(self.capacity_bytes - self.read.free_bytes, 0)
+        if self.read.used_bytes is not None:
+            return min(self.read.used_bytes, self.capacity_bytes)
+        return min(sum(process.used_bytes or 0 for process in self.read.processes), self.capacity_bytes)
+
+
+def read_cards(text: str, *, field: str = "hardware.nvidia_smi") -> tuple[SmiCard, ...]:
+    """The cards of a paste, in the order in which they stand.
+
+    Raises:
+        RequestError: if no form of nvidia-smi's output is recognized, or a card is cut into MIG slices.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"{field}: more than {MAX_CHARACTERS:,} characters", field=field)
+    lines = [line.rstrip() for line in text.expandtabs().splitlines() if len(line) <= _MAX_LINE]
+    if any("MIG devices:" in line or line.lstrip().startswith("MIG ") for line in lines):
+        raise RequestError(f"{field}: cards in MIG slices are not answered for; give hardware.capacity_gib of the slice", field=field)
+    for read in (_detailed, _table, _listed, _table_of_values):
+        found = tuple(read(lines))
+        if found:
+            return found[:MAX_CARDS]
+    raise RequestError(
+        f"{field}: no card is recognized; paste the output of nvidia-smi, nvidia-smi -L, nvidia-smi -q or "
+        "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv",
+        field=field,
+    )
+
+
+def identify(card: SmiCard, *, field: str = "hardware.nvidia_smi") -> FoundCard:
+    """The catalogue's card for one that was read: by name and total.
+
+    Raises:
+        RequestError: if the catalogue has none of that name, or several and no total was printed.
+    """
+    candidates = _candidates(card.name)
+    if not candidates:
+        raise RequestError(
+            f"{field}: {card.name!r} is not in the catalogue; give hardware.capacity_gib, what "
+            "torch.cuda.get_device_properties(0).total_memory says divided by 2**30",
+            field=field,
+        )
+    total = card.total_bytes
+    if total is None:
+        usual = [gpu for gpu in candidates if not gpu.is_modified]
+        if len(usual) != 1:
+            listed = ", ".join(gpu.id for gpu in candidates)
+            raise RequestError(f"{field}: {card.name!r} names several cards ({listed}); paste an output that shows its memory", field=field)
+        return FoundCard(read=card, gpu=usual[0], capacity_bytes=usual[0].capacity_bytes, is_variant=False)
+    gpu = min(candidates, key=lambda gpu: distance(gpu, total))
+    shown = gpu.nvidia_smi_bytes or gpu.capacity_bytes
+    if abs(shown - total) <= SAME_TOTAL * shown:
+        return FoundCard(read=card, gpu=gpu, capacity_bytes=min(gpu.capacity_bytes, total), is_variant=False)
+    return FoundCard(read=card, gpu=gpu, capacity_bytes=total - (shown - gpu.capacity_bytes), is_variant=True)
+
+
+def usage_sentence(card: FoundCard) -> str:
+    """Who holds what, in a sentence; empty where nobody holds anything."""
+    if not card.occupied_bytes and not card.read.processes:
+        return ""
+    named = ", ".join(
+        f"{process.name} (pid {process.pid}{'' if process.used_bytes is None else f', {gib(process.used_bytes)}'})"
+        for process in card.read.processes[:8]
+    )
+    by = named or "processes that are not listed"
+    return f"{gib(card.occupied_bytes)} of GPU {card.read.index} ({card.gpu.name}) are in use by {by}"
+
+
+def _candidates(name: str) -> tuple[Gpu, ...]:
+    if not name.endswith("..."):
+        return find_gpus(name)
+    start = name_key(name.removesuffix("..."))
+    return tuple(gpu for gpu in all_gpus() if start and any(name_key(known).startswith(start) for known in (gpu.nvml_name, *gpu.aliases)))
+
+
+# -- the table ------------------------------------------------------------------------------------------------------------------------
+
+
+def _table(lines: list[str]) -> Iterator[SmiCard]:
+    processes: dict[int, list[SmiProcess]] = {}
+    cards: list[SmiCard] = []
+    for number, line in enumerate(lines):
+        row = _TABLE_ROW.match(line)
+        below = lines[number + 1 : number + 3] if row is not None else []
+        usage = next((found for line_below in below if (found := _TABLE_USAGE.search(line_below))), None)
+        if row is not None and usage is not None:
+            used, total = int(usage[1]) * MIB, int(usage[2]) * MIB
+            cards.append(SmiCard(index=int(row[1]), name=row[2], total_bytes=total, used_bytes=used))
+            continue
+        process = _TABLE_PROCESS.match(line)
+        if process is not None and cards:
+            held = None if process[5] == "N/A" else int(process[5].removesuffix("MiB")) * MIB
+            processes.setdefault(int(process[1]), []).append(SmiProcess(pid=int(process[2]), name=_base_name(process[4]), used_bytes=held))
+    for card in cards:
+        yield replace(card, processes=tuple(processes.get(card.index, ())))
+
+
+def _base_name(path: str) -> str:
+    """A program without its folders, which may name people."""
+    return re.split(r"[/\\]", path.strip())[-1] or path.strip()
+
+
+# -- `-L` -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _listed(lines: list[str]) -> Iterator[SmiCard]:
+    for line in lines:
+        match = _LISTED.fullmatch(line.strip())
+        if match is not None:
+            yield SmiCard(index=int(match[1]), name=match[2])
+
+
+# -- `-q` -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _detailed(lines: list[str]) -> Iterator[SmiCard]:
+    starts = [number for number, line in enumerate(lines) if _DETAILED.fullmatch(line)]
+    for index, (start, end) in enumerate(pairwise([*starts, len(lines)])):
+        card = _detailed_card(index, lines[start + 1 : end])
+        if card is not None:
+            yield card
+
+
+def _detailed_card(index: int, lines: list[str]) -> SmiCard | None:
+    section, name = "", None
+    memory: dict[str, int] = {}
+    processes: list[dict[str, str]] = []
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            section = line.strip() or section
+            continue
+        label, value = match[2].strip(), match[3].strip()
+        if label == "Product Name":
+            name = value
+        elif section == "FB Memory Usage" and (number := _bytes_of(value)) is not None:
+            memory.setdefault(label, number)
+        elif label == "Process ID":
+            processes.append({label: value})
+        elif processes and label in ("Name", "Used GPU Memory", "Type"):
+            processes[-1].setdefault(label, value)
+    if name is None or "Total" not in memory:
+        return None
+    return SmiCard(
+        index=index,
+        name=name,
+        total_bytes=memory["Total"],
+        used_bytes=memory.get("Used"),
+        free_bytes=memory.get("Free"),
+        processes=tuple(_detailed_process(fields) for fields in processes if fields["Process ID"].isdigit()),
+    )
+
+
+def _detailed_process(fields: Mapping[str, str]) -> SmiProcess:
+    name = _base_name(fields.get("Name", "")) or "a process"
+    return SmiProcess(pid=int(fields["Process ID"]), name=name, used_bytes=_bytes_of(fields.get("Used GPU Memory", "")))
+
+
+# -- comma-separated values -----------------------------------------------------------------------------------------------------------
+
+
+def _table_of_values(lines: list[str]) -> Iterator[SmiCard]:
+    rows = [[cell.strip() for cell in row] for row in csv.reader(line for line in lines if line.strip()) if len(row) > 1]
+    if not rows:
+        return
+    header = [cell.partition("[")[0].strip().lower() for cell in rows[0]]
+    if "name" in header or "gpu_name" in header:
+        rows = rows[1:]
+    elif _bytes_of(rows[0][0]) is None and all(_bytes_of(cell) is not None for cell in rows[0][1:]):
+        header = ["name", "memory.total", "memory.free"][: len(rows[0])]
+    else:
+        return
+    for number, row in enumerate(rows):
+        cells = dict(zip(header, row, strict=False))
+        name, total = cells.get("name") or cells.get("gpu_name"), _bytes_of(cells.get("memory.total", ""))
+        if not name:
+            continue
+        free, used = _bytes_of(cells.get("memory.free", "")), _bytes_of(cells.get("memory.used", ""))
+        index = cells.get("index", "")
+        yield SmiCard(index=int(index) if index.isdigit() else number, name=name, total_bytes=total, used_bytes=used, free_bytes=free)
+
+
+def _bytes_of(text: str) -> int | None:
+    match = _MEBIBYTES.fullmatch(text.strip())
+    return None if match is None else int(match[1]) * MIB

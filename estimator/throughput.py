@@ -1,0 +1,246 @@
+"""How long a training step takes: a first estimate, from FLOPs, bytes moved, and what cards reach of their peaks.
+
+Every matrix product takes the longer of its arithmetic and its memory traffic; what lies between products is traffic alone; one thing runs
+after the other. Nothing is known of the input pipeline, of the processor in front of the card, or of links between cards.
+
+Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a product.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from estimator.dtypes import DType
+from estimator.errors import RequestError
+from estimator.flops import AttentionCore, Pass, Product, StepFlops, head_positions, step_flops, step_program
+from estimator.gpus import Gpu
+from estimator.inventory import Inventory
+from estimator.recipe import Recipe
+from estimator.static_memory import static_memory
+
+BASIS = "modelled"
+
+# What is reached of a card's dense peak by products and by attention kernels, and of its bandwidth by kernels that do little else: round
+# assumptions, set before they were held against any run, and not moved since.
+PRODUCT_EFFICIENCY = 0.75
+ATTENTION_EFFICIENCY = 0.5
+BANDWIDTH_EFFICIENCY = 0.8
+
+# Measured time over estimated time, smallest and largest of 42 published runs on one A100 (tests/calibration/test_throughput.py prints
+# them): full, LoRA and QLoRA of Mistral-7B and santacoder, flash attention, reentrant checkpointing.
+JUDGED_GPUS = frozenset({"a100-40", "a100-80"})
+JUDGED_RANGE = (0.86, 1.23)
+# No published run judges other cards: a factor of two, a plain choice, since some are held below their peaks by their power limits.
+UNJUDGED_RANGE = (0.6, 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """One optimizer step on so many cards."""
+
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    """Range of the errors seen on published runs, where the card is that of such runs; else a plain factor [s]."""
+    tokens: int
+    """Of the whole step, on all cards."""
+    flops: int
+    """Executed by one card in the step, by torch's count [FLOP]."""
+    model_flops: int
+    """Of them without recomputation [FLOP]."""
+    parts: Mapping[str, float]
+    """`products`, `attention`, `dequantization`, `elementwise`, `loss`, `optimizer` [s]."""
+    basis: str = BASIS
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """On all cards together [tokens/s]."""
+        return self.tokens / self.seconds
+
+    def usd_per_million_tokens(self, usd_per_hour: float) -> float:
+        """What a million tokens cost at a price for all cards together [USD]."""
+        return usd_per_hour / 3600 * 1e6 / self.tokens_per_second
+
+    def epoch_hours(self, num_tokens: int) -> float:
+        """How long so many tokens take [h]."""
+        return num_tokens / self.tokens_per_second / 3600
+
+    def usd_per_epoch(self, num_tokens: int, usd_per_hour: float) -> float:
+        """What so many tokens cost [USD]."""
+        return self.epoch_hours(num_tokens) * usd_per_hour
+
+
+def step_time(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int = 1) -> StepTime:
+    """Time of one optimizer step: all its micro-batches and the update.
+
+    Args:
+        inventory: the model.
+        recipe: what is trained, with its micro-batch and length.
+        gpu: the card.
+        num_gpus: cards that each run the same on batches of their own; what they send each other is not counted.
+
+    Raises:
+        RequestError: if the recipe trains nothing or for something else than next tokens, or the card's speed is not known.
+    """
+    training = recipe.training
+    flops = step_flops(inventory, recipe)
+    assert training is not None
+    card = _Card.of(gpu)
+    parts = _micro_batch(inventory, recipe, card)
+    accumulation = training.gradient_accumulation_steps
+    parts = {name: seconds * accumulation for name, seconds in parts.items()}
+    parts["optimizer"] = _optimizer_bytes(inventory, recipe) / card.bandwidth
+    rows, length = training.shape
+    seconds = sum(parts.values())
+    low, high = JUDGED_RANGE if gpu.id in JUDGED_GPUS and num_gpus == 1 else UNJUDGED_RANGE
+    return StepTime(
+        seconds=seconds,
+        seconds_low=seconds * low,
+        seconds_high=seconds * high,
+        tokens=rows * length * accumulation * num_gpus,
+        flops=flops.total * accumulation,
+        model_flops=flops.model * accumulation,
+        parts=parts,
+        assumptions=_assumptions(inventory, recipe, gpu, num_gpus),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Card:
+    """What a card reaches."""
+
+    bandwidth: float
+    peaks: Mapping[DType, float]
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> "_Card":
+        if gpu.memory_bandwidth is None or DType.FLOAT32 not in gpu.dense_flops:
+            raise RequestError(f"hardware.gpu: the speed of {gpu.id} is not known", field="hardware.gpu")
+        return cls(bandwidth=gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY, peaks=gpu.dense_flops)
+
+    def peak(self, dtype: DType) -> float:
+        """Of products in a type; types without matrix units of their own are computed in float32 [FLOP/s]."""
+        return self.peaks.get(dtype, self.peaks[DType.FLOAT32])
+
+    def product_seconds(self, product: Product, tokens: int) -> float:
+        """One run: arithmetic or traffic, whichever is longer [s]."""
+        rows = float(product.rows(tokens))
+        moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
+        return max(float(product.flops(tokens)) / (self.peak(product.dtype) * PRODUCT_EFFICIENCY), moved / self.bandwidth)
+
+
+def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str, float]:
+    training = recipe.training
+    assert training is not None
+    program = step_program(inventory, recipe)
+    rows, length = training.shape
+    tokens, positions = rows * length, head_positions(recipe)
+    products = sum(card.product_seconds(p, tokens) * sum(p.runs.values()) for p in program.products)
+    head = sum(card.product_seconds(p, positions) * sum(p.runs.values()) for p in program.head)
+    unpacked = sum(
+        (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
+        for p in (*program.products, *program.head)
+        if p.packed_bytes
+    )
+    dtype = training.autocast_dtype or recipe.dtype
+    batch, span = (training.micro_batch_size, training.sequence_length) if training.flattened else (rows, length)
+    attention = sum(_attention_seconds(core, batch, span, card, dtype) for core in program.attention)
+    layers = _layer_bytes(inventory, recipe) * tokens * inventory.num_layers * (4 if training.gradient_checkpointing else 3)
+    vocabulary = program.head[0].outer if program.head else 0
+    return {
+        "products": products + head,
+        "attention": attention,
+        "dequantization": unpacked / card.bandwidth,
+        "elementwise": (layers + _adapter_bytes(program.products, tokens)) / card.bandwidth,
+        "loss": positions * vocabulary * _LOSS_BYTES / card.bandwidth,
+    }
+
+
+# Bytes for one logit: cast up 2 + 4, log-softmax 4 + 4, loss and its gradient 4 + 4 + 4, cast down 4 + 2.
+# Source: transformers, loss/loss_utils.py, ForCausalLMLoss; torch, log_softmax and its backward.
+_LOSS_BYTES = 32
+
+
+def _layer_bytes(inventory: Inventory, recipe: Recipe) -> float:
+    """Traffic of what lies between the products of one layer, for one token and one pass [bytes].
+
+    Two norms of 36h (to float32, square, mean, scale, back, weight), two residual sums of 6h, rotations of 20 bytes for each query and key
+    element, an activation and a product of 10 bytes for each element of the MLP's width, all in 16 bits; twice that in 32.
+
+    Source: transformers, models/llama/modeling_llama.py: LlamaRMSNorm, apply_rotary_pos_emb, LlamaMLP, LlamaDecoderLayer.
+    """
+    config = inventory.config
+    width, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
+    head_dim = _number(config, "head_dim") or width // max(heads, 1)
+    rotated = (heads + (_number(config, "num_key_value_heads") or heads)) * head_dim
+    experts = _number(config, "num_experts_per_tok")
+    inner = _number(config, "moe_intermediate_size") * experts if experts else _number(config, "intermediate_size")
+    inner = inner or (_number(config, "intermediate_size") * max(experts, 1)) or 4 * width
+    in_16_bits = 84 * width + 20 * rotated + 10 * inner
+    return in_16_bits * (1 if recipe.dtype.is_half and not recipe.prepare_for_kbit_training else 2)
+
+
+def _adapter_bytes(products: tuple[Product, ...], tokens: int) -> float:
+    """Traffic around adapters: their input cast and dropped out, what they give scaled and added [bytes].
+
+    Source: peft, tuners/lora/layer.py, Linear.forward.
+    """
+    total = 0.0
+    for product in products:
+        if "lora_A" in product.name and not product.fixed_rows:
+            total += float(product.rows(tokens)) * product.inner * 8 * (product.runs[Pass.FORWARD] + product.runs[Pass.RECOMPUTE] + 1)
+        elif "lora_B" in product.name and not product.fixed_rows:
+            total += float(product.rows(tokens)) * product.outer * 12 * (product.runs[Pass.FORWARD] + product.runs[Pass.RECOMPUTE] + 1)
+    return total
+
+
+def _attention_seconds(core: AttentionCore, batch: int, length: int, card: _Card, dtype: DType) -> float:
+    """Scores and their use in all layers of a kind [s]. A causal kernel leaves out the half above the diagonal and what a window hides."""
+    forward = core.forward_flops(batch, length) * (core.runs[Pass.FORWARD] + core.runs[Pass.RECOMPUTE])
+    total = forward + core.backward_flops(batch, length)
+    if not core.flash:
+        runs = sum(core.runs.values()) + core.runs[Pass.INPUT_GRADIENTS]
+        moved = batch * core.num_heads * length * length * _SCORE_BYTES * runs
+        return total / (card.peak(dtype) * PRODUCT_EFFICIENCY) + moved / card.bandwidth
+    window = min(core.window or length, length)
+    seen = window / length - window * window / (2 * length * length)
+    return total * seen / (card.peak(dtype) * ATTENTION_EFFICIENCY)
+
+
+# Bytes for one score written out: scaled 2 + 2, masked 2 + 2, to float32 and softmax 2 + 4 + 4 + 4, cast down 4 + 2.
+# Source: transformers, models/llama/modeling_llama.py, eager_attention_forward.
+_SCORE_BYTES = 28
+
+
+def _optimizer_bytes(inventory: Inventory, recipe: Recipe) -> float:
+    """Traffic of one update: gradients read twice and written by clipping, then all read, parameters and states written [bytes]."""
+    static = static_memory(inventory, recipe)
+    parameters = sum(t.num_elements * t.dtype.itemsize * t.num_copies for t in static.tensors if t.trainable)
+    states = static.optimizer_states_bytes + static.paged_bytes
+    return 3 * parameters + 3 * parameters + 2 * states
+
+
+def _assumptions(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
+    training = recipe.training
+    assert training is not None
+    said = [f"products reach {PRODUCT_EFFICIENCY:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
+    if num_gpus > 1:
+        said.append("what cards send each other is not counted")
+    if gpu.id not in JUDGED_GPUS:
+        said.append("no published run judges the estimate on this card")
+    if gpu.spec_certainty != "high":
+        said.append(f"the peak of {gpu.id} is of {gpu.spec_certainty} certainty: {gpu.spec_source}")
+    dtype = training.autocast_dtype or recipe.dtype
+    if dtype not in gpu.dense_flops:
+        said.append(f"{gpu.id} has no matrix units for {dtype.value}: computed as float32")
+    if step_program(inventory, recipe).unmodelled_mixers:
+        said.append("of layers without attention only the projections are counted")
+    return tuple(said)
+
+
+def _number(config: Mapping[str, object], name: str) -> int:
+    value = config.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+__all__ = ["BASIS", "StepFlops", "StepTime", "step_time"]
