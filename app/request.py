@@ -176,8 +176,10 @@ class PlanRequest(Request):
 
     global_batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH * 16)] | None = None
     objective: Literal["largest_micro_batch", "longest_sequence", "most_margin"] = "largest_micro_batch"
-    sort: Literal["price", "margin", "batch", "length", "memory"] = "price"
-    """Of the cards, where none is named."""
+    sort: Literal["price", "margin", "batch", "length", "memory", "speed", "cost"] = "price"
+    """Of the cards, where none is named: `cost` is that of a token."""
+    epoch_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None
+    """Tokens of an epoch, for what one costs."""
 
 
 Axis = (

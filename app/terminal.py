@@ -68,11 +68,11 @@ def print_which(console: Console, answer: Json) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("gpu", "verdict"):
         table.add_column(name)
-    for name in ("batch × steps", "tokens", "to spare", "USD/h"):
+    for name in ("batch × steps", "tokens", "to spare", "~tokens/s", "USD/h", "~USD/M tokens"):
         table.add_column(name, justify="right")
     table.add_column("at")
     for row in answer["gpus"]:
-        verdict, price, offer = row["verdict"], row["usd_per_hour"], row["offer"]
+        verdict, price, offer, speed, cost = (row[key] for key in ("verdict", "usd_per_hour", "offer", "speed", "cost"))
         number = f"{row['num_gpus']} × " if row["num_gpus"] > 1 else ""
         table.add_row(
             escape(number + row["gpu"]),
@@ -80,10 +80,15 @@ def print_which(console: Console, answer: Json) -> None:
             f"{row['per_device_train_batch_size']} × {row['gradient_accumulation_steps']}" if verdict == "fits" else "–",
             f"{row['max_length']:,}" if verdict == "fits" else "–",
             gib(row["margin_bytes"]) if verdict != "does_not_fit" else f"−{gib(-row['margin_bytes'])}",
+            "–" if speed is None else f"{speed['tokens_per_second']:,.0f}",
             "–" if price is None else f"{price[0]:.2f}" if price[0] == price[1] else f"{price[0]:.2f}–{price[1]:.2f}",
+            "–" if cost is None else f"{cost['usd_per_million_tokens']:.2f}",
             "" if offer is None else escape(f"{offer['provider']} ({offer['date']})"),
         )
     console.print(table)
+    console.print(
+        "~ a first estimate, from FLOPs and bandwidth; the lowest price of those known, on their date", style="dim", highlight=False
+    )
 
 
 def print_sweep(console: Console, answer: Json) -> None:

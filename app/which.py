@@ -9,12 +9,16 @@ from app.evaluation import evaluator_of
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
 from app.service import Case
-from estimator.choice import Choice, Machine, choices
+from estimator.choice import Choice, Machine, choices, kernel_class
+from estimator.errors import RequestError
 from estimator.gpu_filter import GpuFilter
 from estimator.gpus import Gpu, Vendor, all_gpus
 from estimator.grid import Evaluator
+from estimator.inventory import Inventory
 from estimator.offers import Offer, cheapest
 from estimator.planner import Goal
+from estimator.recipe import Recipe
+from estimator.throughput import step_time
 
 _LAST = float("inf")
 # What "sort" may say: the smallest of it comes first.
@@ -24,6 +28,8 @@ SORTS: dict[str, Callable[[Json], float]] = {
     "batch": lambda row: -row["per_device_train_batch_size"] * row["num_gpus"],
     "length": lambda row: -row["max_length"],
     "memory": lambda row: row["capacity_bytes"],
+    "speed": lambda row: -row["speed"]["tokens_per_second"] if row["speed"] else _LAST,
+    "cost": lambda row: _LAST if row["cost"] is None else row["cost"]["usd_per_million_tokens"],
 }
 
 
@@ -40,11 +46,18 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         Machine(gpu=gpu, num_gpus=1, usable_bytes=card_for(gpu, headroom).usable_bytes) for gpu in _cards(wanted) if wanted.accepts(gpu, 1)
     ]
 
+    recipes: dict[tuple[bool, int], Recipe] = {}
+
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
         recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
+        recipes[kernel_class(machine.gpu)] = recipe
         return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
 
-    rows = [_row(choice, wanted) for choice in choices(machines, answered)]
+    rows = [
+        _row(choice, wanted)
+        | _speed(choice, case.inventory, recipes[kernel_class(choice.machine.gpu)], cheapest_of(choice, wanted), request.epoch_tokens)
+        for choice in choices(machines, answered)
+    ]
     rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
     return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
 
@@ -58,7 +71,6 @@ def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
 
 def _row(choice: Choice, wanted: GpuFilter) -> Json:
     gpu, number = choice.machine.gpu, choice.machine.num_gpus
-    offer = cheapest(gpu.id, number, providers=wanted.providers, book=wanted.book)
     return {
         "gpu": gpu.id,
         "name": gpu.name,
@@ -73,8 +85,46 @@ def _row(choice: Choice, wanted: GpuFilter) -> Json:
         "device_bytes": choice.device_bytes,
         "margin_bytes": choice.machine.usable_bytes - choice.device_bytes,
         "missing_bytes": max(0, choice.required_bytes - choice.machine.usable_bytes),
-        **_price(offer),
+        **_price(cheapest_of(choice, wanted)),
     }
+
+
+def cheapest_of(choice: Choice, wanted: GpuFilter) -> Offer | None:
+    """The lowest known price of a machine, free notebooks left out."""
+    return cheapest(choice.machine.gpu.id, choice.machine.num_gpus, providers=wanted.providers, book=wanted.book)
+
+
+def _speed(choice: Choice, inventory: Inventory, recipe: Recipe, offer: Offer | None, epoch_tokens: int | None) -> Json:
+    """A first estimate of how fast the plan runs, and what it costs; null where it does not fit or nothing is known."""
+    nothing: Json = {"speed": None, "cost": None}
+    if not choice.fits:
+        return nothing
+    gpu, training = choice.machine.gpu, recipe.training
+    assert training is not None
+    sized = replace(
+        training,
+        micro_batch_size=choice.micro_batch_size,
+        gradient_accumulation_steps=choice.gradient_accumulation_steps,
+        sequence_length=choice.sequence_length,
+    )
+    try:
+        step = step_time(inventory, replace(recipe, training=sized), gpu, choice.machine.num_gpus)
+    except RequestError:  # the card's or the model's speed is not known
+        return nothing
+    fastest, slowest = step.tokens / step.seconds_low, step.tokens / step.seconds_high
+    speed = {
+        "tokens_per_second": step.tokens_per_second,
+        "tokens_per_second_low": slowest,
+        "tokens_per_second_high": fastest,
+        "basis": step.basis,
+    }
+    if offer is None:
+        return {"speed": speed, "cost": None}
+    price = offer.usd_per_hour_min
+    cost = {"usd_per_million_tokens": step.usd_per_million_tokens(price)}
+    if epoch_tokens is not None:
+        cost |= {"epoch_hours": step.epoch_hours(epoch_tokens), "usd_per_epoch": step.usd_per_epoch(epoch_tokens, price)}
+    return {"speed": speed, "cost": cost}
 
 
 def _price(offer: Offer | None) -> Json:

@@ -8,6 +8,8 @@ Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a pr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
@@ -122,11 +124,38 @@ class _Card:
         """Of products in a type; types without matrix units of their own are computed in float32 [FLOP/s]."""
         return self.peaks.get(dtype, self.peaks[DType.FLOAT32])
 
-    def product_seconds(self, product: Product, tokens: int) -> float:
-        """One run: arithmetic or traffic, whichever is longer [s]."""
-        rows = float(product.rows(tokens))
-        moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
-        return max(float(product.flops(tokens)) / (self.peak(product.dtype) * PRODUCT_EFFICIENCY), moved / self.bandwidth)
+    def seconds(self, work: "_Work") -> float:
+        """All runs of a product: arithmetic or traffic, whichever is longer [s]."""
+        return max(work.flops / (self.peak(work.dtype) * PRODUCT_EFFICIENCY), work.moved_bytes / self.bandwidth) * work.runs
+
+
+class _Work(NamedTuple):
+    """One product, whatever the card."""
+
+    dtype: DType
+    flops: float
+    """Of one run [FLOP]."""
+    moved_bytes: float
+    """Factors read and result written in one run [bytes]."""
+    runs: int
+
+
+def _work_of(product: Product, tokens: int) -> _Work:
+    rows = float(product.rows(tokens))
+    moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
+    return _Work(product.dtype, float(product.flops(tokens)), moved, sum(product.runs.values()))
+
+
+@lru_cache(maxsize=1024)
+def _work(inventory: Inventory, recipe: Recipe) -> tuple[tuple[_Work, ...], tuple[_Work, ...], float]:
+    """The products of layers and head in one micro-batch, and the traffic around adapters [bytes]."""
+    training = recipe.training
+    assert training is not None
+    program = step_program(inventory, recipe)
+    rows, length = training.shape
+    layers = tuple(_work_of(product, rows * length) for product in program.products)
+    head = tuple(_work_of(product, head_positions(recipe)) for product in program.head)
+    return layers, head, _adapter_bytes(program.products, rows * length)
 
 
 def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str, float]:
@@ -135,8 +164,8 @@ def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str,
     program = step_program(inventory, recipe)
     rows, length = training.shape
     tokens, positions = rows * length, head_positions(recipe)
-    products = sum(card.product_seconds(p, tokens) * sum(p.runs.values()) for p in program.products)
-    head = sum(card.product_seconds(p, positions) * sum(p.runs.values()) for p in program.head)
+    in_layers, in_head, adapter_bytes = _work(inventory, recipe)
+    products, head = (sum(map(card.seconds, work)) for work in (in_layers, in_head))
     unpacked = sum(
         (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
         for p in (*program.products, *program.head)
@@ -151,7 +180,7 @@ def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str,
         "products": products + head,
         "attention": attention,
         "dequantization": unpacked / card.bandwidth,
-        "elementwise": (layers + _adapter_bytes(program.products, tokens)) / card.bandwidth,
+        "elementwise": (layers + adapter_bytes) / card.bandwidth,
         "loss": positions * vocabulary * _LOSS_BYTES / card.bandwidth,
     }
 
