@@ -4,11 +4,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-from estimator.errors import RequestError
-from estimator.flops import Pass, step_flops, step_program
-from tests.estimator.recipes import model, training
+from estimator.flops import step_flops
 from tests.oracle import recipes
 from tests.oracle.models import MODES, VOCABULARY, AdapterSpec, Mode, build
 
