@@ -5,7 +5,7 @@ from app.service import Case
 from estimator.device import context_bytes
 from estimator.errors import RequestError
 from estimator.estimate import Engine, Estimate
-from estimator.grid import ClosedForms, Evaluator, OneByOne
+from estimator.grid import STRATEGIES, ClosedForms, Evaluator, OneByOne
 from estimator.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ def evaluator_of(case: Case, recipe: Recipe, estimate: Estimate) -> Evaluator:
         raise RequestError(
             f"model: the training step of {case.inventory.model_class} is not modelled, so nothing can be planned", field="model"
         )
-    if estimate.engine is Engine.ANALYTIC:
+    if estimate.engine is Engine.ANALYTIC and recipe.parallel.strategy in STRATEGIES:
         return ClosedForms(inventory=case.inventory, recipe=recipe)
     return OneByOne(
         inventory=case.inventory,

@@ -66,6 +66,7 @@ def goal_of(request: PlanRequest, case: Case) -> Goal:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         sequence_length=training.sequence_length,
         global_batch_size=request.global_batch_size,
+        num_gpus=case.recipe.parallel.num_replicas,
         batch_limit=MAX_BATCH,
         length_limit=min(limit or MAX_LENGTH, MAX_LENGTH),
     )

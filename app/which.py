@@ -9,13 +9,14 @@ from app.evaluation import evaluator_of
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
 from app.service import Case
-from estimator.choice import Choice, Machine, choices, kernel_class
+from estimator.choice import Choice, Machine, choices
 from estimator.errors import RequestError
 from estimator.gpu_filter import GpuFilter
 from estimator.gpus import Gpu, Vendor, all_gpus
 from estimator.grid import Evaluator
 from estimator.inventory import Inventory
 from estimator.offers import Offer, cheapest
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.planner import Goal
 from estimator.recipe import Recipe
 from estimator.throughput import step_time
@@ -42,20 +43,25 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     hardware = request.hardware
     wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter")
     headroom = hardware.headroom if hardware is not None else None
+    strategy = Strategy.DDP if hardware is None or hardware.strategy == "single" else Strategy(hardware.strategy)
     machines = [
-        Machine(gpu=gpu, num_gpus=1, usable_bytes=card_for(gpu, headroom).usable_bytes) for gpu in _cards(wanted) if wanted.accepts(gpu, 1)
+        Machine(gpu=gpu, num_gpus=number, usable_bytes=card_for(gpu, headroom).usable_bytes)
+        for gpu in _cards(wanted)
+        for number in wanted.counts()
+        if wanted.accepts(gpu, number) and not (request.global_batch_size or 0) % number
     ]
-
-    recipes: dict[tuple[bool, int], Recipe] = {}
+    recipes: dict[tuple[object, ...], Recipe] = {}
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
         recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
-        recipes[kernel_class(machine.gpu)] = recipe
+        if machine.num_gpus > 1:
+            recipe = replace(recipe, parallel=Parallel(strategy=strategy, num_gpus=machine.num_gpus))
+        recipes[machine.kind] = recipe
         return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
 
     rows = [
-        _row(choice, wanted)
-        | _speed(choice, case.inventory, recipes[kernel_class(choice.machine.gpu)], cheapest_of(choice, wanted), request.epoch_tokens)
+        _row(choice, strategy, wanted)
+        | _speed(choice, case.inventory, recipes[choice.machine.kind], cheapest_of(choice, wanted), request.epoch_tokens)
         for choice in choices(machines, answered)
     ]
     rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
@@ -69,13 +75,13 @@ def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
             yield gpu
 
 
-def _row(choice: Choice, wanted: GpuFilter) -> Json:
+def _row(choice: Choice, strategy: Strategy, wanted: GpuFilter) -> Json:
     gpu, number = choice.machine.gpu, choice.machine.num_gpus
     return {
         "gpu": gpu.id,
         "name": gpu.name,
         "num_gpus": number,
-        "strategy": "single" if number == 1 else "ddp",
+        "strategy": strategy.value if number > 1 else Strategy.SINGLE.value,
         "verdict": choice.verdict,
         "per_device_train_batch_size": choice.micro_batch_size,
         "gradient_accumulation_steps": choice.gradient_accumulation_steps,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,11 @@ class Machine:
     def context_bytes(self) -> int:
         """Of one card [bytes]."""
         return context_bytes(self.gpu.num_sms)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Machines of one kind are answered for together."""
+        return *kernel_class(self.gpu), self.num_gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +68,9 @@ def choices(machines: Iterable[Machine], evaluator_of: Callable[[Machine], tuple
         machines: in any order; choices come in the order of their classes.
         evaluator_of: how runs on a machine are answered for, and what is to be found; asked once for each class and number of cards.
     """
-    groups: dict[tuple[Any, ...], list[Machine]] = {}
+    groups: dict[tuple[object, ...], list[Machine]] = {}
     for machine in machines:
-        groups.setdefault((kernel_class(machine.gpu), machine.num_gpus), []).append(machine)
+        groups.setdefault(machine.kind, []).append(machine)
     for group in groups.values():
         evaluator, goal = evaluator_of(group[0])
         yield from _quickly(group, evaluator, goal) if evaluator.is_quick else _one_by_one(group, evaluator, goal)

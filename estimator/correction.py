@@ -141,9 +141,9 @@ def radii(
 
     Returns:
         Class and radii of ln(measured / predicted); None when the class holds fewer than nine residuals of either kind, and for
-        objectives beside next tokens, of which nothing was compared yet.
+        objectives beside next tokens and for several cards, of which nothing was compared yet.
     """
-    if recipe.training is None or recipe.training.objective.kind is not ObjectiveKind.SFT:
+    if recipe.training is None or recipe.training.objective.kind is not ObjectiveKind.SFT or recipe.parallel.is_spread:
         return None
     known = (classes if classes is not None else shipped()).get(class_of(recipe, kernels) or "")
     if known is None:

@@ -12,10 +12,14 @@ from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
+from estimator.parallelism.options import Parallel
+from estimator.parallelism.share import Share, whole
+from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step
+from estimator.storage import StoredTensor
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
@@ -49,6 +53,8 @@ class Prepared:
     stored: Mapping[Item, int]
     """Between steps, inputs of the step left out [bytes]."""
     accumulates: bool
+    share: Share
+    """What one rank has of the static memory."""
     load: PhaseEstimate
     workspace_bytes: int
     unsplit_bytes: int
@@ -76,7 +82,7 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(recipe, prepared, _step_program(inventory, structure, regime_of(recipe, inventory)), _BASIS)
+            return _training(recipe, prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory)), _BASIS)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -90,7 +96,8 @@ def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
     structure = _without_sizes(recipe)
-    return _prepared(inventory, structure), _step_program(inventory, structure, regime_of(recipe, inventory))
+    prepared = _prepared(inventory, structure)
+    return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
 
 
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
@@ -142,22 +149,21 @@ def _without_sizes(recipe: Recipe) -> Recipe:
 def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     static = static_memory(inventory, recipe)
     training = recipe.training
-    stored = {
-        Item.WEIGHTS: static.weights_bytes,
-        Item.QUANTIZATION_STATE: static.quantization_state_bytes,
-        Item.BUFFERS: static.buffers_bytes,
-        Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
-    }
-    loaded = _loaded(static, recipe)
+    accumulates = training is not None and training.gradient_accumulation_steps > 1
+    share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
+    stored = dict(share.stored)
+    loaded = _loaded(static, recipe) | share.loaded
+    if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
+        loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
     if training is not None:
-        stored[Item.OPTIMIZER_STATES] = static.optimizer_states_bytes
         if training.objective.reference is Reference.MODEL:
             for held in (stored, loaded):
                 _add_reference(held, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
-        accumulates=training is not None and training.gradient_accumulation_steps > 1,
+        accumulates=accumulates,
+        share=share,
         load=_phase(Phase.LOAD, loaded),
         workspace_bytes=workspaces_bytes(recipe.compute_capability, training=training is not None),
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
@@ -275,21 +281,23 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
     training = recipe.training
     assert training is not None
     batch, length = training.shape
-    static = prepared.static
+    static, share = prepared.static, prepared.share
     inputs = training.gradient_accumulation_steps * sum(allocated(INDEX_BYTES * n) for n in input_sizes(training, batch, length))
     between = between_steps(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
         held = dict(between)
-        if prepared.accumulates:
+        held[Item.COMMUNICATION] = share.communication.get(phase, 0)
+        if share.waiting_gradients_bytes:
             # Those of earlier micro-batches wait, all of them, and later ones are added in place.
-            held[Item.GRADIENTS] = static.gradients_bytes
+            held[Item.GRADIENTS] = share.waiting_gradients_bytes
         basis = {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of
         phases.append(_phase(phase, _sum(held, largest(program.peaks[phase], batch, length).items()), basis))
     update = dict(between)
-    update[Item.GRADIENTS] = static.gradients_bytes
-    update[Item.TEMPORARY] = static.optimizer_temporary_bytes
+    update[Item.GRADIENTS] = share.gradients_bytes
+    update[Item.TEMPORARY] = share.update_temporary_bytes
+    update[Item.COMMUNICATION] = share.communication.get(Phase.OPTIMIZER_STEP, 0)
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
     steady = sum(between.values())
     peak = max(p.allocated_bytes for p in phases)
@@ -299,8 +307,12 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
         phases=tuple(phases),
         steady_state_bytes=steady,
         reserved_bytes=reserved,
-        device_bytes=device_bytes(reserved_bytes=reserved, context_bytes=prepared.context_bytes, paged_bytes=static.paged_bytes),
-        paged_bytes=static.paged_bytes,
+        device_bytes=device_bytes(
+            reserved_bytes=reserved, context_bytes=prepared.context_bytes + share.outside_bytes, paged_bytes=share.paged_bytes
+        ),
+        paged_bytes=share.paged_bytes,
+        host_bytes=share.host_bytes,
+        notices=share.notices,
         kernels=program.kernels,
     )
 
@@ -330,12 +342,13 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
     structure = _without_sizes(recipe)
-    tensors = static_memory(inventory, structure).tensors
     training = recipe.training
     if training is not None:
-        peaks = run_step(inventory, structure, tensors, regime_of(recipe, inventory), names=True).peaks
+        share = _prepared(inventory, structure).share
+        peaks = run_step(inventory, _as_run(structure, share), share.tensors, regime_of(recipe, inventory), names=True).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
+        tensors = static_memory(inventory, structure).tensors
         return _generation_instants(recipe, inventory, lambda regime: run_generation(inventory, structure, tensors, regime, names=True))
     return {}
 
@@ -344,7 +357,7 @@ def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
     """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
     structure = _without_sizes(recipe)
     if recipe.training is not None:
-        return _step_program(inventory, structure, regime_of(recipe, inventory)).weights_growth_bytes
+        return _shared_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory)).weights_growth_bytes
     return _first_generation(inventory, recipe, structure).weights_growth_bytes if recipe.inference is not None else 0
 
 
@@ -354,9 +367,26 @@ def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: in
     return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
+def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program:
+    """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
+    share = prepared.share
+    tensors = None if share.tensors is prepared.static.tensors else share.tensors
+    return _step_program(inventory, _as_run(recipe, share), regime, tensors)
+
+
+def _as_run(recipe: Recipe, share: Share) -> Recipe:
+    """The recipe of the step alone: gradients that have places of their own are handed on like those of a second micro-batch."""
+    if not recipe.parallel.is_spread:
+        return recipe
+    training = recipe.training
+    if training is not None and share.gradients_have_places:
+        training = replace(training, gradient_accumulation_steps=2)
+    return replace(recipe, training=training, parallel=Parallel())
+
+
 @lru_cache(maxsize=256)
-def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime) -> Program:
-    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors, regime)
+def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None) -> Program:
+    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors if tensors is None else tensors, regime)
 
 
 # -- inference --------------------------------------------------------------------------------------------------------------------------

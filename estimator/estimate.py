@@ -67,6 +67,19 @@ class ParameterCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankEstimate:
+    """What one of several unequal cards holds at its worst."""
+
+    rank: int
+    phase: Phase
+    allocated_bytes: int
+    reserved_bytes: int | None
+    device_bytes: int | None
+    holds: str
+    """What lies there, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """Every phase with its items. `phases` holds only `load` when the step is not modelled."""
 
@@ -86,6 +99,10 @@ class Estimate:
     """Why this engine answered."""
     kernels: frozenset[Kernel] = frozenset()
     """What the step runs, where it is modelled."""
+    ranks: tuple[RankEstimate, ...] = ()
+    """All cards, where they are unequal; the rest of the answer is that of the one that needs most. Empty where all are alike."""
+    host_bytes: int = 0
+    """Pinned memory of the host, for one rank [bytes]."""
 
     @property
     def peak(self) -> PhaseEstimate:

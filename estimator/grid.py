@@ -21,6 +21,7 @@ from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, p
 from estimator.estimate import Estimate
 from estimator.fused_loss import CHUNK_ROWS, TILE_ROWS
 from estimator.inventory import Inventory
+from estimator.parallelism.options import Strategy
 from estimator.phases import Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.step import Program
@@ -29,6 +30,9 @@ from estimator.units import allocated, ceil_div
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+# Those under which a rank's memory is the sums of one card with its own share of what is stored.
+STRATEGIES = (Strategy.SINGLE, Strategy.DDP)
 
 # Beyond 2^59 bytes a point is answered with 2^61, and so is larger than any card: with its margins, int64 would not hold more.
 LARGEST_BYTES = 1 << 59
@@ -100,7 +104,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedForms:
-    """Arrays through the closed forms; only for recipes whose step is modelled."""
+    """Arrays through the closed forms; only for recipes whose step is modelled, on one card or under one of `STRATEGIES`."""
 
     inventory: Inventory
     recipe: Recipe
@@ -211,7 +215,7 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     training = recipe.training
     assert training is not None
     prepared, program = parts(inventory, recipe)
-    static = prepared.static
+    share = prepared.share
     batch, length = (np.ones_like(sizes.batch), sizes.batch * sizes.length) if training.flattened else (sizes.batch, sizes.length)
     is_huge = _is_huge(program, batch, length, sizes.steps)
     if is_huge.any():
@@ -219,14 +223,15 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     tensors: Any = input_sizes(training, batch, length)  # type: ignore[arg-type]
     inputs = sizes.steps * sum(allocated(INDEX_BYTES * n) for n in tensors)
     steady = sum(between_steps(prepared, program).values()) + inputs
-    waiting = static.gradients_bytes if prepared.accumulates else 0
-    peak = np.maximum(steady + (static.gradients_bytes + static.optimizer_temporary_bytes), prepared.load.allocated_bytes)
+    update = share.gradients_bytes + share.update_temporary_bytes + share.communication.get(Phase.OPTIMIZER_STEP, 0)
+    peak = np.maximum(steady + update, prepared.load.allocated_bytes)
     for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
+        waiting = share.waiting_gradients_bytes + share.communication.get(phase, 0)
         peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], batch, length))
     moving = np.maximum(peak - steady, 0)
     held = peak + np.rint(moving * IDLE_SHARE[head_of(training)]).astype(np.int64)
     reserved = -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
-    resident = reserved + device_bytes(reserved_bytes=0, context_bytes=0, paged_bytes=static.paged_bytes)
+    resident = reserved + device_bytes(reserved_bytes=0, context_bytes=share.outside_bytes, paged_bytes=share.paged_bytes)
     if is_huge.any():
         peak, resident = np.where(is_huge, SATURATED_BYTES, peak), np.where(is_huge, SATURATED_BYTES, resident)
     return peak, resident, program

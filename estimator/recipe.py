@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from estimator.dtypes import DType
+from estimator.parallelism.options import Parallel
 from estimator.stack import Stack
 
 
@@ -190,4 +191,6 @@ class Recipe:
     """Of the card: kernels are chosen by it."""
     num_multiprocessors: int = 108
     """Of the card: the CUDA context grows with them. An A100 when no card is named."""
+    parallel: Parallel = Parallel()
+    """How the run is spread over cards; batches are those of one rank."""
     stack: Stack

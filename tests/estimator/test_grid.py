@@ -11,6 +11,7 @@ from estimator.correction import interval, required_bytes
 from estimator.device import context_bytes
 from estimator.engine import estimate
 from estimator.grid import LARGEST_BYTES, ClosedForms, OneByOne, Sizes, program_codes
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.recipe import Attention, Loss, Recipe
 from estimator.step import regime_of
 from estimator.sweep import sweep
@@ -37,6 +38,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         replace(training(loss=Loss.TRL_TILED), training=replace(training(loss=Loss.TRL_TILED).training, flattened=True)),
     ),  # type: ignore[type-var]
     "an old card": (LLAMA, training(compute_capability=(7, 5))),
+    "DDP": (LLAMA, replace(training(), parallel=Parallel(strategy=Strategy.DDP, num_gpus=4))),
+    "full, DDP": (SMALL, replace(training(method="full"), parallel=Parallel(strategy=Strategy.DDP, num_gpus=2))),
     "large workspaces": (LLAMA, training(compute_capability=(9, 0))),
 }
 POINTS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20_000), st.integers(1, 9)), min_size=1, max_size=12)

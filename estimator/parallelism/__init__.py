@@ -1,0 +1,1 @@
+"""Several cards: what each rank holds, by strategy."""
