@@ -68,6 +68,7 @@ def render_fit(card: Card, estimate: Estimate, interval: Interval | None) -> Jso
         "gpu": card.id,
         "capacity_bytes": card.capacity_bytes,
         "headroom_bytes": card.headroom_bytes,
+        **({"occupied_bytes": card.occupied_bytes} if card.occupied_bytes else {}),
         "free_bytes": free,
         "verdict": card.verdict(device, interval.device_high_bytes if interval is not None else None),
     }

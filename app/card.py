@@ -1,12 +1,13 @@
 """The card of a request: what it can hold, and what fits."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.request import HardwareFields
 from estimator.correction import required_bytes
 from estimator.errors import RequestError
-from estimator.gpus import Gpu, find_gpu
+from estimator.gpus import Gpu, Vendor, find_gpu
+from estimator.nvidia_smi import FoundCard, identify, read_cards, usage_sentence
 from estimator.units import GIB, KIB, MIB
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
@@ -28,11 +29,20 @@ class Card:
     compute_capability: tuple[int, int] | None = None
     num_multiprocessors: int | None = None
     headroom_bytes: int = HEADROOM_BYTES
+    occupied_bytes: int = 0
+    """What other processes hold of the capacity [bytes]."""
+    occupants: str = ""
+    """Who they are, in a sentence."""
+    beside: tuple[str, ...] = ()
+    """Names of the machine's other cards."""
+    is_variant: bool = False
+    """Whether the capacity is not the catalogue's for a card of this name."""
+    vendor: Vendor = Vendor.NVIDIA
 
     @property
     def usable_bytes(self) -> int:
-        """Capacity less headroom [bytes]."""
-        return self.capacity_bytes - self.headroom_bytes
+        """Capacity less headroom and what others hold [bytes]."""
+        return self.capacity_bytes - self.headroom_bytes - self.occupied_bytes
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
@@ -56,6 +66,9 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     Raises:
         UnknownNameError: if there is no such GPU in the catalogue.
     """
+    if hardware is not None and hardware.nvidia_smi is not None:
+        card = emptiest(pasted_cards(hardware.nvidia_smi))
+        return replace(card, headroom_bytes=headroom_bytes(hardware.headroom, card.capacity_bytes))
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
     if hardware.capacity_gib is not None:
@@ -79,6 +92,7 @@ def card_for(gpu: Gpu, headroom: int | str | None = None) -> Card:
         compute_capability=gpu.compute_capability,
         num_multiprocessors=gpu.num_sms,
         headroom_bytes=headroom_bytes(headroom, gpu.capacity_bytes),
+        vendor=gpu.vendor,
     )
 
 
@@ -105,3 +119,29 @@ def headroom_bytes(asked: int | str | None, capacity_bytes: int) -> int:
     if kept >= capacity_bytes:
         raise RequestError(f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes", field="hardware.headroom")
     return kept
+
+
+def pasted_cards(text: str) -> tuple[Card, ...]:
+    """The cards of a machine, from the output of its nvidia-smi.
+
+    Raises:
+        RequestError: if it cannot be read, or a card is not in the catalogue.
+    """
+    return tuple(_pasted(identify(card)) for card in read_cards(text))
+
+
+def _pasted(found: FoundCard) -> Card:
+    return replace(
+        card_for(found.gpu),
+        id=None if found.is_variant else found.gpu.id,
+        capacity_bytes=found.capacity_bytes,
+        occupied_bytes=found.occupied_bytes,
+        occupants=usage_sentence(found),
+        is_variant=found.is_variant,
+    )
+
+
+def emptiest(cards: tuple[Card, ...]) -> Card:
+    """The card with the most memory that nobody uses, the first of several; the others are named beside it."""
+    chosen = max(range(len(cards)), key=lambda index: (cards[index].usable_bytes, -index))
+    return replace(cards[chosen], beside=tuple(card.name for index, card in enumerate(cards) if index != chosen))

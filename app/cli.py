@@ -53,7 +53,7 @@ def which(model: str | None, request: str | None, as_json: bool, options: Json) 
     payload = _payload(model, request, options)
     hardware = payload.get("hardware")
     if isinstance(hardware, dict):
-        payload["hardware"] = {name: value for name, value in hardware.items() if name not in ("gpu", "capacity_gib")}
+        payload["hardware"] = {name: value for name, value in hardware.items() if name not in ("gpu", "capacity_gib", "nvidia_smi")}
     _plan(payload, as_json)
 
 
@@ -178,11 +178,25 @@ def models(text: Annotated[str | None, typer.Argument(help="part of an id or typ
 
 
 @cli.command()
-def gpus(as_json: AsJson = False) -> None:
-    """The GPUs that are known by name."""
+def gpus(
+    text: Annotated[str, typer.Option("--filter", help="24GB..80GB, 1..8, bf16, sm80, ..$2, a provider, a card: any of it")] = "",
+    bf16: Annotated[bool, typer.Option(help="native bfloat16 only")] = False,
+    provider: Annotated[str | None, typer.Option(help="offered there")] = None,
+    sort: Annotated[str, typer.Option(help="catalogue, memory, price or bandwidth")] = "catalogue",
+    refresh_prices: Annotated[bool, typer.Option("--refresh-prices", help="fetch offers through gpuhunt first")] = False,
+    out: Annotated[Path | None, typer.Option(help="with --refresh-prices: the file to write")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The GPUs that are known by name, and where they are offered."""
     from app.catalogue import list_gpus
+    from app.prices import current, refresh, report
+    from estimator.gpu_filter import GpuFilter
 
-    found = list_gpus()
+    if refresh_prices:
+        print(report(refresh(out)), file=sys.stderr)
+        if out is not None:
+            return
+    found = list_gpus(GpuFilter.of(text=text, bf16=bf16, provider=provider, book=current()), sort)
     if as_json:
         _print_json(found)
     else:

@@ -2,11 +2,11 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
@@ -16,6 +16,7 @@ from app.catalogue import inspect_model, list_gpus, list_models
 from app.check import check
 from app.page import router as page
 from app.plan import plan
+from app.prices import current
 from app.problem import MEDIA_TYPE, problem, problem_of
 from app.reading import MAX_BODY_BYTES, read_json
 from app.request import PlanRequest, SweepRequest
@@ -23,7 +24,9 @@ from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
 from estimator.errors import FieldError, VramplanError
+from estimator.gpu_filter import GpuFilter
 
+Filter = Annotated[str, Query(max_length=200)]
 Result = TypeVar("Result")
 
 # Estimates are arithmetic that holds the interpreter's lock: a few threads keep the loop free, more would only queue there.
@@ -92,7 +95,11 @@ def create_app() -> FastAPI:
     )(_trace)
     app.get("/v1/models", summary="Bundled models")(_models)
     app.get("/v1/models/{model_id:path}", summary="One model, tensor by tensor")(_model)
-    app.get("/v1/gpus", summary="Known GPUs")(_gpus)
+    app.get(
+        "/v1/gpus",
+        summary="Known GPUs",
+        description="Ranges are written `24GB..80GB`, `..24GB`, `40GB..`, `1..8`; `filter` takes it all in one: `24GB..80GB bf16 runpod`.",
+    )(_gpus)
     app.get("/healthz", summary="Whether the service answers")(_health)
     app.include_router(page)
     return app
@@ -145,8 +152,31 @@ async def _model(request: Request, model_id: str, revision: str | None = None) -
     return Reply(await in_thread(request, partial(inspect_model, model_id, revision)))
 
 
-async def _gpus() -> Response:
-    return Reply({"schema_version": 1, "gpus": list_gpus()})
+async def _gpus(
+    filter: Filter = "",
+    memory: Filter | None = None,
+    count: Filter | None = None,
+    price: Filter | None = None,
+    bf16: bool = False,
+    fp8: bool = False,
+    min_compute_capability: Filter | None = None,
+    provider: Filter | None = None,
+    vendor: Filter | None = None,
+    sort: Filter = "catalogue",
+) -> Response:
+    wanted = GpuFilter.of(
+        text=filter,
+        memory=memory,
+        count=count,
+        price=price,
+        bf16=bf16,
+        fp8=fp8,
+        min_compute_capability=min_compute_capability,
+        provider=provider,
+        vendor=vendor,
+        book=current(),
+    )
+    return Reply({"schema_version": 1, "gpus": list_gpus(wanted, sort)})
 
 
 async def _health() -> Response:

@@ -194,8 +194,9 @@ def another_card(gpu: Gpu, payload: Mapping[str, Any]) -> Lever:
     given = hardware if isinstance(hardware, Mapping) else {}
     offer = cheapest(gpu.id)
     price = f", {offer.usd_per_hour_min:.2f} USD/h at {offer.provider} ({offer.date})" if offer is not None else ""
+    others = {f"hardware.{name}": None for name in ("capacity_gib", "nvidia_smi") if given.get(name) is not None}
     return Lever(
-        set={"hardware.gpu": gpu.id, **({"hardware.capacity_gib": None} if given.get("capacity_gib") is not None else {})},
+        set={"hardware.gpu": gpu.id, **others},
         cost=Cost.MONEY,
         family="card",
         costs=f"a card of {gpu.label_gb:g} GB{price}",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from app import left_out
+from app import left_out, machine
 from app.answer import is_modelled
 from app.answered import Answered, Rule
 from app.training import positions
@@ -25,7 +25,9 @@ MIN_PAGED_ELEMENTS = 100_000
 def notices(answered: Answered) -> tuple[Notice, ...]:
     """The estimator's own notices, then those of the border, each code once unless it names different fields."""
     own = tuple(answered.estimate.notices)
-    return own + tuple(Notice(code=code, message=message) for rule, code in (*left_out.RULES, *RULES) for message in rule(answered))
+    return own + tuple(
+        Notice(code=code, message=message) for rule, code in (*left_out.RULES, *machine.RULES, *RULES) for message in rule(answered)
+    )
 
 
 def _bytes(tensors: Iterable[StoredTensor]) -> int:

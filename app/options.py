@@ -1,6 +1,7 @@
 """Command-line options, one row each: named like the libraries' arguments, and the field of the request that each one sets."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import typer
 
 from app.answer import Json
 from estimator.errors import RequestError
+from estimator.nvidia_smi import MAX_CHARACTERS
 from estimator.sources.configfile import read as read_config
 
-Kind = Literal["str", "int", "float", "flag", "names"]
+Kind = Literal["str", "int", "float", "flag", "names", "file"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
         _option("hardware.headroom", "str", "what is kept free: 512MiB, or 5%"),
+        _option("hardware.nvidia_smi", "file", "what nvidia-smi printed, from a file; - for standard input"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
         _option("engine", "str", "auto, analytic or trace"),
     ),
@@ -116,7 +119,7 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
 }
 
-_TYPES: dict[Kind, type] = {"str": str, "int": int, "float": float, "flag": bool, "names": str}
+_TYPES: dict[Kind, type] = {"str": str, "int": int, "float": float, "flag": bool, "names": str, "file": str}
 
 
 def with_options(
@@ -170,8 +173,22 @@ def _nested(given: Json, options: dict[str, Option]) -> Json:
         target = payload
         for section in sections:
             target = target.setdefault(section, {})
-        target[name] = _stack(value) if path == "stack" else _names(value) if options[path].kind == "names" else value
+        target[name] = _value(path, options[path].kind, value)
     return payload
+
+
+def _value(path: str, kind: Kind, value: Any) -> Any:
+    if path == "stack":
+        return _stack(value)
+    return _names(value) if kind == "names" else _content(path, value) if kind == "file" else value
+
+
+def _content(field: str, path: str) -> str:
+    try:
+        content = sys.stdin.buffer.read(MAX_CHARACTERS + 1) if path == "-" else Path(path).read_bytes()[: MAX_CHARACTERS + 1]
+    except OSError as error:
+        raise RequestError(f"{field}: {path!r} cannot be read: {error.strerror}", field=field) from None
+    return content.decode("utf-8", errors="replace")
 
 
 def _names(text: str) -> list[str] | str:

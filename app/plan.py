@@ -29,10 +29,9 @@ def plan(payload: Mapping[str, Any]) -> Json:
         VramplanError: if the request or the model cannot be answered for.
     """
     question = read_plan(payload)
-    hardware = question.request.hardware
     case = prepare(_completed(question))
     goal = goal_of(question.request, case)
-    if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
+    if case.card is None:
         return which(question.request, case, goal)
     search = _Search(case=case, request=question.request, payload=payload, goal=goal)
     return {"schema_version": SCHEMA_VERSION, **search.answer(), "gpus": None}

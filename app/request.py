@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from estimator.nvidia_smi import MAX_CHARACTERS
+
 MAX_BATCH = 65_536
 MAX_LENGTH = 2**24
 MAX_RANK = 16_384
@@ -137,6 +139,8 @@ class HardwareFields(Border):
     """Which cards a plan looks at, instead of one: `24GB..80GB 1..8 bf16`."""
     headroom: Annotated[int, Field(ge=0, le=2**50)] | Annotated[str, Field(max_length=32)] | None = None
     """What is kept free on purpose: bytes, `512MiB`, or `5%` of the card."""
+    nvidia_smi: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)] | None = None
+    """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
 

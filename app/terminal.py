@@ -1,6 +1,6 @@
 """Answers as people read them in a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -15,6 +15,7 @@ _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cy
 # Characters of the phase table without its bars.
 _TABLE_WIDTH = 80
 _EXACT, _NOT_EXACT = " ", "~"
+_SHOWN_PROVIDERS = 3
 _STORED = ("weights", "quantization_state", "buffers", "adapter_weights")
 _EIGHTHS_UP = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -162,16 +163,46 @@ def print_models(console: Console, models: Iterable[Json]) -> None:
     console.print(table)
 
 
-def print_gpus(console: Console, gpus: Iterable[Json]) -> None:
+def print_gpus(console: Console, gpus: Sequence[Json]) -> None:
     """One line per known card."""
     table = Table(box=None, pad_edge=False)
     for name in ("gpu", "name"):
         table.add_column(name)
-    for name in ("capacity", "compute capability"):
+    for name in ("capacity", "compute capability", "bandwidth", "USD/h"):
         table.add_column(name, justify="right")
+    table.add_column("offered by", overflow="fold")
     for gpu in gpus:
-        table.add_row(escape(gpu["id"]), escape(gpu["name"]), gib(gpu["capacity_bytes"]), gpu["compute_capability"])
+        bandwidth = gpu["memory_bandwidth_bytes_per_second"]
+        table.add_row(
+            escape(gpu["id"]),
+            escape(gpu["name"]),
+            gib(gpu["capacity_bytes"]),
+            gpu["compute_capability"],
+            f"{bandwidth / 1e9:,.0f} GB/s" if bandwidth else "",
+            _prices(gpu["offers"]),
+            escape(_some(gpu["providers"])),
+        )
     console.print(table)
+    dates = sorted({offer["date"] for gpu in gpus for offer in gpu["offers"]})
+    if dates:
+        console.print(
+            f"prices as of {dates[0]} to {dates[-1]}, for one card of a machine; sources with --json", style="dim", highlight=False
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """As many names as fit a column, and how many more there are."""
+    return ", ".join(names[:_SHOWN_PROVIDERS]) + (f" +{len(names) - _SHOWN_PROVIDERS}" if len(names) > _SHOWN_PROVIDERS else "")
+
+
+def _prices(offers: Sequence[Json]) -> str:
+    """The range over all offers, for one card [USD/h]."""
+    paid = [[price / offer["count"] for price in offer["usd_per_hour"]] for offer in offers if offer["usd_per_hour"][1]]
+    free = "free, " if len(paid) < len(offers) else ""
+    if not paid:
+        return free.removesuffix(", ")
+    low, high = min(price[0] for price in paid), max(price[1] for price in paid)
+    return f"{free}{low:.2f}" if low == high else f"{free}{low:.2f}–{high:.2f}"
 
 
 def print_inspection(console: Console, inspection: Json) -> None:

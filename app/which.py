@@ -6,6 +6,7 @@ from dataclasses import replace
 from app.answer import SCHEMA_VERSION, Json
 from app.card import card_for
 from app.evaluation import evaluator_of
+from app.prices import current
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
 from app.service import Case
@@ -41,7 +42,7 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         RequestError: if the filter cannot be read, or the step is not modelled.
     """
     hardware = request.hardware
-    wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter")
+    wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter", book=current())
     headroom = hardware.headroom if hardware is not None else None
     strategy = Strategy.DDP if hardware is None or hardware.strategy == "single" else Strategy(hardware.strategy)
     machines = [

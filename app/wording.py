@@ -16,7 +16,8 @@ def verdict_sentence(answer: Json) -> str:
         return f"{need[0].upper()}{need[1:]}."
     card = fit["gpu"] or "the card"
     free = fit["free_bytes"]
-    headroom = f"with {gib(fit['headroom_bytes'])} kept free"
+    taken = f" and {gib(fit['occupied_bytes'])} in use by others" if fit.get("occupied_bytes") else ""
+    headroom = f"with {gib(fit['headroom_bytes'])} kept free{taken}"
     rest = f"{gib(free)} to spare, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
     when = f" in {peak['phase']}" if peak else ""
     return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."

@@ -157,7 +157,6 @@ class StepFlops:
         return self.total - self.forward
 
 
-@lru_cache(maxsize=1024)
 def step_flops(inventory: Inventory, recipe: Recipe) -> StepFlops:
     """FLOPs of one micro-batch's forward and backward pass.
 

@@ -71,6 +71,9 @@ class Gpu:
     """Where bandwidth and peaks were read."""
     spec_certainty: str = "low"
     """`high`, `medium` or `low`: how well bandwidth and peaks are known."""
+    matmul_share: float | None = None
+    """Of its dense peak, what the best bfloat16 product reached in a published benchmark."""
+    matmul_share_source: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,6 +109,8 @@ def _parse(row: dict[str, Any]) -> Gpu:
         dense_flops={DType(name): tflops * 1e12 for name, tflops in row["dense_tflops"].items() if tflops is not None},
         spec_source=row["spec_source"],
         spec_certainty=row["spec_certainty"],
+        matmul_share=row.get("matmul_share"),
+        matmul_share_source=row.get("matmul_share_source", ""),
     )
 
 

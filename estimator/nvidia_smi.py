@@ -19,15 +19,11 @@ _MAX_LINE = 1024
 # A total further from the catalogue's than this belongs to another variant of the card (ECC switched, memory changed).
 SAME_TOTAL = 0.03
 
-_TABLE_ROW = re.compile(r"\|\s{1,8}(\d{1,3})\s{1,4}(\S.{0,60}?)\s{1,40}(On|Off|N/A|WDDM|TCC|MCDM)\s{0,8}\|")
+_MODES = frozenset({"On", "Off", "N/A", "WDDM", "TCC", "MCDM"})
 _TABLE_USAGE = re.compile(r"(\d{1,9})MiB\s{0,8}/\s{0,8}(\d{1,9})MiB")
-_TABLE_PROCESS = re.compile(
-    r"\|\s{1,8}(\d{1,3})\s{1,8}(?:(?:N/A|\d{1,3})\s{1,8}(?:N/A|\d{1,3})\s{1,8})?(\d{1,10})\s{1,8}(C\+G|C|G|M\+C)\s{1,8}"
-    r"(\S.{0,200}?)\s{1,80}(\d{1,9}MiB|N/A)\s{0,8}\|"
-)
+_TYPES = frozenset({"C", "G", "C+G", "M", "M+C"})
 _LISTED = re.compile(r"GPU (\d{1,3}): (\S.{0,80}?)(?: \(UUID: [\w-]{1,60}\))?")
 _DETAILED = re.compile(r"GPU [0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
-_FIELD = re.compile(r"(\s{0,40})(\S[^:]{0,60}?)\s{0,60}:\s?(.{0,200})")
 _MEBIBYTES = re.compile(r"(\d{1,9})\s{0,4}(?:MiB)?")
 
 
@@ -151,19 +147,47 @@ def _table(lines: list[str]) -> Iterator[SmiCard]:
     processes: dict[int, list[SmiProcess]] = {}
     cards: list[SmiCard] = []
     for number, line in enumerate(lines):
-        row = _TABLE_ROW.match(line)
-        below = lines[number + 1 : number + 3] if row is not None else []
-        usage = next((found for line_below in below if (found := _TABLE_USAGE.search(line_below))), None)
-        if row is not None and usage is not None:
-            used, total = int(usage[1]) * MIB, int(usage[2]) * MIB
-            cards.append(SmiCard(index=int(row[1]), name=row[2], total_bytes=total, used_bytes=used))
-            continue
-        process = _TABLE_PROCESS.match(line)
-        if process is not None and cards:
-            held = None if process[5] == "N/A" else int(process[5].removesuffix("MiB")) * MIB
-            processes.setdefault(int(process[1]), []).append(SmiProcess(pid=int(process[2]), name=_base_name(process[4]), used_bytes=held))
+        named = _named_row(line)
+        if named is not None:
+            usage = next((found for below in lines[number + 1 : number + 3] if (found := _TABLE_USAGE.search(below))), None)
+            if usage is not None:
+                cards.append(SmiCard(index=named[0], name=named[1], used_bytes=int(usage[1]) * MIB, total_bytes=int(usage[2]) * MIB))
+                continue
+        process = _process_row(line) if cards else None
+        if process is not None:
+            processes.setdefault(process[0], []).append(process[1])
     for card in cards:
         yield replace(card, processes=tuple(processes.get(card.index, ())))
+
+
+def _named_row(line: str) -> tuple[int, str] | None:
+    """Index and name of `|   0  NVIDIA GeForce RTX 4090        Off |   00000000:01:00.0 Off | …`."""
+    cells = line.split("|")
+    words = cells[1].split() if len(cells) > 2 else []
+    if len(words) < 3 or not _is_number(words[0]) or words[-1] not in _MODES:
+        return None
+    return int(words[0]), " ".join(words[1:-1])
+
+
+def _process_row(line: str) -> tuple[int, SmiProcess] | None:
+    """Card and process of `|    0   N/A  N/A      2021      G   /usr/lib/xorg/Xorg       120MiB |`; old drivers have no instances."""
+    words = line.strip().strip("|").split()
+    if len(words) < 5 or not _is_number(words[0]):
+        return None
+    index, rest = words[0], words[1:]
+    if rest[1] not in _TYPES:  # the columns of instances
+        rest = rest[2:]
+    if len(rest) < 4 or not _is_number(rest[0]) or rest[1] not in _TYPES:
+        return None
+    pid, _, *path, held = rest
+    used = _bytes_of(held)
+    if used is None and held != "N/A":
+        return None
+    return int(index), SmiProcess(pid=int(pid), name=_base_name(" ".join(path)), used_bytes=used)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10
 
 
 def _base_name(path: str) -> str:
@@ -197,11 +221,10 @@ def _detailed_card(index: int, lines: list[str]) -> SmiCard | None:
     memory: dict[str, int] = {}
     processes: list[dict[str, str]] = []
     for line in lines:
-        match = _FIELD.fullmatch(line)
-        if match is None:
-            section = line.strip() or section
+        label, colon, value = (part.strip() for part in line.partition(":"))
+        if not colon:
+            section = label or section
             continue
-        label, value = match[2].strip(), match[3].strip()
         if label == "Product Name":
             name = value
         elif section == "FB Memory Usage" and (number := _bytes_of(value)) is not None:
@@ -218,7 +241,7 @@ def _detailed_card(index: int, lines: list[str]) -> SmiCard | None:
         total_bytes=memory["Total"],
         used_bytes=memory.get("Used"),
         free_bytes=memory.get("Free"),
-        processes=tuple(_detailed_process(fields) for fields in processes if fields["Process ID"].isdigit()),
+        processes=tuple(_detailed_process(fields) for fields in processes if _is_number(fields["Process ID"])),
     )
 
 
@@ -248,7 +271,7 @@ def _table_of_values(lines: list[str]) -> Iterator[SmiCard]:
             continue
         free, used = _bytes_of(cells.get("memory.free", "")), _bytes_of(cells.get("memory.used", ""))
         index = cells.get("index", "")
-        yield SmiCard(index=int(index) if index.isdigit() else number, name=name, total_bytes=total, used_bytes=used, free_bytes=free)
+        yield SmiCard(index=int(index) if _is_number(index) else number, name=name, total_bytes=total, used_bytes=used, free_bytes=free)
 
 
 def _bytes_of(text: str) -> int | None:

@@ -8,8 +8,6 @@ Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a pr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
@@ -26,6 +24,8 @@ BASIS = "modelled"
 PRODUCT_EFFICIENCY = 0.75
 ATTENTION_EFFICIENCY = 0.5
 BANDWIDTH_EFFICIENCY = 0.8
+# The efficiency of products is an A100's, whose best product reaches 85.9 %; cards whose best one is published are scaled by it.
+_A100_MATMUL_SHARE = 0.859
 
 # Measured time over estimated time, smallest and largest of 42 published runs on one A100 (tests/calibration/test_throughput.py prints
 # them): full, LoRA and QLoRA of Mistral-7B and santacoder, flash attention, reentrant checkpointing.
@@ -113,49 +113,25 @@ class _Card:
 
     bandwidth: float
     peaks: Mapping[DType, float]
+    scale: float
+    """Of what an A100 reaches of its peaks, what this card reaches of its own."""
 
     @classmethod
     def of(cls, gpu: Gpu) -> "_Card":
         if gpu.memory_bandwidth is None or DType.FLOAT32 not in gpu.dense_flops:
             raise RequestError(f"hardware.gpu: the speed of {gpu.id} is not known", field="hardware.gpu")
-        return cls(bandwidth=gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY, peaks=gpu.dense_flops)
+        scale = 1.0 if gpu.matmul_share is None else gpu.matmul_share / _A100_MATMUL_SHARE
+        return cls(bandwidth=gpu.memory_bandwidth * BANDWIDTH_EFFICIENCY, peaks=gpu.dense_flops, scale=scale)
 
     def peak(self, dtype: DType) -> float:
-        """Of products in a type; types without matrix units of their own are computed in float32 [FLOP/s]."""
-        return self.peaks.get(dtype, self.peaks[DType.FLOAT32])
+        """What an A100 with this card's peaks would have; types without matrix units are computed in float32 [FLOP/s]."""
+        return self.peaks.get(dtype, self.peaks[DType.FLOAT32]) * self.scale
 
-    def seconds(self, work: "_Work") -> float:
-        """All runs of a product: arithmetic or traffic, whichever is longer [s]."""
-        return max(work.flops / (self.peak(work.dtype) * PRODUCT_EFFICIENCY), work.moved_bytes / self.bandwidth) * work.runs
-
-
-class _Work(NamedTuple):
-    """One product, whatever the card."""
-
-    dtype: DType
-    flops: float
-    """Of one run [FLOP]."""
-    moved_bytes: float
-    """Factors read and result written in one run [bytes]."""
-    runs: int
-
-
-def _work_of(product: Product, tokens: int) -> _Work:
-    rows = float(product.rows(tokens))
-    moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
-    return _Work(product.dtype, float(product.flops(tokens)), moved, sum(product.runs.values()))
-
-
-@lru_cache(maxsize=1024)
-def _work(inventory: Inventory, recipe: Recipe) -> tuple[tuple[_Work, ...], tuple[_Work, ...], float]:
-    """The products of layers and head in one micro-batch, and the traffic around adapters [bytes]."""
-    training = recipe.training
-    assert training is not None
-    program = step_program(inventory, recipe)
-    rows, length = training.shape
-    layers = tuple(_work_of(product, rows * length) for product in program.products)
-    head = tuple(_work_of(product, head_positions(recipe)) for product in program.head)
-    return layers, head, _adapter_bytes(program.products, rows * length)
+    def product_seconds(self, product: Product, tokens: int) -> float:
+        """One run: arithmetic or traffic, whichever is longer [s]."""
+        rows = float(product.rows(tokens))
+        moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
+        return max(float(product.flops(tokens)) / (self.peak(product.dtype) * PRODUCT_EFFICIENCY), moved / self.bandwidth)
 
 
 def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str, float]:
@@ -164,8 +140,8 @@ def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str,
     program = step_program(inventory, recipe)
     rows, length = training.shape
     tokens, positions = rows * length, head_positions(recipe)
-    in_layers, in_head, adapter_bytes = _work(inventory, recipe)
-    products, head = (sum(map(card.seconds, work)) for work in (in_layers, in_head))
+    products = sum(card.product_seconds(p, tokens) * sum(p.runs.values()) for p in program.products)
+    head = sum(card.product_seconds(p, positions) * sum(p.runs.values()) for p in program.head)
     unpacked = sum(
         (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
         for p in (*program.products, *program.head)
@@ -180,7 +156,7 @@ def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str,
         "products": products + head,
         "attention": attention,
         "dequantization": unpacked / card.bandwidth,
-        "elementwise": (layers + adapter_bytes) / card.bandwidth,
+        "elementwise": (layers + _adapter_bytes(program.products, tokens)) / card.bandwidth,
         "loss": positions * vocabulary * _LOSS_BYTES / card.bandwidth,
     }
 
@@ -252,7 +228,8 @@ def _optimizer_bytes(inventory: Inventory, recipe: Recipe) -> float:
 def _assumptions(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
     training = recipe.training
     assert training is not None
-    said = [f"products reach {PRODUCT_EFFICIENCY:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
+    reached = PRODUCT_EFFICIENCY * _Card.of(gpu).scale
+    said = [f"products reach {reached:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
     if num_gpus > 1:
         said.append("what cards send each other is not counted")
     if gpu.id not in JUDGED_GPUS:

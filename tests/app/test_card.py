@@ -2,10 +2,10 @@
 
 import pytest
 
-from app.card import HEADROOM_BYTES, Card, card_of
+from app.card import HEADROOM_BYTES, Card, card_of, pasted_cards
 from app.request import HardwareFields
 from estimator.errors import UnknownNameError
-from estimator.units import GIB
+from estimator.units import GIB, MIB
 
 CARD = Card(id="x", name="x", capacity_bytes=10 * GIB + HEADROOM_BYTES)
 
@@ -43,3 +43,26 @@ def test_a_card_may_be_given_by_an_alias() -> None:
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(UnknownNameError, match=r"hardware\.gpu"):
         card_of(HardwareFields(gpu="abacus"))
+
+
+PASTE = "name, memory.total [MiB], memory.free [MiB]\nNVIDIA GeForce RTX 4090, 24564 MiB, 20000 MiB\nNVIDIA L4, 23034 MiB, 22600 MiB\n"
+
+
+def test_what_others_hold_is_missing_from_what_can_be_used() -> None:
+    busy, free = pasted_cards(PASTE)
+    assert busy.occupied_bytes == busy.capacity_bytes - 20_000 * MIB
+    assert busy.usable_bytes == 20_000 * MIB - HEADROOM_BYTES
+    assert free.occupied_bytes == 0
+
+
+def test_of_several_pasted_cards_the_emptiest_is_answered_for() -> None:
+    card = card_of(HardwareFields(nvidia_smi=PASTE))
+    assert card is not None
+    assert (card.id, card.beside) == ("l4", ("GeForce RTX 4090",))
+
+
+def test_a_variant_has_its_own_capacity_and_no_id() -> None:
+    (card,) = pasted_cards("NVIDIA A40, 49140 MiB, 48600 MiB")
+    assert card.id is None
+    assert card.capacity_bytes > 48_000 * MIB
+    assert card.compute_capability == (8, 6)

@@ -141,3 +141,34 @@ def test_an_estimate_of_a_catalogue_model_imports_no_framework_and_no_web_server
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "heavy import" not in done.stderr
     assert "Error" not in done.stderr, done.stderr
+
+
+def test_gpus_are_filtered_and_sorted() -> None:
+    found = json.loads(run("gpus", "--filter", "24GB..80GB runpod", "--bf16", "--sort", "memory", "--json").stdout)
+    assert {"rtx4090", "a100-80"} <= {gpu["id"] for gpu in found}
+    assert [gpu["capacity_bytes"] for gpu in found] == sorted(gpu["capacity_bytes"] for gpu in found)
+    done = run("gpus", "--filter", "abacus")
+    assert done.returncode == 1
+    assert "'abacus' is not known" in done.stderr
+
+
+def test_what_nvidia_smi_printed_is_read_from_a_file_or_standard_input(tmp_path: Path) -> None:
+    paste = "NVIDIA L4, 23034 MiB, 22600 MiB\n"
+    file = tmp_path / "smi.txt"
+    file.write_text(paste)
+    from_file = run("estimate", "openai-community/gpt2", "--nvidia-smi", str(file), "--json")
+    from_input = run("estimate", "openai-community/gpt2", "--nvidia-smi", "-", "--json", stdin=paste)
+    assert json.loads(from_file.stdout)["fit"]["gpu"] == "l4"
+    assert from_file.stdout == from_input.stdout
+    assert run("estimate", "openai-community/gpt2", "--nvidia-smi", "/nowhere").returncode == 1
+
+
+def test_prices_that_cannot_be_fetched_are_an_error_and_change_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "offers.json"
+    out.write_text("before")
+    code = "import sys; sys.modules['gpuhunt'] = None; from app.cli import main; main()"
+    command = [sys.executable, "-c", code, "gpus", "--refresh-prices", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "vramplan[prices]" in done.stderr
+    assert out.read_text() == "before"

@@ -143,3 +143,50 @@ print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 150
+
+
+def test_gpus_are_filtered_by_named_parts_and_by_words(client: TestClient) -> None:
+    query = {"memory": "24GB..80GB", "bf16": "true", "provider": "runpod", "min_compute_capability": "8.6", "count": "1..8"}
+    named = client.get("/v1/gpus", params=query).json()["gpus"]
+    words = client.get("/v1/gpus", params={"filter": "24GB..80GB bf16 runpod sm86 1..8"}).json()["gpus"]
+    assert named == words
+    assert {"rtx4090", "l40s", "h100-sxm"} <= {gpu["id"] for gpu in named}
+    assert not {"t4", "a100-80", "rtx4080"} & {gpu["id"] for gpu in named}
+    assert all(offer["provider"] == "runpod" for gpu in named for offer in gpu["offers"])
+
+
+@pytest.mark.parametrize("order", ["memory", "price", "bandwidth"])
+def test_gpus_are_sorted_as_asked(client: TestClient, order: str) -> None:
+    gpus = client.get("/v1/gpus", params={"sort": order}).json()["gpus"]
+    keys = {
+        "memory": [gpu["capacity_bytes"] for gpu in gpus],
+        "price": [min((o["usd_per_hour"][0] for o in gpu["offers"] if o["usd_per_hour"][1]), default=1e9) for gpu in gpus],
+        "bandwidth": [-gpu["memory_bandwidth_bytes_per_second"] for gpu in gpus],
+    }
+    assert keys[order] == sorted(keys[order])
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ({"memory": "much"}, "memory"),
+        ({"count": "0"}, "count"),
+        ({"provider": "nobody"}, "provider"),
+        ({"min_compute_capability": "new"}, "min_compute_capability"),
+        ({"filter": "abacus"}, "filter"),
+        ({"sort": "beauty"}, "sort"),
+        ({"bf16": "perhaps"}, "bf16"),
+        ({"filter": "x" * 201}, "filter"),
+    ],
+)
+def test_a_filter_that_cannot_be_read_is_a_problem_of_its_field(client: TestClient, query: dict[str, str], field: str) -> None:
+    body = assert_problem(client.get("/v1/gpus", params=query), 422)
+    assert [error["field"] for error in body["errors"]] == [field]
+
+
+def test_listing_gpus_asks_no_network(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a request asked for prices")
+
+    monkeypatch.setattr("app.prices.from_gpuhunt", refuse)
+    assert client.get("/v1/gpus").status_code == 200

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app import examples
 from app.catalogue import list_models
 from app.service import answer
+from estimator.errors import RequestError
 from estimator.phases import Item, Phase
 from estimator.units import gib
 
@@ -341,3 +342,40 @@ def test_transformers_4_loads_float32_whatever_the_checkpoint_holds() -> None:
     request = {"model": "meta-llama/Llama-3.2-1B", "training": {"max_length": 64}}
     assert "transformers 4.57" in warning(answer({**request, "stack": {"transformers": "4.57"}}), "model_loaded_in_float32")
     assert "model_loaded_in_float32" not in codes(answer({**request, "stack": {"transformers": "5.23"}}))
+
+
+PASTE = (
+    "name, memory.total [MiB], memory.used [MiB]\nNVIDIA GeForce RTX 4090, 24564 MiB, 6000 MiB\nNVIDIA GeForce RTX 3060, 12288 MiB, 1 MiB\n"
+)
+
+
+def test_pasted_memory_in_use_counts_against_the_card() -> None:
+    pasted = answer(examples.QLORA | {"hardware": {"nvidia_smi": PASTE}})
+    alone = answer(examples.QLORA | {"hardware": {"gpu": "rtx4090"}})
+    assert pasted["fit"]["gpu"] == "rtx4090"
+    assert pasted["fit"]["occupied_bytes"] == 6000 * 2**20
+    assert pasted["fit"]["free_bytes"] == alone["fit"]["free_bytes"] - 6000 * 2**20
+    codes = {warning["code"]: warning["message"] for warning in pasted["warnings"]}
+    assert "5.86 GiB of GPU 0" in codes["memory_in_use"]
+    assert "GeForce RTX 3060" in codes["several_cards"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "field"),
+    [
+        ({"nvidia_smi": "nothing"}, "hardware.nvidia_smi"),
+        ({"nvidia_smi": PASTE, "gpu": "rtx4090"}, "hardware.nvidia_smi"),
+        ({"gpu": "m3 max"}, "hardware.gpu"),
+    ],
+)
+def test_hardware_that_cannot_be_answered_for_is_refused_by_its_field(hardware: dict[str, str], field: str) -> None:
+    with pytest.raises(RequestError) as error:
+        answer(examples.QLORA | {"hardware": hardware})
+    assert error.value.errors[0].field == field
+
+
+def test_an_amd_card_is_outside_bitsandbytes_cuda_path_and_16_bit_methods_do_not_care() -> None:
+    quantized = answer(examples.QLORA | {"hardware": {"gpu": "mi300x"}})
+    plain = answer(examples.SFT_LORA | {"hardware": {"gpu": "mi300x"}})
+    assert "outside_cuda" in {warning["code"] for warning in quantized["warnings"]}
+    assert "outside_cuda" not in {warning["code"] for warning in plain["warnings"]}

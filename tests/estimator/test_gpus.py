@@ -3,8 +3,9 @@
 import pytest
 
 from estimator.device import context_bytes
-from estimator.errors import UnknownNameError
-from estimator.gpus import all_gpus, find_gpu
+from estimator.dtypes import DType
+from estimator.errors import RequestError, UnknownNameError
+from estimator.gpus import Vendor, all_gpus, find_gpu
 from estimator.units import GIB, MIB
 
 
@@ -30,6 +31,61 @@ def test_a_name_of_several_cards_is_refused_with_the_candidates(name: str, ids: 
 
 def test_the_total_decides_between_cards_of_one_name() -> None:
     assert find_gpu("NVIDIA GeForce RTX 3080", total_bytes=12_100 * MIB).id == "rtx3080-12"
+
+
+@pytest.mark.parametrize(
+    ("name", "total_mib", "gpu"),
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", 8188, "rtx4060ti-8"),
+        ("NVIDIA GeForce RTX 4060 Ti", 16380, "rtx4060ti-16"),
+        ("NVIDIA GeForce RTX 4060 Ti", 7806, "rtx4060ti-8"),  # what CUDA says
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090", 49140, "rtx4090-48"),
+        ("A100", 40536, "a100-40"),
+        ("A100", 81920, "a100-80"),
+        ("H200", 143771, "h200-sxm"),
+        ("NVIDIA H100", 95830, "h100-nvl"),
+    ],
+)
+def test_a_name_and_the_total_of_nvidia_smi_or_cuda_are_one_card(name: str, total_mib: int, gpu: str) -> None:
+    assert find_gpu(name, total_bytes=total_mib * MIB).id == gpu
+
+
+def test_a_card_whose_memory_was_changed_is_not_meant_by_its_name_alone() -> None:
+    assert find_gpu("NVIDIA GeForce RTX 4090").id == "rtx4090"
+    assert find_gpu("rtx4090-48").is_modified
+
+
+@pytest.mark.parametrize("name", ["m3 max", "M2", "Apple M4 Pro", "mps", "apple silicon", "MacBook Pro", "m1 ultra 64GB"])
+def test_apple_silicon_gets_the_answer_of_mlx(name: str) -> None:
+    with pytest.raises(RequestError, match=r"mlx_lm\.lora") as error:
+        find_gpu(name)
+    assert error.value.errors[0].field == "hardware.gpu"
+
+
+def test_cards_outside_cuda_are_marked() -> None:
+    assert [gpu.id for gpu in all_gpus() if gpu.vendor is not Vendor.NVIDIA] == ["mi300x"]
+
+
+def test_every_card_of_the_guides_is_there() -> None:
+    wanted = (
+        "t4 p100-16 v100-16 v100-32 rtx2080ti rtx3060-12 rtx3070 rtx3080-10 rtx3080-12 rtx3080ti rtx3090 rtx3090ti rtx4060ti-16 rtx4070 "
+        "rtx4070ti rtx4070tis rtx4080 rtx4080s rtx4090 rtx5070ti rtx5080 rtx5090 a10g a16 a40 a4000 a4500 a5000 a6000 l4 l40s rtxpro4000 "
+        "rtxpro4500 rtxpro5000-48 rtxpro6000 a100-40 a100-80 h100-pcie h100-sxm h100-nvl h200-sxm b200 b300 gh200-96 mi300x"
+    )
+    assert set(wanted.split()) <= {gpu.id for gpu in all_gpus()}
+
+
+def test_speeds_are_in_the_order_that_their_kind_asks_for() -> None:
+    for gpu in all_gpus():
+        assert gpu.spec_source
+        assert gpu.spec_certainty in {"high", "medium", "low"}
+        assert gpu.memory_bandwidth is not None
+        assert 150e9 < gpu.memory_bandwidth <= 8e12
+        assert 2e12 < gpu.dense_flops[DType.FLOAT32] < 200e12
+        assert (DType.BFLOAT16 in gpu.dense_flops) <= gpu.bf16
+        half = gpu.dense_flops.get(DType.BFLOAT16)
+        assert half is None or half >= 1.9 * gpu.dense_flops[DType.FLOAT32]
 
 
 def test_an_unknown_name_is_refused_with_what_would_be_accepted() -> None:

@@ -1,6 +1,11 @@
 """What nvidia-smi prints is read back: names, totals, free memory, and who holds some of it."""
 
+from contextlib import suppress
+from time import perf_counter
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from estimator.errors import RequestError
 from estimator.nvidia_smi import identify, read_cards, usage_sentence
@@ -196,3 +201,21 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_slices_are_refused() -> None:
     with pytest.raises(RequestError, match="MIG"):
         read_cards(LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n")
+
+
+@given(st.text(alphabet="| \nGPU0123456789:MiB/OffNACG,.x[]", max_size=400))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    with suppress(RequestError):
+        for card in read_cards(text):
+            identify(card)
+
+
+@pytest.mark.parametrize(
+    "line", ["|    0   N/A  N/A      1    C   " + "x " * 450, "|   0  " + "a " * 500 + "Off |", "GPU 0: " + "(UUID: " * 140]
+)
+def test_long_lines_cost_no_more_than_their_length(line: str) -> None:
+    text = TABLE + (line + "\n") * 250
+    started = perf_counter()
+    with suppress(RequestError):
+        read_cards(text)
+    assert perf_counter() - started < 2  # 250 kB in well under a tenth of this
