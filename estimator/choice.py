@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from estimator.device import context_bytes, workspaces_bytes
 from estimator.gpus import Gpu
-from estimator.grid import Evaluator, Ints, Memory, Sizes
+from estimator.grid import Evaluator, Ints, Sizes
 from estimator.planner import Goal, PlanObjective, reachable, search
 
 # Compute capability from which the flash kernels run.
@@ -85,44 +86,46 @@ def _quickly(group: list[Machine], evaluator: Evaluator, goal: Goal) -> Iterator
             return evaluator.memory(candidates.at(places)).required_bytes(smallest_context) - roomiest
 
         candidates = candidates.at(reachable(evaluator.programs(candidates), excess))
-    memory = evaluator.memory(candidates)
-    smallest = goal.smallest()
+    memory, smallest = evaluator.memory(candidates), goal.smallest()
     of_smallest = evaluator.memory(smallest)
-    for machine in group:
-        place = _best_place(candidates, memory, machine, goal)
-        yield (
-            _choice(machine, smallest, of_smallest, 0, fits=False)
-            if place is None
-            else _choice(machine, candidates, memory, place, fits=True)
-        )
+    usable, contexts = (np.array(column)[:, None] for column in zip(*((m.usable_bytes, m.context_bytes) for m in group), strict=True))
+    device, required = memory.device_bytes(contexts), memory.required_bytes(contexts)
+    places = _best_places(device, required <= usable, goal)
+    smallest_device, smallest_required = of_smallest.device_bytes(contexts), of_smallest.required_bytes(contexts)
+    for row, (machine, place) in enumerate(zip(group, places.tolist(), strict=True)):
+        if place < 0:
+            yield _choice(machine, smallest, 0, smallest_device[row], smallest_required[row], fits=False)
+        else:
+            yield _choice(machine, candidates, place, device[row], required[row], fits=True)
 
 
-def _best_place(candidates: Sizes, memory: Memory, machine: Machine, goal: Goal) -> int | None:
-    fitting = np.flatnonzero(memory.required_bytes(machine.context_bytes) <= machine.usable_bytes)
-    if not len(fitting):
-        return None
-    if goal.objective is not PlanObjective.MOST_MARGIN:
-        return int(fitting[-1])
-    device = memory.device_bytes(machine.context_bytes)[fitting]
-    return int(fitting[np.flatnonzero(device == device.min())[-1]])
+def _best_places(device: Ints, fits: NDArray[np.bool_], goal: Goal) -> Ints:
+    """The best candidate for each machine, one row each; -1 where none fits."""
+    order = np.arange(fits.shape[1])
+    if goal.objective is PlanObjective.MOST_MARGIN:
+        largest = np.iinfo(np.int64).max
+        left = np.where(fits, device, largest)
+        fits = fits & (left == left.min(axis=1, keepdims=True, initial=largest))
+    best: Ints = np.where(fits, order, -1).max(axis=1, initial=-1)
+    return best
 
 
 def _one_by_one(group: list[Machine], evaluator: Evaluator, goal: Goal) -> Iterator[Choice]:
     for machine in group:
         found = search(evaluator, goal, machine.usable_bytes, machine.context_bytes)
         sizes = goal.smallest() if found is None else found
-        yield _choice(machine, sizes, evaluator.memory(sizes), 0, fits=found is not None)
+        memory = evaluator.memory(sizes)
+        device, required = memory.device_bytes(machine.context_bytes), memory.required_bytes(machine.context_bytes)
+        yield _choice(machine, sizes, 0, device, required, fits=found is not None)
 
 
-def _choice(machine: Machine, sizes: Sizes, memory: Memory, place: int, *, fits: bool) -> Choice:
-    at = slice(place, place + 1)
-    found = Memory(allocated_bytes=memory.allocated_bytes[at], resident_bytes=memory.resident_bytes[at], radii=memory.radii[:, at])
+def _choice(machine: Machine, sizes: Sizes, place: int, device: Ints, required: Ints, *, fits: bool) -> Choice:
     return Choice(
         machine=machine,
         fits=fits,
         micro_batch_size=int(sizes.batch[place]),
         gradient_accumulation_steps=int(sizes.steps[place]),
         sequence_length=int(sizes.length[place]),
-        device_bytes=int(found.device_bytes(machine.context_bytes)[0]),
-        required_bytes=int(found.required_bytes(machine.context_bytes)[0]),
+        device_bytes=int(device[place]),
+        required_bytes=int(required[place]),
     )

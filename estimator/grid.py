@@ -69,19 +69,24 @@ class Memory:
     """Peak [bytes]."""
     resident_bytes: Ints
     """What the card must hold at the peak, less the context [bytes]."""
-    radii: Floats
-    """Of the intervals of allocated and device bytes; NaN where there is none."""
+    high_factors: Floats
+    """Factors from estimate to upper end of the intervals of allocated and device bytes; NaN where there is none."""
 
-    def device_bytes(self, context_bytes: int) -> Ints:
-        """What the card must hold at the peak [bytes]."""
-        return np.maximum(self.resident_bytes + context_bytes, self.allocated_bytes)
+    def device_bytes(self, context_bytes: int | Ints) -> Ints:
+        """What the card must hold at the peak; with a column of contexts, one row for each [bytes]."""
+        device: Ints = np.maximum(self.resident_bytes + context_bytes, self.allocated_bytes)
+        return device
 
-    def required_bytes(self, context_bytes: int) -> Ints:
+    def required_bytes(self, context_bytes: int | Ints) -> Ints:
         """What must be usable for a verdict of `fits` [bytes]: see `correction.required_bytes`."""
         device = self.device_bytes(context_bytes)
-        with_margin = np.rint(device * (1 + MARGIN_WITHOUT_INTERVAL))
-        highs = np.ceil(np.stack((self.allocated_bytes, device)) * self.radii)
-        required: Ints = np.where(np.isnan(highs[0]), with_margin, np.nan_to_num(highs.max(axis=0))).astype(np.int64)
+        with_margin: Floats = np.rint(device * (1 + MARGIN_WITHOUT_INTERVAL))
+        has_interval = ~np.isnan(self.high_factors[0])
+        if not has_interval.any():
+            return with_margin.astype(np.int64)
+        allocated_factor, device_factor = np.where(has_interval, self.high_factors, 1.0)
+        high = np.maximum(np.ceil(self.allocated_bytes * allocated_factor), np.ceil(device * device_factor))
+        required: Ints = np.where(has_interval, high, with_margin).astype(np.int64)
         return required
 
 
@@ -120,7 +125,7 @@ class ClosedForms:
             found = radii(recipe, program.kernels)
             if found is not None:
                 bounds[:, members] = np.array([[math.exp(found[1])], [math.exp(found[2])]])
-        return Memory(allocated_bytes=peak, resident_bytes=resident, radii=bounds)
+        return Memory(allocated_bytes=peak, resident_bytes=resident, high_factors=bounds)
 
     def programs(self, sizes: Sizes) -> Ints:
         return program_codes(self.inventory, self.recipe, sizes)
@@ -148,7 +153,7 @@ class OneByOne:
             known = radii(recipe, found.kernels)
             if known is not None:
                 bounds[:, point] = math.exp(known[1]), math.exp(known[2])
-        return Memory(allocated_bytes=peak, resident_bytes=resident, radii=bounds)
+        return Memory(allocated_bytes=peak, resident_bytes=resident, high_factors=bounds)
 
     def programs(self, sizes: Sizes) -> Ints:
         return program_codes(self.inventory, self.recipe, sizes)
@@ -218,7 +223,7 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     share = prepared.share
     batch, length = (np.ones_like(sizes.batch), sizes.batch * sizes.length) if training.flattened else (sizes.batch, sizes.length)
     is_huge = _is_huge(program, batch, length, sizes.steps)
-    if is_huge.any():
+    if is_huge is not None:
         batch, length = np.where(is_huge, 1, batch), np.where(is_huge, 1, length)
     tensors: Any = input_sizes(training, batch, length)  # type: ignore[arg-type]
     inputs = sizes.steps * sum(allocated(INDEX_BYTES * n) for n in tensors)
@@ -232,14 +237,19 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     held = peak + np.rint(moving * IDLE_SHARE[head_of(training)]).astype(np.int64)
     reserved = -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
     resident = reserved + device_bytes(reserved_bytes=0, context_bytes=share.outside_bytes, paged_bytes=share.paged_bytes)
-    if is_huge.any():
+    if is_huge is not None:
         peak, resident = np.where(is_huge, SATURATED_BYTES, peak), np.where(is_huge, SATURATED_BYTES, resident)
     return peak, resident, program
 
 
-def _is_huge(program: Program, batch: Ints, length: Ints, steps: Ints) -> NDArray[np.bool_]:
+def _is_huge(program: Program, batch: Ints, length: Ints, steps: Ints) -> NDArray[np.bool_] | None:
+    """Which points int64 would not hold; None where it holds all of them."""
+    snapshots = [snapshot for peaks in program.peaks.values() for snapshot in peaks]
+    corner = int(batch.max()), int(length.max())
+    if max(snapshot.at(*corner) for snapshot in snapshots) + 64 * int(steps.max()) * corner[0] * corner[1] <= LARGEST_BYTES:
+        return None
     b, s = batch.astype(np.float64), length.astype(np.float64)
-    largest = np.max([_unrounded(snapshot, b, s) for peaks in program.peaks.values() for snapshot in peaks], axis=0)
+    largest = np.max([snapshot.at(b, s) + np.zeros_like(b) for snapshot in snapshots], axis=0)  # type: ignore[arg-type]
     return np.asarray(largest + 64.0 * steps * b * s > LARGEST_BYTES)
 
 
@@ -247,16 +257,17 @@ def _largest(snapshots: tuple[Snapshot, ...], batch: Ints, length: Ints) -> Ints
     """Rounded bytes of the instant that is largest before rounding, as `engine.largest` chooses it [bytes]."""
     if len(snapshots) == 1:
         return _rounded(snapshots[0], batch, length)
-    worst = np.argmax([_unrounded(snapshot, batch, length) for snapshot in snapshots], axis=0)
+    tokens = batch * length
+    powers = np.stack((np.ones_like(batch), batch, length, tokens, length * length, tokens * length))  # the first of `tape.POWERS`
+    worst = np.argmax(np.array([snapshot.totals[: len(powers)] for snapshot in snapshots]) @ powers, axis=0)
+    first = int(worst[0])
+    if (worst == first).all():
+        return _rounded(snapshots[first], batch, length)
     found = np.empty(len(batch), dtype=np.int64)
     for index in np.unique(worst):
         where = np.flatnonzero(worst == index)
         found[where] = _rounded(snapshots[index], batch[where], length[where])
     return found
-
-
-def _unrounded(snapshot: Snapshot, batch: Any, length: Any) -> Any:
-    return snapshot.at(batch, length) + np.zeros_like(batch)
 
 
 def _rounded(snapshot: Snapshot, batch: Ints, length: Ints) -> Ints:

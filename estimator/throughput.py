@@ -8,6 +8,8 @@ Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a pr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
@@ -85,13 +87,13 @@ def step_time(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int = 1)
         RequestError: if the recipe trains nothing or for something else than next tokens, or the card's speed is not known.
     """
     training = recipe.training
-    flops = step_flops(inventory, recipe)
+    step = _step(inventory, recipe)
     assert training is not None
     card = _Card.of(gpu)
-    parts = _micro_batch(inventory, recipe, card)
+    parts = _micro_batch(step, card)
     accumulation = training.gradient_accumulation_steps
     parts = {name: seconds * accumulation for name, seconds in parts.items()}
-    parts["optimizer"] = _optimizer_bytes(inventory, recipe) / card.bandwidth
+    parts["optimizer"] = step.optimizer_bytes / card.bandwidth
     rows, length = training.shape
     seconds = sum(parts.values())
     low, high = JUDGED_RANGE if gpu.id in JUDGED_GPUS and num_gpus == 1 else UNJUDGED_RANGE
@@ -100,10 +102,10 @@ def step_time(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int = 1)
         seconds_low=seconds * low,
         seconds_high=seconds * high,
         tokens=rows * length * accumulation * num_gpus,
-        flops=flops.total * accumulation,
-        model_flops=flops.model * accumulation,
+        flops=step.flops.total * accumulation,
+        model_flops=step.flops.model * accumulation,
         parts=parts,
-        assumptions=_assumptions(inventory, recipe, gpu, num_gpus),
+        assumptions=_assumptions(step, gpu, num_gpus),
     )
 
 
@@ -127,37 +129,83 @@ class _Card:
         """What an A100 with this card's peaks would have; types without matrix units are computed in float32 [FLOP/s]."""
         return self.peaks.get(dtype, self.peaks[DType.FLOAT32]) * self.scale
 
-    def product_seconds(self, product: Product, tokens: int) -> float:
-        """One run: arithmetic or traffic, whichever is longer [s]."""
+    def seconds(self, work: "_Work") -> float:
+        """All runs of a product: arithmetic or traffic, whichever is longer [s]."""
+        return max(work.flops / (self.peak(work.dtype) * PRODUCT_EFFICIENCY), work.moved_bytes / self.bandwidth) * work.runs
+
+
+class _Work(NamedTuple):
+    """One product, whatever the card."""
+
+    dtype: DType
+    flops: float
+    """Of one run [FLOP]."""
+    moved_bytes: float
+    """Factors read and result written in one run [bytes]."""
+    runs: int
+
+    @classmethod
+    def of(cls, product: Product, tokens: int) -> "_Work":
         rows = float(product.rows(tokens))
         moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
-        return max(float(product.flops(tokens)) / (self.peak(product.dtype) * PRODUCT_EFFICIENCY), moved / self.bandwidth)
+        return cls(product.dtype, float(product.flops(tokens)), moved, sum(product.runs.values()))
 
 
-def _micro_batch(inventory: Inventory, recipe: Recipe, card: _Card) -> dict[str, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """All of a step that is the same on every card: micro-batches are alike, so one stands for all."""
+
+    flops: StepFlops
+    layers: tuple[_Work, ...]
+    head: tuple[_Work, ...]
+    attention: tuple[AttentionCore, ...]
+    shape: tuple[int, int]
+    """As attention sees it."""
+    dtype: DType
+    """Of attention."""
+    unpacked_bytes: float
+    elementwise_bytes: float
+    loss_bytes: float
+    optimizer_bytes: float
+    unmodelled_mixers: bool
+
+
+@lru_cache(maxsize=1024)
+def _step(inventory: Inventory, recipe: Recipe) -> _Step:
     training = recipe.training
+    flops = step_flops(inventory, recipe)
     assert training is not None
     program = step_program(inventory, recipe)
     rows, length = training.shape
     tokens, positions = rows * length, head_positions(recipe)
-    products = sum(card.product_seconds(p, tokens) * sum(p.runs.values()) for p in program.products)
-    head = sum(card.product_seconds(p, positions) * sum(p.runs.values()) for p in program.head)
-    unpacked = sum(
-        (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
-        for p in (*program.products, *program.head)
-        if p.packed_bytes
-    )
-    dtype = training.autocast_dtype or recipe.dtype
-    batch, span = (training.micro_batch_size, training.sequence_length) if training.flattened else (rows, length)
-    attention = sum(_attention_seconds(core, batch, span, card, dtype) for core in program.attention)
     layers = _layer_bytes(inventory, recipe) * tokens * inventory.num_layers * (4 if training.gradient_checkpointing else 3)
     vocabulary = program.head[0].outer if program.head else 0
+    return _Step(
+        flops=flops,
+        layers=tuple(_Work.of(product, tokens) for product in program.products),
+        head=tuple(_Work.of(product, positions) for product in program.head),
+        attention=tuple(program.attention),
+        shape=(training.micro_batch_size, training.sequence_length) if training.flattened else (rows, length),
+        dtype=training.autocast_dtype or recipe.dtype,
+        unpacked_bytes=sum(
+            (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
+            for p in (*program.products, *program.head)
+            if p.packed_bytes
+        ),
+        elementwise_bytes=layers + _adapter_bytes(program.products, tokens),
+        loss_bytes=positions * vocabulary * _LOSS_BYTES,
+        optimizer_bytes=_optimizer_bytes(inventory, recipe),
+        unmodelled_mixers=bool(program.unmodelled_mixers),
+    )
+
+
+def _micro_batch(step: _Step, card: _Card) -> dict[str, float]:
     return {
-        "products": products + head,
-        "attention": attention,
-        "dequantization": unpacked / card.bandwidth,
-        "elementwise": (layers + _adapter_bytes(program.products, tokens)) / card.bandwidth,
-        "loss": positions * vocabulary * _LOSS_BYTES / card.bandwidth,
+        "products": sum(map(card.seconds, step.layers)) + sum(map(card.seconds, step.head)),
+        "attention": sum(_attention_seconds(core, *step.shape, card, step.dtype) for core in step.attention),
+        "dequantization": step.unpacked_bytes / card.bandwidth,
+        "elementwise": step.elementwise_bytes / card.bandwidth,
+        "loss": step.loss_bytes / card.bandwidth,
     }
 
 
@@ -225,9 +273,7 @@ def _optimizer_bytes(inventory: Inventory, recipe: Recipe) -> float:
     return 3 * parameters + 3 * parameters + 2 * states
 
 
-def _assumptions(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
-    training = recipe.training
-    assert training is not None
+def _assumptions(step: _Step, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
     reached = PRODUCT_EFFICIENCY * _Card.of(gpu).scale
     said = [f"products reach {reached:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
     if num_gpus > 1:
@@ -236,10 +282,9 @@ def _assumptions(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int) 
         said.append("no published run judges the estimate on this card")
     if gpu.spec_certainty != "high":
         said.append(f"the peak of {gpu.id} is of {gpu.spec_certainty} certainty: {gpu.spec_source}")
-    dtype = training.autocast_dtype or recipe.dtype
-    if dtype not in gpu.dense_flops:
-        said.append(f"{gpu.id} has no matrix units for {dtype.value}: computed as float32")
-    if step_program(inventory, recipe).unmodelled_mixers:
+    if step.dtype not in gpu.dense_flops:
+        said.append(f"{gpu.id} has no matrix units for {step.dtype.value}: computed as float32")
+    if step.unmodelled_mixers:
         said.append("of layers without attention only the projections are counted")
     return tuple(said)
 
