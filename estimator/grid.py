@@ -194,12 +194,17 @@ def _pass_codes(training: Training, config: Mapping[str, Any], sizes: Sizes) -> 
 
 def _groups(codes: Ints) -> Iterator[Any]:
     """Places of each code."""
-    known = np.unique(codes)
+    known = distinct(codes)
     if len(known) == 1:
         yield slice(None)
         return
     for code in known:
         yield np.flatnonzero(codes == code)
+
+
+def distinct(codes: Ints) -> list[int]:
+    """The different codes, in ascending order; mostly there is one."""
+    return [int(codes[0])] if (codes == codes[0]).all() else [int(code) for code in np.unique(codes)]
 
 
 def _sized(recipe: Recipe, sizes: Sizes, point: int) -> Training:

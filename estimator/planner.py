@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from estimator.errors import RequestError
-from estimator.grid import Evaluator, Ints, Sizes
+from estimator.grid import Evaluator, Ints, Sizes, distinct
 from estimator.units import MIB
 
 # Within one program every tensor grows with batch and length; what does not is its rounding to 512 bytes and that of the whole to 2 MiB,
@@ -144,7 +144,7 @@ def largest_place(programs: Ints, excess: Callable[[Ints], Ints], *, fan: int = 
         The last place with no excess; None when there is none.
     """
     best: int | None = None
-    for program in np.unique(programs):
+    for program in distinct(programs):
         run = np.flatnonzero(programs == program)
         if best is None or run[-1] > best:
             found = _last_of_run(run, excess, fan)
@@ -154,7 +154,7 @@ def largest_place(programs: Ints, excess: Callable[[Ints], Ints], *, fan: int = 
 
 def reachable(programs: Ints, excess: Callable[[Ints], Ints], *, fan: int = _FAN) -> Ints:
     """Places of which some may fit: of each program all up to where it is certain that nothing does; see `largest_place`."""
-    runs = (np.flatnonzero(programs == program) for program in np.unique(programs))
+    runs = (np.flatnonzero(programs == program) for program in distinct(programs))
     return np.sort(np.concatenate([run[: _end(run, excess, fan)] for run in runs]))
 
 
@@ -194,7 +194,7 @@ def _most_margin(evaluator: Evaluator, goal: Goal, candidates: Sizes, usable_byt
     if goal.global_batch_size is None:
         programs = evaluator.programs(candidates)
         looked_at = _FAN if evaluator.is_quick else 1
-        candidates = candidates.at(np.concatenate([np.flatnonzero(programs == program)[:looked_at] for program in np.unique(programs)]))
+        candidates = candidates.at(np.concatenate([np.flatnonzero(programs == program)[:looked_at] for program in distinct(programs)]))
     memory = evaluator.memory(candidates)
     device = np.where(memory.required_bytes(context_bytes) <= usable_bytes, memory.device_bytes(context_bytes), np.iinfo(np.int64).max)
     least = device.min()
