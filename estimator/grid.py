@@ -204,7 +204,7 @@ def _groups(codes: Ints) -> Iterator[Any]:
 
 def distinct(codes: Ints) -> list[int]:
     """The different codes, in ascending order; mostly there is one."""
-    return [int(codes[0])] if (codes == codes[0]).all() else [int(code) for code in np.unique(codes)]
+    return [int(codes[0])] if len(codes) and (codes == codes[0]).all() else [int(code) for code in np.unique(codes)]
 
 
 def _sized(recipe: Recipe, sizes: Sizes, point: int) -> Training:
