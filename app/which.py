@@ -61,9 +61,9 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
 
     rows = [
-        _row(choice, strategy, wanted)
-        | _speed(choice, case.inventory, recipes[choice.machine.kind], cheapest_of(choice, wanted), request.epoch_tokens)
+        _row(choice, strategy, offer) | _speed(choice, case.inventory, recipes[choice.machine.kind], offer, request.epoch_tokens)
         for choice in choices(machines, answered)
+        for offer in (cheapest_of(choice, wanted),)
     ]
     rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
     return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
@@ -76,7 +76,7 @@ def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
             yield gpu
 
 
-def _row(choice: Choice, strategy: Strategy, wanted: GpuFilter) -> Json:
+def _row(choice: Choice, strategy: Strategy, offer: Offer | None) -> Json:
     gpu, number = choice.machine.gpu, choice.machine.num_gpus
     return {
         "gpu": gpu.id,
@@ -92,7 +92,7 @@ def _row(choice: Choice, strategy: Strategy, wanted: GpuFilter) -> Json:
         "device_bytes": choice.device_bytes,
         "margin_bytes": choice.machine.usable_bytes - choice.device_bytes,
         "missing_bytes": max(0, choice.required_bytes - choice.machine.usable_bytes),
-        **_price(cheapest_of(choice, wanted)),
+        **_price(offer),
     }
 
 
