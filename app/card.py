@@ -3,12 +3,15 @@
 import re
 from dataclasses import dataclass, replace
 
-from app.request import HardwareFields
+from app.request import MAX_GIB, HardwareFields
 from estimator.correction import required_bytes
 from estimator.errors import RequestError
 from estimator.gpus import Gpu, Vendor, find_gpu
 from estimator.nvidia_smi import FoundCard, identify, read_cards, usage_sentence
 from estimator.units import GIB, KIB, MIB
+
+# `23.5GiB` in place of a name.
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s?(GiB|GB|G|MiB|MB)", re.IGNORECASE)
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
@@ -72,15 +75,28 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
     if hardware.capacity_gib is not None:
-        capacity = round(hardware.capacity_gib * GIB)
-        return Card(
-            id=None,
-            name=f"a card of {hardware.capacity_gib:g} GiB",
-            capacity_bytes=capacity,
-            headroom_bytes=headroom_bytes(hardware.headroom, capacity),
-        )
+        return _card_of_size(hardware.capacity_gib, hardware.headroom)
     assert hardware.gpu is not None
+    size = _SIZE.fullmatch(hardware.gpu.strip())
+    if size is not None:
+        return _card_of_size(_gib_of(float(size[1]), size[2].lower(), hardware.gpu), hardware.headroom)
     return card_for(find_gpu(hardware.gpu), hardware.headroom)
+
+
+def _gib_of(number: float, unit: str, said: str) -> float:
+    """So many GiB, as CUDA reports them; labels in GB say more than there is."""
+    if unit != "gib" or not 0 < number <= MAX_GIB:
+        raise RequestError(
+            f"hardware.gpu: {said!r} is not accepted; labels in GB say more than CUDA gives: name the card, or give what "
+            f"torch.cuda.get_device_properties(0).total_memory says in GiB, such as 23.5GiB (at most {MAX_GIB:,})",
+            field="hardware.gpu",
+        )
+    return number
+
+
+def _card_of_size(number: float, headroom: int | str | None) -> Card:
+    capacity = round(number * GIB)
+    return Card(id=None, name=f"a card of {number:g} GiB", capacity_bytes=capacity, headroom_bytes=headroom_bytes(headroom, capacity))
 
 
 def card_for(gpu: Gpu, headroom: int | str | None = None) -> Card:

@@ -32,6 +32,8 @@ _TIMEOUT_SECONDS = 60.0
 # gpuhunt's memory is the vendor's label, but for cards of which providers name another.
 _SAME_LABEL = 0.08
 _PROVIDERS = {"lambdalabs": "lambda", "vastai": "vast"}
+# Names that mean one card to gpuhunt and could mean another to people. Source: gpuhunt, KNOWN_NVIDIA_GPUS (compute capability 7.5).
+_NAMES = {"RTX6000": "quadro-rtx6000"}
 # What gpuhunt says of form factors stands in the name of the machine; clouds mean SXM where they do not say.
 _FORM_FACTORS = {"h100-pcie": ("pcie",), "h100-nvl": ("nvl",), "h200-nvl": ("nvl",)}
 
@@ -248,7 +250,7 @@ def _gpu_of(item: CatalogItem) -> Gpu | None:
     """The catalogue's card of gpuhunt's name, label and, where these leave a choice, form factor in the machine's name."""
     candidates = [
         gpu
-        for gpu in find_gpus(item.gpu_name or "")
+        for gpu in find_gpus(_NAMES.get(item.gpu_name or "", item.gpu_name or ""))
         if not gpu.is_modified and (item.gpu_memory is None or abs(gpu.label_gb - item.gpu_memory) <= _SAME_LABEL * gpu.label_gb)
     ]
     if len(candidates) <= 1:

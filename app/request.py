@@ -10,6 +10,7 @@ MAX_BATCH = 65_536
 MAX_LENGTH = 2**24
 MAX_RANK = 16_384
 MAX_ACCUMULATION = 2**20
+MAX_GIB = 16_384
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=1024)]
@@ -134,7 +135,7 @@ class HardwareFields(Border):
     """The card."""
 
     gpu: Name | None = None
-    capacity_gib: Annotated[float, Field(gt=0, le=16_384)] | None = None
+    capacity_gib: Annotated[float, Field(gt=0, le=MAX_GIB)] | None = None
     filter: Annotated[str, Field(max_length=200)] | None = None
     """Which cards a plan looks at, instead of one: `24GB..80GB 1..8 bf16`."""
     headroom: Annotated[int, Field(ge=0, le=2**50)] | Annotated[str, Field(max_length=32)] | None = None

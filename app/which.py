@@ -1,7 +1,7 @@
 """Which cards a run fits: every card of the catalogue, with the best plan on each and its price."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from app.answer import SCHEMA_VERSION, Json
 from app.card import card_for
@@ -10,7 +10,7 @@ from app.prices import current
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
 from app.service import Case
-from estimator.choice import Choice, Machine, choices
+from estimator.choice import NEWER_KERNELS, Choice, Machine, choices
 from estimator.errors import RequestError
 from estimator.gpu_filter import GpuFilter
 from estimator.gpus import Gpu, Vendor, all_gpus
@@ -20,7 +20,7 @@ from estimator.offers import Offer, cheapest
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.planner import Goal
 from estimator.recipe import Recipe
-from estimator.throughput import step_time
+from estimator.throughput import StepWork, step_work, time_of
 
 _LAST = float("inf")
 # What "sort" may say: the smallest of it comes first.
@@ -60,8 +60,9 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         recipes[machine.kind] = recipe
         return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
 
+    works = _Works(inventory=case.inventory, recipes=recipes)
     rows = [
-        _row(choice, strategy, offer) | _speed(choice, case.inventory, recipes[choice.machine.kind], offer, request.epoch_tokens)
+        _row(choice, strategy, offer) | _speed(choice, works, offer, request.epoch_tokens)
         for choice in choices(machines, answered)
         for offer in (cheapest_of(choice, wanted),)
     ]
@@ -101,21 +102,39 @@ def cheapest_of(choice: Choice, wanted: GpuFilter) -> Offer | None:
     return cheapest(choice.machine.gpu.id, choice.machine.num_gpus, providers=wanted.providers, book=wanted.book)
 
 
-def _speed(choice: Choice, inventory: Inventory, recipe: Recipe, offer: Offer | None, epoch_tokens: int | None) -> Json:
+@dataclass(slots=True, kw_only=True)
+class _Works:
+    """The work of each plan that was met: the same on all cards of a kind."""
+
+    inventory: Inventory
+    recipes: dict[tuple[object, ...], Recipe]
+    """By kind of machine."""
+    known: dict[tuple[object, ...], StepWork] = field(default_factory=dict)
+
+    def of(self, choice: Choice) -> StepWork:
+        """The work of one card.
+
+        Raises:
+            RequestError: if nothing is known of the model's.
+        """
+        sizes = choice.micro_batch_size, choice.sequence_length, choice.gradient_accumulation_steps
+        recipe = self.recipes[choice.machine.kind]
+        key = recipe.compute_capability >= NEWER_KERNELS, *sizes
+        if key not in self.known:
+            assert recipe.training is not None
+            batch, length, steps = sizes
+            training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=steps)
+            self.known[key] = step_work(self.inventory, replace(recipe, training=training, parallel=Parallel()))
+        return self.known[key]
+
+
+def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int | None) -> Json:
     """A first estimate of how fast the plan runs, and what it costs; null where it does not fit or nothing is known."""
     nothing: Json = {"speed": None, "cost": None}
     if not choice.fits:
         return nothing
-    gpu, training = choice.machine.gpu, recipe.training
-    assert training is not None
-    sized = replace(
-        training,
-        micro_batch_size=choice.micro_batch_size,
-        gradient_accumulation_steps=choice.gradient_accumulation_steps,
-        sequence_length=choice.sequence_length,
-    )
     try:
-        step = step_time(inventory, replace(recipe, training=sized), gpu, choice.machine.num_gpus)
+        step = time_of(works.of(choice), choice.machine.gpu, choice.machine.num_gpus)
     except RequestError:  # the card's or the model's speed is not known
         return nothing
     fastest, slowest = step.tokens / step.seconds_low, step.tokens / step.seconds_high

@@ -12,7 +12,7 @@ from estimator.grid import Evaluator, Ints, Sizes
 from estimator.planner import Goal, PlanObjective, reachable, search
 
 # Compute capability from which the flash kernels run.
-_NEWER_KERNELS = (8, 0)
+NEWER_KERNELS = (8, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class Choice:
 
 def kernel_class(gpu: Gpu) -> tuple[bool, int]:
     """Cards of one class take the same memory for the same run, but for the context: they have the same kernels and workspaces."""
-    return gpu.compute_capability >= _NEWER_KERNELS, workspaces_bytes(gpu.compute_capability, training=True)
+    return gpu.compute_capability >= NEWER_KERNELS, workspaces_bytes(gpu.compute_capability, training=True)
 
 
 def choices(machines: Iterable[Machine], evaluator_of: Callable[[Machine], tuple[Evaluator, Goal]]) -> Iterator[Choice]:

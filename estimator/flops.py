@@ -15,7 +15,6 @@ from fractions import Fraction
 from functools import lru_cache
 
 from estimator.adapters import TRANSPOSED_EXPERTS
-from estimator.blocks.moe import experts_per_token
 from estimator.dtypes import DType
 from estimator.errors import RequestError
 from estimator.inventory import Inventory, ModuleKind
@@ -39,6 +38,10 @@ _ATTENTION_INPUTS = {
 }
 _ATTENTION_OUTPUTS = frozenset({"o_proj", "out_proj", "dense", "attn_out", "wo"})
 _MLP_OUTPUTS = frozenset({"down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "ff_out", "output_linear"})
+# Experts that are all run for every token, with zeros for those not chosen. Source: transformers, models/llama4/modeling_llama4.py,
+# Llama4TextMoe.forward.
+_ALL_RUN = frozenset({"Llama4TextExperts"})
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")
 _PARALLEL_TYPES = frozenset({"cohere", "cohere2", "codegen", "gptj", "phi"})
 # Norms and dropout behind the last product of a layer keep something, so that recomputation goes on to them.
 _CLOSING_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_ffw_layernorm", "ffn_norm")
@@ -66,20 +69,19 @@ class Product:
     """Rows that go through it for one token: experts see a share of them."""
     fixed_rows: int = 0
     """Rows whatever the batch, in place of tokens: products of weights with weights."""
+    num_weights: int = 1
+    """Weights that one run goes through: the experts of a stack."""
     dtype: DType
     """What its factors are computed in."""
     packed_bytes: int = 0
     """Storage of a quantized weight, which is unpacked at every run but for weight gradients [bytes]."""
     runs: Mapping[Pass, int]
 
-    def rows(self, tokens: int) -> Fraction | int:
+    def rows(self, tokens: int) -> Fraction:
         """M."""
-        if self.fixed_rows:
-            return self.fixed_rows
-        share = self.rows_per_token
-        return tokens * share.numerator if share.denominator == 1 else tokens * share  # fractions are slow where there are none
+        return Fraction(self.fixed_rows) if self.fixed_rows else tokens * self.rows_per_token
 
-    def flops(self, tokens: int) -> Fraction | int:
+    def flops(self, tokens: int) -> Fraction:
         """Of one run: 2·M·K·N [FLOP]."""
         return _PRODUCT * self.rows(tokens) * self.inner * self.outer
 
@@ -95,6 +97,10 @@ class AttentionCore:
     value_dim: int
     flash: bool
     """Whether one kernel does all of it, so that the backward pass computes the scores again."""
+    causal: bool
+    """Whether the kernel leaves out what the causal mask hides."""
+    dtype: DType
+    """What its factors are computed in."""
     runs: Mapping[Pass, int]
     """Layers that run it; of the backward pass `INPUT_GRADIENTS`, products counted one by one in `backward_products`."""
     backward_products: Mapping[str, int]
@@ -172,11 +178,11 @@ def step_flops(inventory: Inventory, recipe: Recipe) -> StepFlops:
     program = step_program(inventory, recipe)
     rows, length = training.shape
     tokens = rows * length
-    sums: dict[Pass, Fraction | int] = dict.fromkeys(Pass, 0)
+    sums = dict.fromkeys(Pass, Fraction(0))
     for product in program.products:
         for which, number in product.runs.items():
             sums[which] += number * product.flops(tokens)
-    head: Fraction | int = 0
+    head = Fraction(0)
     for product in program.head:
         for which, number in product.runs.items():
             in_head = number * product.flops(head_positions(recipe))
@@ -217,10 +223,17 @@ def step_program(inventory: Inventory, recipe: Recipe) -> StepProgram:
         raise RequestError(
             f"task.kind: the FLOPs of {training.objective.kind.value!r} are not modelled; accepted: 'sft'", field="task.kind"
         )
+    if inventory.config.get("is_encoder_decoder"):
+        raise RequestError(f"model: the FLOPs of {inventory.model_class}, an encoder with a decoder, are not modelled", field="model")
     if inventory.layers_prefix is None or inventory.output_embedding is None:
         raise RequestError(f"model: the layers or the head of {inventory.model_class} are not known", field="model")
-    plain = replace(training, micro_batch_size=1, sequence_length=2, gradient_accumulation_steps=1, flattened=False, padded=False)
-    return _program(inventory, replace(recipe, training=plain, num_multiprocessors=1))
+    plain = replace(training, micro_batch_size=1, sequence_length=2, gradient_accumulation_steps=1, flattened=False)
+    return _program(inventory, replace(on_any_card(recipe), training=plain))
+
+
+def on_any_card(recipe: Recipe) -> Recipe:
+    """The recipe with no more of its card than decides which kernels run."""
+    return replace(recipe, num_multiprocessors=1, compute_capability=(8, 0) if recipe.compute_capability >= (8, 0) else (7, 0))
 
 
 @lru_cache(maxsize=256)
@@ -375,6 +388,7 @@ class _Walk:
                 inner=inner,
                 outer=outer,
                 rows_per_token=share,
+                num_weights=weight.shape[0] if len(weight.shape) == 3 else 1,
                 dtype=computed,
                 packed_bytes=weight.raw_bytes if weight.quantization is not None else 0,
                 runs=_runs(copies, 1, again - (is_last and a is None), asks, weight.trainable or folds),
@@ -404,15 +418,22 @@ class _Walk:
     def _shape(self, name: str, weight: StoredTensor) -> tuple[int, int, Fraction, int]:
         """K, N, rows for each token, and copies in one layer."""
         if len(weight.shape) == 3:
-            _, first, second = weight.shape
-            inner, outer = (first, second) if weight.module_class in TRANSPOSED_EXPERTS else (second, first)
-            return inner, outer, Fraction(experts_per_token(self.config)), 1
+            experts, first, second = weight.shape
+            all_run = weight.module_class in _ALL_RUN
+            inner, outer = (first, second) if weight.module_class in TRANSPOSED_EXPERTS or all_run else (second, first)
+            return inner, outer, Fraction(experts if all_run else self._experts_per_token()), 1
         first, second = weight.shape
         inner, outer = (first, second) if weight.module_kind is ModuleKind.CONV1D else (second, first)
         if ".experts.{}" in name:
             experts = len(weight.indices[1])
-            return inner, outer, Fraction(experts_per_token(self.config), experts), experts
+            return inner, outer, Fraction(self._experts_per_token(), experts), experts
         return inner, outer, Fraction(1), 1
+
+    def _experts_per_token(self) -> int:
+        found = next((number for name in _EXPERTS_PER_TOKEN if (number := _integer(self.config, name))), None)
+        if found is None:
+            raise RequestError("model: its config does not say how many experts a token goes through", field="model")
+        return found
 
     def _dtype(self, weight: StoredTensor) -> DType:
         """What autocast, the compute type of bitsandbytes or else the weight's own type computes in."""
@@ -438,7 +459,7 @@ class _Walk:
         key_dim = nope + rope if nope and rope else head_dim
         value_dim = (_integer(config, "v_head_dim") if nope else None) or head_dim
         window = _integer(config, "sliding_window") if self.types[index] == "sliding_attention" else None
-        flash = self.recipe.attention is not Attention.EAGER
+        flash = self._is_one_kernel(key_dim, value_dim)
         backward = {letter: int(asks[letter]) for letter in "qkv"} | {"weights": int(asks["q"] or asks["k"])}
         if flash:  # one kernel gives all three gradients
             backward = dict.fromkeys(backward, int(any(asks.values())))
@@ -459,9 +480,28 @@ class _Walk:
             key_dim=key_dim,
             value_dim=value_dim,
             flash=flash,
+            causal=flash and not self.training.padded,
+            dtype=self._attention_dtype(flash),
             runs=runs,
             backward_products=backward,
         )
+
+    def _is_one_kernel(self, key_dim: int, value_dim: int) -> bool:
+        """As `attention.scaled_dot_product` chooses: sdpa writes grouped heads out where flash attention does not take them."""
+        recipe = self.recipe
+        if recipe.attention is not Attention.SDPA:
+            return recipe.attention is not Attention.EAGER
+        heads = _required(self.config, "num_attention_heads")
+        grouped = (_integer(self.config, "num_key_value_heads") or heads) < heads
+        half = (self.training.autocast_dtype or recipe.dtype).is_half
+        fits_flash = half and recipe.compute_capability >= (8, 0) and key_dim == value_dim <= 256
+        return fits_flash or not grouped or self.training.padded
+
+    def _attention_dtype(self, flash: bool) -> DType:
+        """Source: torch, ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math: in float32."""
+        if self.recipe.attention is Attention.SDPA and not flash:
+            return DType.FLOAT32
+        return self.training.autocast_dtype or self.recipe.dtype
 
     def _head(self, hidden: bool) -> Iterator[Product]:
         name = f"{self.inventory.output_embedding}.weight"

@@ -15,13 +15,14 @@ from estimator.units import MIB, gib
 
 MAX_CHARACTERS = 262_144
 MAX_CARDS = 64
-_MAX_LINE = 1024
+_MAX_LINE, _MAX_NAME = 1024, 64
 # A total further from the catalogue's than this belongs to another variant of the card (ECC switched, memory changed).
 SAME_TOTAL = 0.03
 
 _MODES = frozenset({"On", "Off", "N/A", "WDDM", "TCC", "MCDM"})
 _TABLE_USAGE = re.compile(r"(\d{1,9})MiB\s{0,8}/\s{0,8}(\d{1,9})MiB")
 _TYPES = frozenset({"C", "G", "C+G", "M", "M+C"})
+_SLICED = re.compile(r"MIG devices:|MIG \d{1,2}g\.\d{1,3}gb")
 _LISTED = re.compile(r"GPU (\d{1,3}): (\S.{0,80}?)(?: \(UUID: [\w-]{1,60}\))?")
 _DETAILED = re.compile(r"GPU [0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d")
 _MEBIBYTES = re.compile(r"(\d{1,9})\s{0,4}(?:MiB)?")
@@ -81,7 +82,7 @@ def read_cards(text: str, *, field: str = "hardware.nvidia_smi") -> tuple[SmiCar
     if len(text) > MAX_CHARACTERS:
         raise RequestError(f"{field}: more than {MAX_CHARACTERS:,} characters", field=field)
     lines = [line.rstrip() for line in text.expandtabs().splitlines() if len(line) <= _MAX_LINE]
-    if any("MIG devices:" in line or line.lstrip().startswith("MIG ") for line in lines):
+    if any(_SLICED.search(line) for line in lines) or _has_slices(lines):
         raise RequestError(f"{field}: cards in MIG slices are not answered for; give hardware.capacity_gib of the slice", field=field)
     for read in (_detailed, _table, _listed, _table_of_values):
         found = tuple(read(lines))
@@ -100,7 +101,7 @@ def identify(card: SmiCard, *, field: str = "hardware.nvidia_smi") -> FoundCard:
     Raises:
         RequestError: if the catalogue has none of that name, or several and no total was printed.
     """
-    candidates = _candidates(card.name)
+    candidates = _candidates(card, field)
     if not candidates:
         raise RequestError(
             f"{field}: {card.name!r} is not in the catalogue; give hardware.capacity_gib, what "
@@ -133,11 +134,26 @@ def usage_sentence(card: FoundCard) -> str:
     return f"{gib(card.occupied_bytes)} of GPU {card.read.index} ({card.gpu.name}) are in use by {by}"
 
 
-def _candidates(name: str) -> tuple[Gpu, ...]:
-    if not name.endswith("..."):
-        return find_gpus(name)
-    start = name_key(name.removesuffix("..."))
-    return tuple(gpu for gpu in all_gpus() if start and any(name_key(known).startswith(start) for known in (gpu.nvml_name, *gpu.aliases)))
+def _candidates(card: SmiCard, field: str) -> tuple[Gpu, ...]:
+    """Cards of a name; of a shortened one those of the printed total, if their names begin so.
+
+    Raises:
+        RequestError: if what is left of the name and the total do not settle the card.
+    """
+    if not card.name.endswith("..."):
+        return find_gpus(card.name)
+    start, total = name_key(card.name.removesuffix("...")), card.total_bytes
+    beginning = [gpu for gpu in all_gpus() if any(name_key(known).startswith(start) for known in (gpu.nvml_name, *gpu.aliases))]
+    if total is None:
+        return tuple(beginning)
+    alike = tuple(gpu for gpu in beginning if distance(gpu, total) <= SAME_TOTAL * total)
+    if len(alike) > 1:
+        raise RequestError(
+            f"{field}: nvidia-smi has shortened the name to {card.name!r}, which may be {', '.join(gpu.id for gpu in alike)}; paste the "
+            "output of nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv",
+            field=field,
+        )
+    return alike
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------------------
@@ -191,8 +207,9 @@ def _is_number(text: str) -> bool:
 
 
 def _base_name(path: str) -> str:
-    """A program without its folders, which may name people."""
-    return re.split(r"[/\\]", path.strip())[-1] or path.strip()
+    """A program without its folders, which may name people, and without what terminals act on."""
+    name = re.split(r"[/\\]", path.strip())[-1] or path.strip()
+    return "".join(c if c.isprintable() else "?" for c in name)[:_MAX_NAME]
 
 
 # -- `-L` -----------------------------------------------------------------------------------------------------------------------------
@@ -208,8 +225,17 @@ def _listed(lines: list[str]) -> Iterator[SmiCard]:
 # -- `-q` -----------------------------------------------------------------------------------------------------------------------------
 
 
+def _has_slices(lines: list[str]) -> bool:
+    """Whether the long form says that a card's MIG mode is on."""
+    return any(
+        below.partition(":")[0].strip() == "Current" and below.partition(":")[2].strip() == "Enabled"
+        for line, below in pairwise(lines)
+        if line.strip().rstrip(" :") == "MIG Mode"
+    )
+
+
 def _detailed(lines: list[str]) -> Iterator[SmiCard]:
-    starts = [number for number, line in enumerate(lines) if _DETAILED.fullmatch(line)]
+    starts = [number for number, line in enumerate(lines) if _DETAILED.fullmatch(line.strip())]
     for index, (start, end) in enumerate(pairwise([*starts, len(lines)])):
         card = _detailed_card(index, lines[start + 1 : end])
         if card is not None:

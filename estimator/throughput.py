@@ -6,14 +6,13 @@ after the other. Nothing is known of the input pipeline, of the processor in fro
 Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a product.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from estimator.dtypes import DType
 from estimator.errors import RequestError
-from estimator.flops import AttentionCore, Pass, Product, StepFlops, head_positions, step_flops, step_program
+from estimator.flops import AttentionCore, Pass, Product, StepFlops, head_positions, on_any_card, step_flops, step_program
 from estimator.gpus import Gpu
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
@@ -31,7 +30,7 @@ _A100_MATMUL_SHARE = 0.859
 
 # Measured time over estimated time, smallest and largest of 42 published runs on one A100 (tests/calibration/test_throughput.py prints
 # them): full, LoRA and QLoRA of Mistral-7B and santacoder, flash attention, reentrant checkpointing.
-JUDGED_GPUS = frozenset({"a100-40", "a100-80"})
+JUDGED_GPUS = frozenset({"a100-80"})
 JUDGED_RANGE = (0.86, 1.23)
 # No published run judges other cards: a factor of two, a plain choice, since some are held below their peaks by their power limits.
 UNJUDGED_RANGE = (0.6, 2.0)
@@ -74,6 +73,30 @@ class StepTime:
         return self.epoch_hours(num_tokens) * usd_per_hour
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What one optimizer step has to do, whatever the card."""
+
+    products: tuple[tuple[float, float, DType], ...]
+    """Of each product in all its runs: arithmetic [FLOP], traffic [bytes], type of its factors."""
+    kernels: tuple[tuple[float, DType], ...]
+    """Attention in one kernel: arithmetic that is left of it under the causal mask [FLOP]."""
+    written_out: tuple[tuple[float, float, DType], ...]
+    """Attention in single steps: arithmetic [FLOP], traffic [bytes]."""
+    unpacked_bytes: float
+    elementwise_bytes: float
+    loss_bytes: float
+    optimizer_bytes: float
+    accumulation: int
+    tokens: int
+    """Of all micro-batches on one card."""
+    flops: StepFlops
+    dtype: DType
+    """Of most products."""
+    has_other_mixers: bool
+    """Whether layers mix positions by something else than attention."""
+
+
 def step_time(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int = 1) -> StepTime:
     """Time of one optimizer step: all its micro-batches and the update.
 
@@ -86,26 +109,75 @@ def step_time(inventory: Inventory, recipe: Recipe, gpu: Gpu, num_gpus: int = 1)
     Raises:
         RequestError: if the recipe trains nothing or for something else than next tokens, or the card's speed is not known.
     """
+    return time_of(step_work(inventory, recipe), gpu, num_gpus)
+
+
+def step_work(inventory: Inventory, recipe: Recipe) -> StepWork:
+    """The work of a step: the same for all cards from compute capability 8.0 on, and for all before.
+
+    Raises:
+        RequestError: if the recipe trains nothing or for something else than next tokens.
+    """
+    return _step_work(inventory, on_any_card(recipe))
+
+
+@lru_cache(maxsize=1024)
+def _step_work(inventory: Inventory, recipe: Recipe) -> StepWork:
     training = recipe.training
-    step = _step(inventory, recipe)
+    flops = step_flops(inventory, recipe)
     assert training is not None
-    card = _Card.of(gpu)
-    parts = _micro_batch(step, card)
-    accumulation = training.gradient_accumulation_steps
-    parts = {name: seconds * accumulation for name, seconds in parts.items()}
-    parts["optimizer"] = step.optimizer_bytes / card.bandwidth
+    program = step_program(inventory, recipe)
     rows, length = training.shape
+    tokens, positions = rows * length, head_positions(recipe)
+    dtype = training.autocast_dtype or recipe.dtype
+    batch, span = (training.micro_batch_size, training.sequence_length) if training.flattened else (rows, length)
+    runs = 4 if training.gradient_checkpointing else 3
+    vocabulary = program.head[0].outer if program.head else 0
+    return StepWork(
+        products=(*(_all_runs(p, tokens) for p in program.products), *(_all_runs(p, positions) for p in program.head)),
+        kernels=tuple((_kernel_flops(core, batch, span), core.dtype) for core in program.attention if core.flash),
+        written_out=tuple((*_written_out(core, batch, span), core.dtype) for core in program.attention if not core.flash),
+        unpacked_bytes=sum(map(_unpacked_bytes, (*program.products, *program.head))),
+        elementwise_bytes=_layer_bytes(inventory, recipe) * tokens * inventory.num_layers * runs + _adapter_bytes(program.products, tokens),
+        loss_bytes=positions * vocabulary * _LOSS_BYTES,
+        optimizer_bytes=_optimizer_bytes(inventory, recipe),
+        accumulation=training.gradient_accumulation_steps,
+        tokens=tokens * training.gradient_accumulation_steps,
+        flops=flops,
+        dtype=dtype,
+        has_other_mixers=program.unmodelled_mixers > 0,
+    )
+
+
+def time_of(work: StepWork, gpu: Gpu, num_gpus: int = 1) -> StepTime:
+    """How long a card takes for a step's work.
+
+    Raises:
+        RequestError: if the card's speed is not known.
+    """
+    card = _Card.of(gpu)
+    products = card.roofline(work.products)
+    kernels = sum(flops / card.peak(dtype) for flops, dtype in work.kernels) / ATTENTION_EFFICIENCY
+    micro_batch = {
+        "products": products,
+        "attention": kernels + card.roofline(work.written_out),
+        "dequantization": work.unpacked_bytes / card.bandwidth,
+        "elementwise": work.elementwise_bytes / card.bandwidth,
+        "loss": work.loss_bytes / card.bandwidth,
+    }
+    parts = {name: seconds * work.accumulation for name, seconds in micro_batch.items()}
+    parts["optimizer"] = work.optimizer_bytes / card.bandwidth
     seconds = sum(parts.values())
     low, high = JUDGED_RANGE if gpu.id in JUDGED_GPUS and num_gpus == 1 else UNJUDGED_RANGE
     return StepTime(
         seconds=seconds,
         seconds_low=seconds * low,
         seconds_high=seconds * high,
-        tokens=rows * length * accumulation * num_gpus,
-        flops=step.flops.total * accumulation,
-        model_flops=step.flops.model * accumulation,
+        tokens=work.tokens * num_gpus,
+        flops=work.flops.total * work.accumulation,
+        model_flops=work.flops.model * work.accumulation,
         parts=parts,
-        assumptions=_assumptions(step, gpu, num_gpus),
+        assumptions=_assumptions(work, card, gpu, num_gpus),
     )
 
 
@@ -129,84 +201,32 @@ class _Card:
         """What an A100 with this card's peaks would have; types without matrix units are computed in float32 [FLOP/s]."""
         return self.peaks.get(dtype, self.peaks[DType.FLOAT32]) * self.scale
 
-    def seconds(self, work: "_Work") -> float:
-        """All runs of a product: arithmetic or traffic, whichever is longer [s]."""
-        return max(work.flops / (self.peak(work.dtype) * PRODUCT_EFFICIENCY), work.moved_bytes / self.bandwidth) * work.runs
+    def roofline(self, work: Iterable[tuple[float, float, DType]]) -> float:
+        """Arithmetic or traffic of each, whichever is longer [s]."""
+        speeds: dict[DType, float] = {}
+        total = 0.0
+        for flops, moved, dtype in work:
+            if dtype not in speeds:
+                speeds[dtype] = self.peak(dtype) * PRODUCT_EFFICIENCY
+            total += max(flops / speeds[dtype], moved / self.bandwidth)
+        return total
 
 
-class _Work(NamedTuple):
-    """One product, whatever the card."""
-
-    dtype: DType
-    flops: float
-    """Of one run [FLOP]."""
-    moved_bytes: float
-    """Factors read and result written in one run [bytes]."""
-    runs: int
-
-    @classmethod
-    def of(cls, product: Product, tokens: int) -> "_Work":
-        rows = float(product.rows(tokens))
-        moved = (rows * product.inner + product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
-        return cls(product.dtype, float(product.flops(tokens)), moved, sum(product.runs.values()))
+def _all_runs(product: Product, tokens: int) -> tuple[float, float, DType]:
+    """Arithmetic and traffic of a product in all its runs [FLOP, bytes]."""
+    runs, rows = sum(product.runs.values()), float(product.rows(tokens))
+    moved = (rows * product.inner + product.num_weights * product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
+    return runs * 2 * rows * product.inner * product.outer, runs * moved, product.dtype
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """All of a step that is the same on every card: micro-batches are alike, so one stands for all."""
+def _unpacked_bytes(product: Product) -> float:
+    """Traffic of unpacking a quantized weight, at every run but for gradients of weights, which it has none of [bytes].
 
-    flops: StepFlops
-    layers: tuple[_Work, ...]
-    head: tuple[_Work, ...]
-    attention: tuple[AttentionCore, ...]
-    shape: tuple[int, int]
-    """As attention sees it."""
-    dtype: DType
-    """Of attention."""
-    unpacked_bytes: float
-    elementwise_bytes: float
-    loss_bytes: float
-    optimizer_bytes: float
-    unmodelled_mixers: bool
-
-
-@lru_cache(maxsize=1024)
-def _step(inventory: Inventory, recipe: Recipe) -> _Step:
-    training = recipe.training
-    flops = step_flops(inventory, recipe)
-    assert training is not None
-    program = step_program(inventory, recipe)
-    rows, length = training.shape
-    tokens, positions = rows * length, head_positions(recipe)
-    layers = _layer_bytes(inventory, recipe) * tokens * inventory.num_layers * (4 if training.gradient_checkpointing else 3)
-    vocabulary = program.head[0].outer if program.head else 0
-    return _Step(
-        flops=flops,
-        layers=tuple(_Work.of(product, tokens) for product in program.products),
-        head=tuple(_Work.of(product, positions) for product in program.head),
-        attention=tuple(program.attention),
-        shape=(training.micro_batch_size, training.sequence_length) if training.flattened else (rows, length),
-        dtype=training.autocast_dtype or recipe.dtype,
-        unpacked_bytes=sum(
-            (p.packed_bytes + p.inner * p.outer * DType.BFLOAT16.itemsize) * (sum(p.runs.values()) - p.runs[Pass.WEIGHT_GRADIENTS])
-            for p in (*program.products, *program.head)
-            if p.packed_bytes
-        ),
-        elementwise_bytes=layers + _adapter_bytes(program.products, tokens),
-        loss_bytes=positions * vocabulary * _LOSS_BYTES,
-        optimizer_bytes=_optimizer_bytes(inventory, recipe),
-        unmodelled_mixers=bool(program.unmodelled_mixers),
-    )
-
-
-def _micro_batch(step: _Step, card: _Card) -> dict[str, float]:
-    return {
-        "products": sum(map(card.seconds, step.layers)) + sum(map(card.seconds, step.head)),
-        "attention": sum(_attention_seconds(core, *step.shape, card, step.dtype) for core in step.attention),
-        "dequantization": step.unpacked_bytes / card.bandwidth,
-        "elementwise": step.elementwise_bytes / card.bandwidth,
-        "loss": step.loss_bytes / card.bandwidth,
-    }
+    Source: bitsandbytes, autograd/_functions.py, MatMul4Bit.forward and backward.
+    """
+    if not product.packed_bytes:
+        return 0.0
+    return (product.packed_bytes + product.inner * product.outer * DType.BFLOAT16.itemsize) * sum(product.runs.values())
 
 
 # Bytes for one logit: cast up 2 + 4, log-softmax 4 + 4, loss and its gradient 4 + 4 + 4, cast down 4 + 2.
@@ -247,17 +267,24 @@ def _adapter_bytes(products: tuple[Product, ...], tokens: int) -> float:
     return total
 
 
-def _attention_seconds(core: AttentionCore, batch: int, length: int, card: _Card, dtype: DType) -> float:
-    """Scores and their use in all layers of a kind [s]. A causal kernel leaves out the half above the diagonal and what a window hides."""
-    forward = core.forward_flops(batch, length) * (core.runs[Pass.FORWARD] + core.runs[Pass.RECOMPUTE])
-    total = forward + core.backward_flops(batch, length)
-    if not core.flash:
-        runs = sum(core.runs.values()) + core.runs[Pass.INPUT_GRADIENTS]
-        moved = batch * core.num_heads * length * length * _SCORE_BYTES * runs
-        return total / (card.peak(dtype) * PRODUCT_EFFICIENCY) + moved / card.bandwidth
+def _kernel_flops(core: AttentionCore, batch: int, length: int) -> float:
+    """Arithmetic of one kernel, without the half above the diagonal and what a window hides [FLOP]."""
+    if not core.causal:
+        return _attention_flops(core, batch, length)
     window = min(core.window or length, length)
     seen = window / length - window * window / (2 * length * length)
-    return total * seen / (card.peak(dtype) * ATTENTION_EFFICIENCY)
+    return _attention_flops(core, batch, length) * seen
+
+
+def _attention_flops(core: AttentionCore, batch: int, length: int) -> int:
+    forward = core.forward_flops(batch, length) * (core.runs[Pass.FORWARD] + core.runs[Pass.RECOMPUTE])
+    return forward + core.backward_flops(batch, length)
+
+
+def _written_out(core: AttentionCore, batch: int, length: int) -> tuple[float, float]:
+    """Arithmetic and traffic of attention in single steps [FLOP, bytes]: backward twice the traffic of forward."""
+    runs = sum(core.runs.values()) + core.runs[Pass.INPUT_GRADIENTS]
+    return _attention_flops(core, batch, length), batch * core.num_heads * length * length * _SCORE_BYTES * runs
 
 
 # Bytes for one score written out: scaled 2 + 2, masked 2 + 2, to float32 and softmax 2 + 4 + 4 + 4, cast down 4 + 2.
@@ -273,18 +300,17 @@ def _optimizer_bytes(inventory: Inventory, recipe: Recipe) -> float:
     return 3 * parameters + 3 * parameters + 2 * states
 
 
-def _assumptions(step: _Step, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
-    reached = PRODUCT_EFFICIENCY * _Card.of(gpu).scale
-    said = [f"products reach {reached:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
+def _assumptions(work: StepWork, card: _Card, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
+    said = [f"products reach {PRODUCT_EFFICIENCY * card.scale:.0%} of the dense peak, traffic {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"]
     if num_gpus > 1:
         said.append("what cards send each other is not counted")
     if gpu.id not in JUDGED_GPUS:
         said.append("no published run judges the estimate on this card")
     if gpu.spec_certainty != "high":
         said.append(f"the peak of {gpu.id} is of {gpu.spec_certainty} certainty: {gpu.spec_source}")
-    if step.dtype not in gpu.dense_flops:
-        said.append(f"{gpu.id} has no matrix units for {step.dtype.value}: computed as float32")
-    if step.unmodelled_mixers:
+    if work.dtype not in gpu.dense_flops:
+        said.append(f"{gpu.id} has no matrix units for {work.dtype.value}: computed as float32")
+    if work.has_other_mixers:
         said.append("of layers without attention only the projections are counted")
     return tuple(said)
 
@@ -292,6 +318,3 @@ def _assumptions(step: _Step, gpu: Gpu, num_gpus: int) -> tuple[str, ...]:
 def _number(config: Mapping[str, object], name: str) -> int:
     value = config.get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-__all__ = ["BASIS", "StepFlops", "StepTime", "step_time"]

@@ -4,7 +4,7 @@ import pytest
 
 from app.card import HEADROOM_BYTES, Card, card_of, pasted_cards
 from app.request import HardwareFields
-from estimator.errors import UnknownNameError
+from estimator.errors import RequestError, UnknownNameError
 from estimator.units import GIB, MIB
 
 CARD = Card(id="x", name="x", capacity_bytes=10 * GIB + HEADROOM_BYTES)
@@ -66,3 +66,15 @@ def test_a_variant_has_its_own_capacity_and_no_id() -> None:
     assert card.id is None
     assert card.capacity_bytes > 48_000 * MIB
     assert card.compute_capability == (8, 6)
+
+
+def test_a_size_in_gib_stands_for_a_card() -> None:
+    card = card_of(HardwareFields(gpu="23.5 GiB"))
+    assert card is not None
+    assert (card.id, card.capacity_bytes) == (None, round(23.5 * GIB))
+
+
+@pytest.mark.parametrize("size", ["24GB", "24 GB", "80g", "0GiB", "999999GiB", "24000MiB"])
+def test_a_label_is_no_size(size: str) -> None:
+    with pytest.raises(RequestError, match=r"hardware\.gpu"):
+        card_of(HardwareFields(gpu=size))

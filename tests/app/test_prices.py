@@ -77,9 +77,14 @@ def test_cards_of_one_name_are_told_apart_by_label_and_machine(path: Path, gpu: 
     assert [o.usd_per_hour_min for o in current().of(gpu) if o.provider == "runpod" and o.count == 1] == [price]
 
 
+def test_a_name_with_two_meanings_is_read_as_gpuhunt_means_it(path: Path) -> None:
+    refresh(fetch=fetching("runpod", "lambdalabs"), today=today)
+    assert [o.usd_per_hour_min for o in current().of("quadro-rtx6000")] == [0.58]
+
+
 def test_a_card_that_is_not_in_the_catalogue_is_reported(path: Path) -> None:
     done = refresh(fetch=fetching("runpod", "lambdalabs"), today=today)
-    assert done.unknown == {"RTX6000 24 GB": 1}
+    assert done.unknown == {"RTX2060 12 GB": 1}
 
 
 def test_a_provider_with_a_price_out_of_bounds_keeps_its_offers_of_before(path: Path) -> None:

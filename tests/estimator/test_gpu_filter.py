@@ -1,6 +1,10 @@
 """Filters: words in the usual grammar, and messages that name what was wrong."""
 
+from contextlib import suppress
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from estimator.errors import RequestError
 from estimator.gpu_filter import GpuFilter, matching
@@ -116,3 +120,11 @@ def test_every_card_is_found_by_its_id(gpu: str) -> None:
 
 def test_no_provider_is_named_like_a_card() -> None:
     assert not {gpu.id for gpu in all_gpus()} & set(bundled().providers)
+
+
+@given(st.text(alphabet="0123456789.,: $GBibsmcf_+-runpoda", max_size=40))
+def test_any_text_is_a_filter_or_refused(text: str) -> None:
+    with suppress(RequestError):
+        matching(GpuFilter.parse(text))
+    with suppress(RequestError):
+        GpuFilter.of(memory=text, count=text, price=text, min_compute_capability=text, provider=text)

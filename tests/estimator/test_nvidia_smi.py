@@ -89,6 +89,9 @@ Attached GPUs                             : 1
 GPU 00000000:01:00.0
     Product Name                          : NVIDIA H100 80GB HBM3
     Product Architecture                  : Hopper
+    MIG Mode
+        Current                           : Disabled
+        Pending                           : Disabled
     FB Memory Usage
         Total                             : 81559 MiB
         Reserved                          : 551 MiB
@@ -135,6 +138,46 @@ def test_shortened_names_are_told_apart_by_their_total() -> None:
     assert (first.gpu.id, second.gpu.id) == ("a100-40", "a100-80")
     assert second.read.processes[0].name == "python"
     assert second.occupied_bytes == 70000 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "said"), [("NVIDIA GeForce ...", 24259, "rtx3090"), ("Tesla V100-SXM2...", 99999, "not in the catalogue")]
+)
+def test_a_shortened_name_that_settles_nothing_is_refused_with_a_way_out(name: str, total: int, said: str) -> None:
+    line = f"|   0  {name}  On   | 00000000:01:00.0  On |                  N/A |\n"
+    text = line + f"| 30%   36C    P8    16W / 350W |    169MiB / {total}MiB |      5%      Default |\n"
+    with pytest.raises(RequestError, match=said):
+        identify(read_cards(text)[0])
+
+
+def test_the_total_of_an_old_driver_settles_a_shortened_name() -> None:
+    line = "|   0  Tesla V100-SXM2...  On   | 00000000:03:00.0 Off |                    0 |\n"
+    (card,) = read_cards(line + "| N/A   31C    P0    41W / 300W |      0MiB / 32510MiB |      0%      Default |\n")
+    assert identify(card).gpu.id == "v100-32"
+
+
+def test_an_indented_output_is_read_as_well() -> None:
+    for text in (TABLE, LISTED, DETAILED):
+        indented = "".join(f"    {line}\n" for line in text.splitlines())
+        assert read_cards(indented) == read_cards(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("Tesla V100-PCIE-16GB", "v100-16"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA GH200 480GB", "gh200-96"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtxpro6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000ada"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("Quadro RTX 6000", "quadro-rtx6000"),
+    ],
+)
+def test_names_of_the_driver_are_found(name: str, gpu: str) -> None:
+    assert identify(read_cards(f"GPU 0: {name} (UUID: GPU-1)")[0]).gpu.id == gpu
 
 
 def test_windows_says_no_memory_per_process() -> None:
@@ -198,9 +241,23 @@ def test_anything_else_is_refused(text: str) -> None:
         read_cards(text)
 
 
-def test_slices_are_refused() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n",
+        TABLE + "| MIG devices:                                                                |\n",
+        DETAILED.replace("Disabled", "Enabled"),
+    ],
+    ids=["list", "table", "long"],
+)
+def test_slices_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match="MIG"):
-        read_cards(LISTED + "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n")
+        read_cards(text)
+
+
+def test_names_of_processes_carry_no_commands_to_terminals() -> None:
+    first, _ = read_cards(TABLE.replace("python3.11 ", "py\x1b[31mthon"))
+    assert first.processes[1].name == "py?[31mthon"
 
 
 @given(st.text(alphabet="| \nGPU0123456789:MiB/OffNACG,.x[]", max_size=400))

@@ -10,7 +10,7 @@ from estimator.errors import RequestError
 from estimator.flops import step_flops
 from estimator.gpus import all_gpus, find_gpu
 from estimator.recipe import Attention
-from estimator.throughput import StepTime, step_time
+from estimator.throughput import StepTime, step_time, step_work
 from tests.estimator.recipes import inference, model, training
 
 NAME = "Qwen/Qwen2.5-7B"
@@ -74,6 +74,32 @@ def test_a_card_without_units_for_a_type_computes_it_as_float32_and_says_so() ->
     step = time("t4")
     assert any("no matrix units for bfloat16" in said for said in step.assumptions)
     assert DType.BFLOAT16 not in find_gpu("t4").dense_flops
+
+
+def test_old_cards_write_grouped_heads_out_in_float32() -> None:
+    new, old = (step_work(model(NAME), training(1, 1024, compute_capability=c)) for c in ((8, 6), (7, 5)))
+    assert (len(new.kernels), len(new.written_out)) == (1, 0)
+    assert (len(old.kernels), len(old.written_out)) == (0, 1)
+    assert old.written_out[0][2] is DType.FLOAT32
+
+
+def test_cards_of_a_kind_share_the_work_of_a_step() -> None:
+    recipe = training(1, 1024)
+    assert step_work(model(NAME), recipe) is step_work(model(NAME), replace(recipe, compute_capability=(9, 0), num_multiprocessors=132))
+
+
+def test_padding_is_attended_to_in_full() -> None:
+    recipe = training(1, 1024)
+    assert recipe.training is not None
+    padded = replace(recipe, training=replace(recipe.training, padded=True))
+    assert step_work(model(NAME), padded).kernels[0][0] == 2 * step_work(model(NAME), recipe).kernels[0][0]
+
+
+def test_a_short_batch_of_a_mixture_waits_for_the_weights_of_its_experts() -> None:
+    name, card = "Qwen/Qwen3-30B-A3B", find_gpu("h200-sxm")
+    step = step_time(model(name), training(1, 128, method="lora"), card)
+    weights = 2 * 28.9e9  # of the experts: 48 layers × 128 × 3 × 2048 × 768, 2 bytes each
+    assert step.parts["products"] > 3 * weights / 4.8e12  # forward, again, and for the gradients of its inputs
 
 
 def test_the_range_is_wider_on_cards_of_which_no_run_was_published() -> None:
