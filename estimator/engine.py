@@ -8,11 +8,13 @@ from typing import assert_never
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
-from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate
+from estimator.errors import RequestError
+from estimator.estimate import Engine, Estimate, LineItem, Notice, PhaseEstimate, RankEstimate
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import unsplit_bytes
-from estimator.parallelism.options import Parallel
+from estimator.parallelism.cards import Card, cards
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
 from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
@@ -73,6 +75,12 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
+    if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.DEVICE_MAP:
+        return _over_cards(inventory, recipe, traced)
+    return _on_one_card(inventory, recipe, traced)
+
+
+def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None) -> Estimate:
     structure = _without_sizes(recipe)
     prepared = _prepared(inventory, structure)
     if traced is not None:
@@ -82,7 +90,10 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
         return _load_only(prepared, Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
-            return _training(recipe, prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory)), _BASIS)
+            regime = regime_of(recipe, inventory)
+            program = _shared_program(inventory, structure, prepared, regime)
+            keeping = _keeping_program(inventory, structure, prepared, regime)
+            return _training(recipe, prepared, program, _BASIS, keeping)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -130,6 +141,66 @@ def _has_experts(inventory: Inventory) -> bool:
     return any(inventory.config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
+# -- layers on several cards ------------------------------------------------------------------------------------------------------------
+
+
+def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None) -> Estimate:
+    """Each card's part by itself; the answer is that of the card that needs most.
+
+    Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
+    """
+    if traced is not None:
+        raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
+    alone = replace(recipe, parallel=Parallel())
+    parts = cards(inventory, recipe)
+    answers = [_on_one_card(card.inventory, alone, None) for card in parts]
+    if not parts[0].has_head:
+        answers[0] = _with_returned_logits(answers[0], inventory, recipe)
+    ranks = tuple(_rank(card, answer) for card, answer in zip(parts, answers, strict=True))
+    largest_answer = max(answers, key=lambda answer: answer.device_bytes or answer.peak.allocated_bytes)
+    # Parameters are counted over all cards.
+    return replace(largest_answer, ranks=ranks, parameters=static_memory(inventory, alone).parameters)
+
+
+def _rank(card: Card, answer: Estimate) -> RankEstimate:
+    peak = answer.peak
+    return RankEstimate(
+        rank=card.number,
+        phase=peak.phase,
+        allocated_bytes=peak.allocated_bytes,
+        reserved_bytes=answer.reserved_bytes,
+        device_bytes=answer.device_bytes,
+        holds=card.holds,
+    )
+
+
+def _with_returned_logits(answer: Estimate, inventory: Inventory, recipe: Recipe) -> Estimate:
+    """The model's outputs travel to the card of its inputs, and are turned into float32 there.
+
+    Source: accelerate, hooks.py, AlignDevicesHook.post_forward (io_same_device); utils/operations.py, convert_outputs_to_fp32.
+    """
+    training = recipe.training
+    if training is None or training.loss is not Loss.STOCK:
+        return answer
+    batch, length = training.shape
+    vocabulary = inventory.config["vocab_size"]
+    assert isinstance(vocabulary, int)
+    logits = batch * length * vocabulary
+    widths = (recipe.dtype.itemsize,) if training.autocast_dtype is None else (training.autocast_dtype.itemsize, 4)
+    returned = sum(allocated(logits * width) for width in widths)
+    item = LineItem(item=Item.COMMUNICATION, num_bytes=returned, basis=Basis.MODELLED)
+    phases = tuple(replace(p, items=(*p.items, item)) if p.phase is Phase.LOSS else p for p in answer.phases)
+    # What the new peak exceeds the former one by is held by the allocator, and seen from outside.
+    more = max(p.allocated_bytes for p in phases) - answer.peak.allocated_bytes
+    reserved, device = answer.reserved_bytes, answer.device_bytes
+    return replace(
+        answer,
+        phases=phases,
+        reserved_bytes=None if reserved is None else reserved + more,
+        device_bytes=None if device is None else device + more,
+    )
+
+
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -155,10 +226,9 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     loaded = _loaded(static, recipe) | share.loaded
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
         loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
-    if training is not None:
-        if training.objective.reference is Reference.MODEL:
-            for held in (stored, loaded):
-                _add_reference(held, inventory, recipe)
+    if training is not None and training.objective.reference is Reference.MODEL:
+        for held in (stored, loaded):
+            _add_reference(held, inventory, recipe)
     return Prepared(
         static=static,
         stored=stored,
@@ -277,7 +347,9 @@ def head_of(training: Training) -> Head:
     return Head.FULL_LOGITS if has_logits else Head.FUSED
 
 
-def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis]) -> Estimate:
+def _training(
+    recipe: Recipe, prepared: Prepared, program: Program, basis_of: Mapping[Item, Basis], keeping: Program | None = None
+) -> Estimate:
     training = recipe.training
     assert training is not None
     batch, length = training.shape
@@ -293,7 +365,12 @@ def _training(recipe: Recipe, prepared: Prepared, program: Program, basis_of: Ma
             # Those of earlier micro-batches wait, all of them, and later ones are added in place.
             held[Item.GRADIENTS] = share.waiting_gradients_bytes
         basis = {**basis_of, Item.GRADIENTS: Basis.EXACT} if prepared.accumulates else basis_of
-        phases.append(_phase(phase, _sum(held, largest(program.peaks[phase], batch, length).items()), basis))
+        step = _sum(held, largest(program.peaks[phase], batch, length).items())
+        if keeping is not None and phase is Phase.BACKWARD:
+            kept = largest(keeping.peaks[phase], batch, length).items()
+            kept[Item.GRADIENTS] = int(kept.get(Item.GRADIENTS, 0) * share.kept_gradients)
+            step = max(step, _sum(held, kept), key=lambda items: sum(items.values()))
+        phases.append(_phase(phase, step, basis))
     update = dict(between)
     update[Item.GRADIENTS] = share.gradients_bytes
     update[Item.TEMPORARY] = share.update_temporary_bytes
@@ -372,6 +449,23 @@ def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, re
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
     return _step_program(inventory, _as_run(recipe, share), regime, tensors)
+
+
+def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
+    """The step with the gradients it has made so far, for ranks that keep a part of each.
+
+    A backward pass is largest at its beginning, where logits are, or towards its end, where gradients are: the one shows in the program
+    that hands gradients on, the other in this one.
+    """
+    share = prepared.share
+    if not share.kept_gradients:
+        return None
+    return _step_program(inventory, replace(_without_accumulation(recipe), parallel=Parallel()), regime, share.tensors)
+
+
+def _without_accumulation(recipe: Recipe) -> Recipe:
+    assert recipe.training is not None
+    return replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=1))
 
 
 def _as_run(recipe: Recipe, share: Share) -> Recipe:

@@ -1,6 +1,6 @@
 """What the user chose, every default resolved: the frozen value all arithmetic reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from estimator.dtypes import DType
@@ -191,6 +191,6 @@ class Recipe:
     """Of the card: kernels are chosen by it."""
     num_multiprocessors: int = 108
     """Of the card: the CUDA context grows with them. An A100 when no card is named."""
-    parallel: Parallel = Parallel()
+    parallel: Parallel = field(default_factory=Parallel)
     """How the run is spread over cards; batches are those of one rank."""
     stack: Stack

@@ -202,7 +202,8 @@ class _Step:
         assert spans is not None
         tape.phase = Phase.DECODE
         for index, cache in enumerate(self.caches):
-            cache += self.cached_before(index, spans)
+            if self.layers[index]:
+                cache += self.cached_before(index, spans)
         keeps_earlier = self.recipe.stack.keeps_earlier_cache(self.inventory.model_type)
         earlier = [list(cache) for cache in self.caches] if keeps_earlier else []
         held = self.held_by_generate()
@@ -374,10 +375,12 @@ class _Step:
     # -- layers ---------------------------------------------------------------------------------------------------------------------
 
     def _run_layers(self, hidden: Value, around: Surroundings) -> Value:
-        kinds = [self._kind(i) for i in range(self.inventory.num_layers)]
-        last = {kind: i for i, kind in enumerate(kinds)}
+        # Layers that lie on another card have no tensors here.
+        kinds = {i: self._kind(i) for i in range(self.inventory.num_layers) if self.layers[i]}
+        last = {kind: i for i, kind in kinds.items()}
+        first = min(kinds, default=0)
         seen: dict[object, _Copy] = {}
-        for index, kind in enumerate(kinds):
+        for index, kind in kinds.items():
             entry = (kind, hidden.dtype, hidden.requires_grad)
             if entry in seen and index != last[kind]:
                 self.caches[index].clear()
@@ -392,7 +395,7 @@ class _Step:
             if self.spans is not None and kind not in self.rows:
                 self.rows[kind] = self._rows(index)
             # The first layer is no model for the others: the embedding that enters it outlives it.
-            if index > 0 and entry not in seen:
+            if index > first and entry not in seen:
                 seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
         return hidden
 

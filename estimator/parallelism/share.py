@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 
 from estimator.estimate import Notice
@@ -23,9 +24,11 @@ class Share:
     gradients_bytes: int
     """At the optimizer's step [bytes]."""
     waiting_gradients_bytes: int
-    """During a step, gradients with a place of their own, and those of earlier micro-batches [bytes]."""
+    """From the first micro-batch to the last: those of earlier micro-batches [bytes]."""
     gradients_have_places: bool
     """Whether gradients move to their place as soon as they are there, so that the step itself holds one at a time."""
+    kept_gradients: Fraction = Fraction(0)
+    """What a rank keeps of each gradient as the backward pass goes on, where gradients have places that are made only then."""
     update_temporary_bytes: int
     """Peak of what the optimizer's step allocates and frees [bytes]."""
     loaded: Mapping[Item, int] = field(default_factory=lambda: MappingProxyType({}))

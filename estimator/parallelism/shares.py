@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from estimator.parallelism import ddp
+from estimator.parallelism import ddp, fsdp, zero
 from estimator.parallelism.options import Strategy
 from estimator.parallelism.share import Share
 from estimator.recipe import Recipe
@@ -10,6 +10,10 @@ from estimator.static_memory import StaticMemory
 
 _SHARES: Mapping[Strategy, Callable[[Recipe, StaticMemory], Share]] = {
     Strategy.DDP: ddp.share,
+    Strategy.FSDP: fsdp.share,
+    Strategy.ZERO1: zero.share,
+    Strategy.ZERO2: zero.share,
+    Strategy.ZERO3: zero.share,
 }
 
 

@@ -1,0 +1,174 @@
+"""Real runs of two ranks on the CPU (gloo): what DistributedDataParallel and fully_shard hold.
+
+Run as a module it plays one rank: `python -m tests.estimator.ranks WHAT RANK STORE OUTPUT`.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NUM_RANKS = 2
+# Odd sizes, so that rows do not divide by two.
+CONFIG: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 264,
+    "intermediate_size": 501,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 66,
+    "vocab_size": 1001,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+RANK = 8
+BUCKET_CAP_MB = 1
+
+
+def run(what: str, directory: Path) -> list[dict[str, Any]]:
+    """Both ranks' records of one kind of run."""
+    outputs = [directory / f"{what}-{rank}.json" for rank in range(NUM_RANKS)]
+    commands = [
+        [sys.executable, "-W", "ignore", "-m", __spec__.name, what, str(rank), str(directory / f"{what}-store"), str(output)]
+        for rank, output in enumerate(outputs)
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands]
+    for process in processes:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    return [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
+
+
+def _play(what: str, rank: int, store: str, output: Path) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS)
+    record = {"ddp": _ddp, "fsdp": _fsdp, "zero": _zero}[what]()
+    output.write_text(json.dumps(record), encoding="utf-8")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _model(config: Mapping[str, Any], *, adapter: bool) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
+    return model
+
+
+def _step(model: Any) -> None:
+    import torch
+
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def _ddp() -> dict[str, Any]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+    for name, adapter, finds_unused, cap in (
+        ("full", False, False, None),
+        ("full, unused looked for", False, True, None),
+        ("full, small buckets", False, False, BUCKET_CAP_MB),
+        ("adapter, unused looked for", True, True, None),
+    ):
+        options = {} if cap is None else {"bucket_cap_mb": cap}
+        model = DistributedDataParallel(_model(CONFIG, adapter=adapter), find_unused_parameters=finds_unused, **options)
+        for _ in range(3):
+            _step(model)
+            model.zero_grad()
+        data = model._get_ddp_logging_data()
+        sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
+        found[name] = [int(size) for size in sizes.split(",")]
+    return found
+
+
+def _fsdp() -> dict[str, Any]:
+    return {
+        f"{'tied' if tied else 'untied'}, {'adapter' if adapter else 'full'}": _sharded(
+            {**CONFIG, "tie_word_embeddings": tied}, adapter=adapter
+        )
+        for tied in (False, True)
+        for adapter in (False, True)
+    }
+
+
+def _sharded(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:
+    from types import SimpleNamespace
+
+    import torch
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        mixed_precision_policy="bf16",
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=False, device=torch.device("cpu")
+    )
+    model = fsdp2_prepare_model(accelerator, _model(config, adapter=adapter))
+    buffers: dict[str, list[int]] = {}
+
+    def watch(kind: str, owner: Any) -> None:
+        allocate = owner.allocate
+
+        def watched(self: Any, size: Any, *, dtype: Any, device: Any) -> Any:
+            tensor = allocate(self, size, dtype=dtype, device=device)
+            buffers.setdefault(kind, []).append(tensor.nbytes)
+            return tensor
+
+        owner.allocate = watched
+
+    kept = {kind: getattr(collectives, kind).allocate for kind in ("DefaultAllGather", "DefaultReduceScatter")}
+    for kind in kept:
+        watch(kind, getattr(collectives, kind))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
+    try:
+        _step(model)
+    finally:
+        for kind, allocate in kept.items():
+            getattr(collectives, kind).allocate = allocate
+    optimizer.step()
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    groups = [group for state in dict.fromkeys(states) for group in state._fsdp_param_groups]
+    shards, gradients = {}, {}
+    for group in dict.fromkeys(groups):
+        for parameter in group.fsdp_params:
+            name = parameter._param_fqn
+            shards[name] = [parameter._sharded_param_data.nbytes, parameter.sharded_param.to_local().numel()]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = [parameter.grad.to_local().nbytes, parameter.grad.to_local().untyped_storage().nbytes()]
+    state_bytes = sum(
+        getattr(value, "to_local", lambda v=value: v)().nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    )
+    return {"shards": shards, "gradients": gradients, "states": state_bytes, "buffers": buffers}
+
+
+def _zero() -> dict[str, Any]:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    _play(sys.argv[1], int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

@@ -1,0 +1,140 @@
+"""What ranks hold, against real runs of two processes on the CPU (gloo)."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from estimator.inventory import Inventory
+from estimator.parallelism.ddp import bucket_bytes
+from estimator.parallelism.fsdp import Unit, as_trained, units_of
+from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy
+from estimator.parallelism.shares import share_of
+from estimator.recipe import Adapter, Recipe
+from estimator.static_memory import StaticMemory, static_memory
+from tests.estimator.ranks import BUCKET_CAP_MB, CONFIG, NUM_RANKS, RANK, run
+from tests.estimator.real_models import inventory_of, plain_name
+from tests.estimator.recipes import training
+
+ADAPTER = Adapter(r=RANK, target_modules="all-linear")
+
+
+@cache
+def _inventory(tied: bool = False) -> Inventory:
+    return inventory_of({**CONFIG, "tie_word_embeddings": tied})
+
+
+def _recipe(strategy: Strategy, *, adapter: bool) -> Recipe:
+    recipe = training(1, 8, method="lora" if adapter else "full", adapter=replace(ADAPTER, autocast_adapter_dtype=True))
+    return replace(recipe, parallel=Parallel(strategy=strategy, num_gpus=NUM_RANKS))
+
+
+def _static(recipe: Recipe, *, tied: bool = False) -> StaticMemory:
+    return static_memory(_inventory(tied), recipe)
+
+
+# -- DDP --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run("ddp", tmp_path_factory.mktemp("ddp"))[0]
+
+
+@pytest.mark.parametrize(("name", "adapter"), [("full, unused looked for", False), ("adapter, unused looked for", True)])
+def test_buckets_are_those_of_the_real_reducer(ddp: dict[str, Any], name: str, adapter: bool) -> None:
+    static = _static(_recipe(Strategy.DDP, adapter=adapter))
+    assert Counter(bucket_bytes(static.tensors, Ddp(), finds_unused=True)) == Counter(ddp[name])
+
+
+@pytest.mark.parametrize(("name", "cap"), [("full", None), ("full, small buckets", BUCKET_CAP_MB)])
+def test_rebuilt_buckets_are_as_many_and_together_as_large_as_the_real_ones(ddp: dict[str, Any], name: str, cap: int | None) -> None:
+    """Which norm's gradient comes before which matrix's is not known; a bucket may close one small tensor earlier or later."""
+    static = _static(_recipe(Strategy.DDP, adapter=False))
+    ours = bucket_bytes(static.tensors, Ddp(bucket_cap_mb=cap), finds_unused=False)
+    assert (len(ours), sum(ours)) == (len(ddp[name]), sum(ddp[name]))
+
+
+# -- FSDP2 ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run("fsdp", tmp_path_factory.mktemp("fsdp"))
+
+
+CASES = pytest.mark.parametrize("kind", ["untied, full", "untied, adapter", "tied, full", "tied, adapter"])
+
+
+def _of(kind: str) -> tuple[Recipe, StaticMemory]:
+    recipe = _recipe(Strategy.FSDP, adapter=kind.endswith("adapter"))
+    return recipe, _static(recipe, tied=kind.startswith("tied"))
+
+
+@CASES
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_shards_are_those_of_fully_shard_with_padding(fsdp: list[dict[str, Any]], kind: str, rank: int) -> None:
+    recipe, static = _of(kind)
+    ours = {
+        m.tensor.pattern.format(*(i for (i,) in m.tensor.indices)): (
+            m.shard_elements * m.dtype.itemsize,
+            m.local_rows(rank) * m.row_elements,
+        )
+        for unit in units_of(recipe, static.tensors).all
+        for m in unit.members
+    }
+    real = {plain_name(name): tuple(sizes) for name, sizes in fsdp[rank][kind]["shards"].items()}
+    assert ours == real
+
+
+@CASES
+def test_gradients_of_a_unit_share_one_tensor(fsdp: list[dict[str, Any]], kind: str) -> None:
+    recipe, static = _of(kind)
+    ours = {
+        m.tensor.pattern.format(*(i for (i,) in m.tensor.indices)): (
+            m.local_rows(0) * m.row_elements * m.dtype.itemsize,
+            sum(n.gradient_elements * n.dtype.itemsize for n in unit.members),
+        )
+        for unit in units_of(recipe, static.tensors).all
+        for m in unit.members
+        if m.tensor.trainable
+    }
+    assert ours == {plain_name(name): tuple(sizes) for name, sizes in fsdp[0][kind]["gradients"].items()}
+
+
+@CASES
+def test_states_are_those_of_the_local_shards(fsdp: list[dict[str, Any]], kind: str) -> None:
+    recipe, static = _of(kind)
+    trained = [as_trained(m) for unit in units_of(recipe, static.tensors).all for m in unit.members if m.tensor.trainable]
+    assert fsdp[0][kind]["states"] == sum(2 * t.num_elements * t.dtype.itemsize for t in trained)
+
+
+@CASES
+def test_every_unit_is_gathered_and_reduced_through_a_flat_tensor_of_its_own(fsdp: list[dict[str, Any]], kind: str) -> None:
+    recipe, static = _of(kind)
+    units = units_of(recipe, static.tensors)
+    real: Mapping[str, list[int]] = fsdp[0][kind]["buffers"]
+    assert set(real["DefaultAllGather"]) == {_gathered(unit) for unit in units.all if unit.members}
+    # The input of a reduction, and this rank's part of its output.
+    inputs = {_reduced(unit) for unit in units.all} - {0}
+    assert set(real["DefaultReduceScatter"]) == inputs | {size // NUM_RANKS for size in inputs}
+
+
+def _gathered(unit: Unit) -> int:
+    return sum(m.gathered_bytes(unit.compute) for m in unit.members)
+
+
+def _reduced(unit: Unit) -> int:
+    return sum(m.num_ranks * m.gradient_elements * m.gathered_dtype(unit.compute).itemsize for m in unit.members)
+
+
+def test_offloaded_parameters_leave_nothing_of_them_on_the_card() -> None:
+    recipe = _recipe(Strategy.FSDP, adapter=False)
+    static = _static(recipe)
+    on_card = share_of(recipe, static)
+    offloaded = share_of(replace(recipe, parallel=replace(recipe.parallel, fsdp=Fsdp(offload_params=True))), static)
+    assert sum(offloaded.stored.values()) == static.buffers_bytes
+    assert offloaded.host_bytes == sum(on_card.stored.values()) - static.buffers_bytes + on_card.gradients_bytes
