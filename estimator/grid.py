@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Those under which a rank's memory is the sums of one card with its own share of what is stored.
-STRATEGIES = (Strategy.SINGLE, Strategy.DDP)
+STRATEGIES = (Strategy.SINGLE, Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3)
 
 # Beyond 2^59 bytes a point is answered with 2^61, and so is larger than any card: with its margins, int64 would not hold more.
 LARGEST_BYTES = 1 << 59

@@ -40,6 +40,11 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "an old card": (LLAMA, training(compute_capability=(7, 5))),
     "DDP": (LLAMA, replace(training(), parallel=Parallel(strategy=Strategy.DDP, num_gpus=4))),
     "full, DDP": (SMALL, replace(training(method="full"), parallel=Parallel(strategy=Strategy.DDP, num_gpus=2))),
+    **{
+        f"full, {strategy.value}": (SMALL, replace(training(method="full"), parallel=Parallel(strategy=strategy, num_gpus=2)))
+        for strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3)
+    },
+    "LoRA, zero3": (LLAMA, replace(training(method="lora"), parallel=Parallel(strategy=Strategy.ZERO3, num_gpus=8))),
     "large workspaces": (LLAMA, training(compute_capability=(9, 0))),
 }
 POINTS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20_000), st.integers(1, 9)), min_size=1, max_size=12)
