@@ -117,15 +117,16 @@ class _Works:
         Raises:
             RequestError: if nothing is known of the model's.
         """
-        sizes = choice.micro_batch_size, choice.sequence_length, choice.gradient_accumulation_steps
+        sizes, steps = (choice.micro_batch_size, choice.sequence_length), choice.gradient_accumulation_steps
         recipe = self.recipes[choice.machine.kind]
         key = recipe.compute_capability >= NEWER_KERNELS, *sizes
         if key not in self.known:
             assert recipe.training is not None
-            batch, length, steps = sizes
-            training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=steps)
+            batch, length = sizes
+            training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=1)
             self.known[key] = step_work(self.inventory, replace(recipe, training=training, parallel=Parallel()))
-        return self.known[key]
+        work = self.known[key]  # of one micro-batch: all are alike
+        return replace(work, accumulation=steps, tokens=work.tokens * steps)
 
 
 def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int | None) -> Json:
