@@ -99,7 +99,7 @@ def test_headroom_is_bytes_a_size_or_a_share(asked: int | str | None, kept: int)
 
 @pytest.mark.parametrize("asked", ["", "-1", "lots", "5 %%", "1TB", "100%", "1e9", str(20 * 10**9)])
 def test_headroom_that_is_none_of_these_or_leaves_nothing_is_refused(asked: str) -> None:
-    with pytest.raises(RequestError, match="hardware.headroom"):
+    with pytest.raises(RequestError, match=r"hardware\.headroom"):
         headroom_bytes(asked, 20 * 10**9)
 
 
