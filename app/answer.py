@@ -5,7 +5,7 @@ from typing import Any
 
 from app.card import Card
 from app.versions import shown
-from estimator.estimate import Estimate, Interval, LineItem, Notice, PhaseEstimate
+from estimator.estimate import Estimate, Interval, LineItem, Notice, PhaseEstimate, RankEstimate
 from estimator.phases import Item, Phase
 from estimator.recipe import Adapter, Inference, Objective, Quantization, Recipe, Training
 from estimator.stack import Stack
@@ -47,6 +47,8 @@ def render_estimate(
         "peak": _peak(estimate, interval) if modelled else None,
         "steady_state_bytes": estimate.steady_state_bytes,
         "phases": [_phase(phase, explanations) for phase in estimate.phases],
+        "ranks": [_rank(rank) for rank in estimate.ranks],
+        "host_bytes": estimate.host_bytes,
         "fit": render_fit(card, estimate, interval) if card is not None else None,
         "warnings": [{"code": notice.code, "message": notice.message} for notice in notices],
         "ignored": list(ignored),
@@ -88,6 +90,17 @@ def _peak(estimate: Estimate, interval: Interval | None) -> Json:
         "device_bytes": estimate.device_bytes,
         "paged_bytes": estimate.paged_bytes,
         "interval": None if interval is None else _interval(interval),
+    }
+
+
+def _rank(rank: RankEstimate) -> Json:
+    return {
+        "rank": rank.rank,
+        "phase": rank.phase.value,
+        "allocated_bytes": rank.allocated_bytes,
+        "reserved_bytes": rank.reserved_bytes,
+        "device_bytes": rank.device_bytes,
+        "holds": rank.holds,
     }
 
 
@@ -139,6 +152,8 @@ def render_recipe(recipe: Recipe) -> Json:
         "training": None if recipe.training is None else _training(recipe.training),
         "inference": None if recipe.inference is None else _inference(recipe.inference),
         "compute_capability": ".".join(map(str, recipe.compute_capability)),
+        "num_gpus": recipe.parallel.num_gpus,
+        "strategy": recipe.parallel.strategy.value,
     }
 
 

@@ -9,6 +9,7 @@ from estimator.engine import why_not_modelled
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
 from estimator.inventory import Inventory
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.recipe import Loss, ObjectiveKind, Recipe
 from estimator.sources.tracing import Subject, TracedStep, Tracer, default_tracer
 from estimator.stack import Stack
@@ -56,7 +57,8 @@ class Answerer:
             TraceError, InspectionError, SourceUnavailableError: if it failed.
         """
         self.check_traceable(recipe)
-        return self.tracer().step(self.subject, recipe, routing=routing)
+        # The step of one rank: how many there are is no matter of the trace.
+        return self.tracer().step(self.subject, replace(recipe, parallel=Parallel()), routing=routing)
 
     def _traced(self, recipe: Recipe) -> Estimate:
         step = self.step(recipe)
@@ -116,6 +118,8 @@ def _why_no_trace(recipe: Recipe) -> str | None:
     """What keeps a trace from standing for a recipe; it continues a sentence."""
     if recipe.training is None:
         return "covers training steps only; accepted here: 'auto', 'analytic'"
+    if recipe.parallel.is_spread and recipe.parallel.strategy is not Strategy.DDP:
+        return f"is of a model that lies on one card, and not of {recipe.parallel.strategy.value!r}"
     runs_trl = recipe.training.loss is Loss.TRL_TILED or recipe.training.objective.kind is ObjectiveKind.REWARD
     libraries = (*_TRACED_LIBRARIES, "trl") if runs_trl else _TRACED_LIBRARIES
     other = [name for name in libraries if not _is_installed(name, recipe.stack)]

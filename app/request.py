@@ -131,8 +131,62 @@ class InferenceFields(Border):
     cache_implementation: Literal["dynamic", "static"] = "dynamic"
 
 
+class DdpFields(Border):
+    """accelerate's `DistributedDataParallelKwargs`."""
+
+    bucket_cap_mb: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    find_unused_parameters: bool | None = None
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+
+
+Elements = Annotated[int, Field(ge=0, le=2**40)] | Literal["auto"]
+
+
+class OffloadFields(Border):
+    """`offload_optimizer`, `offload_param`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    device: Literal["none", "cpu"] = "none"
+
+
+class ZeroFields(Border):
+    """`zero_optimization`; what has no bearing on memory is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    stage: Literal[1, 2, 3] | None = None
+    offload_optimizer: OffloadFields = OffloadFields()
+    offload_param: OffloadFields = OffloadFields()
+    reduce_bucket_size: Elements = 500_000_000
+    stage3_prefetch_bucket_size: Elements = 50_000_000
+    stage3_max_live_parameters: Elements = 1_000_000_000
+    stage3_param_persistence_threshold: Elements = 100_000
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool = True
+
+
+class DeepSpeedFields(Border):
+    """A DeepSpeed JSON."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    zero_optimization: ZeroFields = ZeroFields()
+
+
+class FsdpFields(Border):
+    """`fsdp_config`; what has no bearing on memory is passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: Literal[1, 2] = 2
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
 class HardwareFields(Border):
-    """The card."""
+    """The card, how many of it, and how the run is spread over them."""
 
     gpu: Name | None = None
     capacity_gib: Annotated[float, Field(gt=0, le=MAX_GIB)] | None = None
@@ -144,6 +198,9 @@ class HardwareFields(Border):
     """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
+    ddp: DdpFields = DdpFields()
+    deepspeed: DeepSpeedFields = DeepSpeedFields()
+    fsdp_config: FsdpFields = FsdpFields()
 
 
 class StackFields(Border):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from app.card import Card
+from app.parallel import resolve_parallel
 from app.reading import read_quantization
 from app.regex import check_pattern, check_patterns
 from app.request import HardwareFields, PeftFields, QuantizationFields, Request
@@ -60,6 +61,7 @@ def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) ->
         inference=_inference(request, inventory) if request.inference is not None else None,
         compute_capability=(card.compute_capability if card is not None else None) or DEFAULT_COMPUTE_CAPABILITY,
         num_multiprocessors=(card.num_multiprocessors if card is not None else None) or DEFAULT_NUM_MULTIPROCESSORS,
+        parallel=resolve_parallel(request, inventory),
         stack=stack,
     )
 
@@ -213,8 +215,3 @@ def _check_hardware(hardware: HardwareFields | None) -> None:
         raise RequestError("hardware.filter: give either one card or a filter, not both", field="hardware.filter")
     if hardware.nvidia_smi is not None and (hardware.gpu is not None or hardware.capacity_gib is not None):
         raise RequestError("hardware.nvidia_smi: give either a card or what nvidia-smi prints, not both", field="hardware.nvidia_smi")
-    if hardware.strategy != "single" or hardware.num_gpus != 1:
-        raise RequestError(
-            f"hardware.strategy: {hardware.strategy!r} on {hardware.num_gpus} GPUs is not modelled yet; accepted: 'single' with num_gpus 1",
-            field="hardware.strategy",
-        )

@@ -55,8 +55,8 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
         recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
-        if machine.num_gpus > 1:
-            recipe = replace(recipe, parallel=Parallel(strategy=strategy, num_gpus=machine.num_gpus))
+        spread = strategy if machine.num_gpus > 1 else Strategy.SINGLE
+        recipe = replace(recipe, parallel=replace(recipe.parallel, strategy=spread, num_gpus=machine.num_gpus))
         recipes[machine.kind] = recipe
         return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
 

@@ -44,6 +44,10 @@ _COMPILED = Notice(
     "compiler fuses away and what CUDA graphs keep in a pool of their own is not modelled; disable_compile=True is what this answer "
     "describes, but for keys and values copied for all heads.",
 )
+_BORROWED = Notice(
+    code="card_without_layers",
+    message="one of the cards holds no layer; it is answered for as if it held one with its adapter, which is that much too high.",
+)
 _STEP_PHASES = (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD)
 
 
@@ -152,14 +156,16 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None) ->
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
-    parts = cards(inventory, recipe)
+    parts = cards(inventory, _without_sizes(recipe))
     answers = [_on_one_card(card.inventory, alone, None) for card in parts]
     if not parts[0].has_head:
         answers[0] = _with_returned_logits(answers[0], inventory, recipe)
     ranks = tuple(_rank(card, answer) for card, answer in zip(parts, answers, strict=True))
     largest_answer = max(answers, key=lambda answer: answer.device_bytes or answer.peak.allocated_bytes)
+    borrowed = tuple(_BORROWED for card in parts if card.borrows_layer)[:1]
     # Parameters are counted over all cards.
-    return replace(largest_answer, ranks=ranks, parameters=static_memory(inventory, alone).parameters)
+    parameters = static_memory(inventory, alone).parameters
+    return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
 
 
 def _rank(card: Card, answer: Estimate) -> RankEstimate:
@@ -223,7 +229,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     accumulates = training is not None and training.gradient_accumulation_steps > 1
     share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
     stored = dict(share.stored)
-    loaded = _loaded(static, recipe) | share.loaded
+    loaded = _loaded(static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
         loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
     if training is not None and training.objective.reference is Reference.MODEL:

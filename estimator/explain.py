@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from estimator.engine import Instant, largest, weights_growth_bytes, why_not_modelled, worst_instants
 from estimator.inventory import Inventory
 from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
+from estimator.parallelism.options import Parallel, Strategy
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
@@ -43,6 +44,8 @@ _SOURCES = {
     Item.LOGITS: "transformers, loss/loss_utils.py; torch, log_softmax and nll_loss; TRL and Liger for their fused losses",
     Item.TEMPORARY: "tensors alive inside the operator that makes the phase's largest instant",
     Item.KV_CACHE: "transformers, cache_utils.py",
+    Item.COMMUNICATION: "torch, csrc/distributed/c10d/reducer.cpp; distributed/fsdp/_fully_shard/_fsdp_collectives.py; deepspeed, "
+    "runtime/zero/stage_1_and_2.py and stage3.py; accelerate, hooks.py",
     Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread; "
     "c10/cuda/CUDACachingAllocator.cpp, should_split",
 }
@@ -68,11 +71,46 @@ def explain(inventory: Inventory, recipe: Recipe, traced: Program | None = None)
 @lru_cache(maxsize=64)
 def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
-    instants = worst_instants(inventory, recipe) if modelled else {}
-    texts = _texts(inventory, recipe, _phases(recipe, modelled), instants)
+    # On each card of a device map the step is that of the whole model with fewer layers.
+    run = replace(recipe, parallel=Parallel()) if recipe.parallel.strategy is Strategy.DEVICE_MAP else recipe
+    instants = worst_instants(inventory, run) if modelled else {}
+    phases = _phases(recipe, modelled)
+    texts = _texts(inventory, run, phases, instants)
     if modelled:
-        _add_what_stays(texts, inventory, recipe)
+        _add_what_stays(texts, inventory, run)
+    if recipe.parallel.is_spread:
+        _add_ranks(texts, phases, recipe.parallel)
     return _explained(texts, _SOURCES)
+
+
+# What strategies other than DDP divide between ranks.
+_DIVIDED = (
+    Item.WEIGHTS,
+    Item.QUANTIZATION_STATE,
+    Item.BUFFERS,
+    Item.ADAPTER_WEIGHTS,
+    Item.OPTIMIZER_STATES,
+    Item.GRADIENTS,
+    Item.TEMPORARY,
+)
+_COMMUNICATION: Mapping[Strategy, str] = {
+    Strategy.DDP: "buckets in which gradients travel; after loading, copies in which parameters and buffers do",
+    Strategy.ZERO1: "buckets of reduce_bucket_size elements in which gradients are reduced",
+    Strategy.ZERO2: "buckets of reduce_bucket_size elements in which gradients are reduced",
+    Strategy.ZERO3: "gathered parameters, at most stage3_max_live_parameters of them; a bucket of reduce_bucket_size elements",
+    Strategy.FSDP: "the gathered unit, the flat tensors in which units arrive and gradients leave, whole gradients of one unit",
+    Strategy.DEVICE_MAP: "logits that return to the card of the inputs, and their float32 copy",
+}
+
+
+def _add_ranks(texts: dict[tuple[Phase, Item], str], phases: Iterable[Phase], parallel: Parallel) -> None:
+    for phase in phases:
+        texts[phase, Item.COMMUNICATION] = _COMMUNICATION[parallel.strategy]
+    if parallel.strategy is Strategy.DDP:
+        return
+    for (phase, item), text in texts.items():
+        if item in _DIVIDED and text:
+            texts[phase, item] = f"one rank's part ({parallel.strategy.value} on {parallel.num_gpus} GPUs) of: {text}"
 
 
 def _explained(texts: Mapping[tuple[Phase, Item], str], sources: Mapping[Item, str]) -> Explanations:

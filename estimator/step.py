@@ -317,8 +317,16 @@ class _Step:
         Source: transformers, modeling_utils.py, enable_input_require_grads.
         """
         training = self.training
-        if hidden.node is None and self.recipe.adapter is not None and training is not None and training.gradient_checkpointing:
+        if hidden.node is not None or self.recipe.adapter is None or training is None:
+            return
+        if training.gradient_checkpointing or self._comes_from_another_card:
             hidden.node = _InputGradient(self.tape, hidden)
+
+    @property
+    def _comes_from_another_card(self) -> bool:
+        """Whether the embedding lies elsewhere: what enters the first layer here has a graph behind it."""
+        embedding = self.outside.get(f"{self.inventory.input_embedding}.weight")
+        return embedding is not None and embedding.num_elements == 0
 
     def _loss(self, hidden: Value) -> tuple[Value, Value | None]:
         vocabulary = self._vocabulary

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from estimator.inventory import Inventory, TensorRow
 from estimator.parallelism.placement import card_of, placement
@@ -19,19 +20,23 @@ class Card:
     holds: str
     """In words."""
     has_head: bool
+    borrows_layer: bool
+    """Whether it has no layer of its own and counts another card's last one: an adapter needs one to be on."""
 
 
+@lru_cache(maxsize=256)
 def cards(inventory: Inventory, recipe: Recipe) -> tuple[Card, ...]:
-    """Every card with its part, in order.
+    """Every card with its part, in order; kept by recipe, so that callers leave sizes out of it.
 
     Raises:
         RequestError: if a module is left over when the last card is full.
     """
     placed = placement(inventory, recipe)
-    return tuple(_card(inventory, placed, number, recipe.parallel.num_gpus) for number in range(recipe.parallel.num_gpus))
+    num_cards = recipe.parallel.num_gpus
+    return tuple(_card(inventory, placed, number, num_cards, adapted=recipe.adapter is not None) for number in range(num_cards))
 
 
-def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_cards: int) -> Card:
+def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_cards: int, *, adapted: bool) -> Card:
     prefix = f"{inventory.layers_prefix}."
     rows = []
     layers: set[int] = set()
@@ -47,6 +52,12 @@ def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_card
                     others.append(row.module_pattern)
             elif not row.pattern.startswith(prefix):
                 rows.append(_emptied(part))
+    borrows = adapted and not layers
+    if borrows:
+        last = inventory.num_layers - 1
+        rows += [
+            replace(r, indices=((last,), *r.indices[1:])) for r in inventory.rows if r.pattern.startswith(prefix) and last in r.indices[0]
+        ]
     has_head = inventory.output_embedding is not None and card_of(placed, f"{inventory.output_embedding}.weight") == number
     # Logits are made where the head is.
     config = inventory.config if has_head else {**inventory.config, "vocab_size": 1}
@@ -61,6 +72,7 @@ def _card(inventory: Inventory, placed: Mapping[str, int], number: int, num_card
         ),
         holds=", ".join([listed, *dict.fromkeys(others)]),
         has_head=has_head,
+        borrows_layer=borrows,
     )
 
 

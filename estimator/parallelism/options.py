@@ -16,12 +16,11 @@ class Strategy(StrEnum):
     ZERO3 = "zero3"  # and parameters
     FSDP = "fsdp"  # torch's fully_shard (FSDP2), as accelerate applies it
     DEVICE_MAP = "device_map"  # layers placed on cards by accelerate, one process
-    TENSOR_PARALLEL = "tensor_parallel"  # every matrix shared out by transformers' tp_plan
 
     @property
     def is_data_parallel(self) -> bool:
         """Whether each rank reads samples of its own."""
-        return self not in (Strategy.SINGLE, Strategy.DEVICE_MAP, Strategy.TENSOR_PARALLEL)
+        return self not in (Strategy.SINGLE, Strategy.DEVICE_MAP)
 
     @property
     def zero_stage(self) -> int:

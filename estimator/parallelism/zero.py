@@ -120,8 +120,8 @@ def _stage12(recipe: Recipe, training: Training, tensors: tuple[StoredTensor, ..
     whole = gradient_bytes(tensors)
     accumulates = training.gradient_accumulation_steps > 1
     is_second = parallel.strategy.zero_stage == 2
-    # A flat copy of a group's gradients in their type, and one in float32, beside the gradients themselves.
-    update = max((_of_size(size, half) + _of_size(size, _MASTER) for size in parts), default=0) + temporary
+    # A flat copy of a group's gradients in their type and one in float32, which alone is there while the optimizer works.
+    update = max((_of_size(size, _MASTER) + max(_of_size(size, half), temporary) for size in parts), default=0)
     host = 0
     gradients = averaged if is_second else whole
     if options.offload_optimizer:
@@ -134,20 +134,35 @@ def _stage12(recipe: Recipe, training: Training, tensors: tuple[StoredTensor, ..
         waiting = gradients
     stored[Item.OPTIMIZER_STATES] = held
     places = is_second or accumulates
+    at_update = gradients
+    if not is_second and averaged + update > whole:
+        at_update = averaged  # gradients of other ranks' parts go before the copies are made
+    elif not is_second:
+        update = 0
     return Share(
         tensors=tensors,
         stored=stored,
         loaded={Item.WEIGHTS: stored[Item.WEIGHTS], Item.ADAPTER_WEIGHTS: stored[Item.ADAPTER_WEIGHTS]},
-        gradients_bytes=gradients,
+        gradients_bytes=at_update,
         waiting_gradients_bytes=waiting,
         gradients_have_places=places,
         kept_gradients=Fraction(gradients, max(whole, 1)) if is_second else Fraction(0),
         update_temporary_bytes=update,
         paged_bytes=sum(s.paged_bytes for s in states),
-        communication={Phase.BACKWARD: _bucket_bytes(options, half, stage=parallel.strategy.zero_stage)},
+        communication=_reduction(options, tensors, half, stage=parallel.strategy.zero_stage),
         host_bytes=host,
         outside_bytes=communicator_bytes(ranks),
     )
+
+
+def _reduction(options: Zero, tensors: Iterable[StoredTensor], dtype: DType, *, stage: int) -> Mapping[Phase, int]:
+    """Buckets during the backward pass, and under offloading room for one gradient on its way, which stays.
+
+    Source: deepspeed, runtime/zero/stage_1_and_2.py, DeepSpeedZeroOptimizer.__init__ (temp_grad_buffer_for_gpu_offload).
+    """
+    largest = max((t.num_elements for t in tensors if t.trainable), default=0) if options.offload_optimizer else 0
+    on_its_way = dict.fromkeys((*STEP_PHASES, Phase.OPTIMIZER_STEP), _of_size(largest, dtype))
+    return on_its_way | {Phase.BACKWARD: on_its_way[Phase.BACKWARD] + _bucket_bytes(options, dtype, stage=stage)}
 
 
 def _bucket_bytes(options: Zero, dtype: DType, *, stage: int) -> int:

@@ -83,6 +83,16 @@ class WarningJson(BaseModel):
     message: str
 
 
+class RankJson(BaseModel):
+    model_config = STRICT
+    rank: int
+    phase: str
+    allocated_bytes: int
+    reserved_bytes: int | None
+    device_bytes: int | None
+    holds: str
+
+
 class AnswerJson(BaseModel):
     """The contract's answer to `estimate`."""
 
@@ -97,6 +107,8 @@ class AnswerJson(BaseModel):
     peak: PeakJson | None
     steady_state_bytes: int | None
     phases: list[PhaseJson]
+    ranks: list[RankJson]
+    host_bytes: int
     fit: FitJson | None
     warnings: list[WarningJson]
     ignored: list[str]

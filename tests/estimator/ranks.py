@@ -4,6 +4,7 @@ Run as a module it plays one rank: `python -m tests.estimator.ranks WHAT RANK ST
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ def _play(what: str, rank: int, store: str, output: Path) -> None:
     import torch
     from torch import distributed
 
+    if what == "zero":
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS)
@@ -166,8 +169,59 @@ def _sharded(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:
     return {"shards": shards, "gradients": gradients, "states": state_bytes, "buffers": buffers}
 
 
+REDUCE_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 200_000, 1000
+
+
 def _zero() -> dict[str, Any]:
-    raise NotImplementedError
+    return {
+        f"{stage}, {'adapter' if adapter else 'full'}": _partitioned(stage, adapter=adapter)
+        for stage in (2, 3)
+        for adapter in (False, True)
+    }
+
+
+def _partitioned(stage: int, *, adapter: bool) -> dict[str, Any]:
+    import deepspeed
+    import torch
+
+    # An operator for shared memory that would be compiled; gloo does without.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed("gloo")
+    model = _model(CONFIG, adapter=adapter)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    spared = [p for name, p in named if "bias" in name or "norm" in name]
+    groups = [{"params": [p for _, p in named if all(p is not s for s in spared)]}, {"params": spared}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=1e-3)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
+            "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
+        },
+    }
+    engine, zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, 8))
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    if stage == 3:
+        gradients = zero.grad_partitions_flat_buffer.nbytes
+        flat, master = zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat
+        frozen = sum(p.ds_tensor.nbytes for p in model.parameters() if not p.requires_grad)
+    else:
+        gradients = sum(g.nbytes for group in zero.averaged_gradients.values() for g in group)
+        flat, master = zero.bit16_groups_flat, zero.single_partition_of_fp32_groups
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    engine.step()
+    states = sum(v.nbytes for state in zero.optimizer.state.values() for key, v in state.items() if key != "step")
+    return {
+        "gradients": gradients,
+        "flat": sorted(t.nbytes for t in flat),
+        "master": sorted(t.nbytes for t in master),
+        "states": states,
+        "frozen": frozen,
+    }
 
 
 if __name__ == "__main__":

@@ -4,15 +4,21 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from estimator.dtypes import DType
 from estimator.inventory import Inventory
+from estimator.optimizers import weight_decay_groups
 from estimator.parallelism.ddp import bucket_bytes
 from estimator.parallelism.fsdp import Unit, as_trained, units_of
 from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy
 from estimator.parallelism.shares import share_of
+from estimator.parallelism.zero import flat_sizes, partition_elements
+from estimator.phases import Item
 from estimator.recipe import Adapter, Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from tests.estimator.ranks import BUCKET_CAP_MB, CONFIG, NUM_RANKS, RANK, run
@@ -138,3 +144,33 @@ def test_offloaded_parameters_leave_nothing_of_them_on_the_card() -> None:
     offloaded = share_of(replace(recipe, parallel=replace(recipe.parallel, fsdp=Fsdp(offload_params=True))), static)
     assert sum(offloaded.stored.values()) == static.buffers_bytes
     assert offloaded.host_bytes == sum(on_card.stored.values()) - static.buffers_bytes + on_card.gradients_bytes
+
+
+# -- ZeRO -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is no dependency")
+def test_partitions_are_those_of_deepspeed(tmp_path: Path) -> None:
+    """Run with deepspeed 0.19.8 on the path."""
+    real = run("zero", tmp_path)[0]
+    for kind, seen in real.items():
+        stage, adapter = kind.startswith("3"), kind.endswith("adapter")
+        recipe = _recipe(Strategy.ZERO3 if stage else Strategy.ZERO2, adapter=adapter)
+        tensors = [
+            replace(t, dtype=DType.BFLOAT16, raw_bytes=2 * t.num_elements) for t in _static(recipe).tensors if t.item is not Item.BUFFERS
+        ]
+        trained = [t for t in tensors if t.trainable]
+        frozen = sum(t.num_copies * (2 * partition_elements(t, NUM_RANKS) if stage else t.raw_bytes) for t in tensors if not t.trainable)
+        if stage:
+            groups = [sum(t.num_copies * partition_elements(t, NUM_RANKS) for t in group) for group in weight_decay_groups(trained)]
+            parts = [size for size in groups if size]
+        else:
+            parts = [size // NUM_RANKS for size in flat_sizes(trained, NUM_RANKS)]
+        assert seen == {
+            "gradients": 2 * sum(parts),
+            "flat": sorted(2 * size * (1 if stage else NUM_RANKS) for size in parts),
+            "master": sorted(4 * size for size in parts),
+            "states": 8 * sum(parts),
+            "frozen": frozen,
+        }, kind
