@@ -183,7 +183,7 @@ def _machines(request: Request) -> Iterator[Lever]:
         yield _lever(
             "num_gpus",
             Cost.MONEY,
-            f"{number} cards, over which weights and states are sharded",
+            f"{number} cards that share weights and states, and as many times the samples per step",
             {"hardware.num_gpus": number, "hardware.strategy": "fsdp"},
         )
 
