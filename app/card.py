@@ -4,17 +4,20 @@ import re
 from dataclasses import dataclass, replace
 
 from app.request import MAX_GIB, HardwareFields
-from estimator.correction import margin_without_interval
+from estimator.correction import required_bytes
 from estimator.errors import RequestError
 from estimator.gpus import Gpu, Vendor, find_gpu
 from estimator.nvidia_smi import FoundCard, identify, read_cards, usage_sentence
-from estimator.units import GIB, MIB
+from estimator.units import GIB, KIB, MIB
 
 # `23.5GiB` in place of a name.
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s?(GiB|GB|G|MiB|MB)", re.IGNORECASE)
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
+# Spellings of `hardware.headroom` beside a number of bytes.
+_HEADROOM = re.compile(r"(\d+(?:\.\d+)?)\s*(%|KiB|MiB|GiB|KB|MB|GB|B)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,7 @@ class Card:
 
     def required_bytes(self, device_bytes: int, device_high_bytes: int | None = None) -> int:
         """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
-        return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + margin_without_interval().share))
+        return required_bytes(device_bytes, device_high_bytes)
 
     def verdict(self, device_bytes: int, device_high_bytes: int | None = None) -> str:
         """`fits`, `tight` or `does_not_fit`.
@@ -67,39 +70,71 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
         UnknownNameError: if there is no such GPU in the catalogue.
     """
     if hardware is not None and hardware.nvidia_smi is not None:
-        return emptiest(pasted_cards(hardware.nvidia_smi))
+        card = emptiest(pasted_cards(hardware.nvidia_smi))
+        return replace(card, headroom_bytes=headroom_bytes(hardware.headroom, card.capacity_bytes))
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
     if hardware.capacity_gib is not None:
-        return Card(id=None, name=f"a card of {hardware.capacity_gib:g} GiB", capacity_bytes=round(hardware.capacity_gib * GIB))
+        return _card_of_size(hardware.capacity_gib, hardware.headroom)
     assert hardware.gpu is not None
     size = _SIZE.fullmatch(hardware.gpu.strip())
     if size is not None:
-        return _card_of_size(float(size[1]), size[2].lower(), hardware.gpu)
-    return card_for(find_gpu(hardware.gpu))
+        return _card_of_size(_gib_of(float(size[1]), size[2].lower(), hardware.gpu), hardware.headroom)
+    return card_for(find_gpu(hardware.gpu), hardware.headroom)
 
 
-def _card_of_size(number: float, unit: str, said: str) -> Card:
-    """A card of so many GiB, as CUDA reports them; labels in GB say more than there is."""
+def _gib_of(number: float, unit: str, said: str) -> float:
+    """So many GiB, as CUDA reports them; labels in GB say more than there is."""
     if unit != "gib" or not 0 < number <= MAX_GIB:
         raise RequestError(
             f"hardware.gpu: {said!r} is not accepted; labels in GB say more than CUDA gives: name the card, or give what "
             f"torch.cuda.get_device_properties(0).total_memory says in GiB, such as 23.5GiB (at most {MAX_GIB:,})",
             field="hardware.gpu",
         )
-    return Card(id=None, name=f"a card of {number:g} GiB", capacity_bytes=round(number * GIB))
+    return number
 
 
-def card_for(gpu: Gpu) -> Card:
-    """A card of the catalogue."""
+def _card_of_size(number: float, headroom: int | str | None) -> Card:
+    capacity = round(number * GIB)
+    return Card(id=None, name=f"a card of {number:g} GiB", capacity_bytes=capacity, headroom_bytes=headroom_bytes(headroom, capacity))
+
+
+def card_for(gpu: Gpu, headroom: int | str | None = None) -> Card:
+    """A card of the catalogue with what is to be kept free on it."""
     return Card(
         id=gpu.id,
         name=gpu.name,
         capacity_bytes=gpu.capacity_bytes,
         compute_capability=gpu.compute_capability,
         num_multiprocessors=gpu.num_sms,
+        headroom_bytes=headroom_bytes(headroom, gpu.capacity_bytes),
         vendor=gpu.vendor,
     )
+
+
+def headroom_bytes(asked: int | str | None, capacity_bytes: int) -> int:
+    """What is kept free on purpose [bytes].
+
+    Args:
+        asked: bytes, a size with a unit (`512MiB`, `1 GiB`), or a share of the capacity (`5%`).
+        capacity_bytes: of the card [bytes].
+
+    Raises:
+        RequestError: if it is neither, or more than the card has.
+    """
+    if asked is None:
+        return HEADROOM_BYTES
+    match = _HEADROOM.fullmatch(str(asked).strip())
+    if match is None:
+        raise RequestError(
+            f"hardware.headroom: {asked!r} is not accepted; expected bytes, a size such as 512MiB, or a share such as 5%",
+            field="hardware.headroom",
+        )
+    number, unit = float(match[1]), (match[2] or "B").lower()
+    kept = round(capacity_bytes * number / 100) if unit == "%" else round(number * _UNITS[unit])
+    if kept >= capacity_bytes:
+        raise RequestError(f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes", field="hardware.headroom")
+    return kept
 
 
 def pasted_cards(text: str) -> tuple[Card, ...]:

@@ -44,18 +44,81 @@ def estimate(model: str | None, request: str | None, as_json: bool, options: Jso
 
 
 def plan(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
-    """The largest batch or length that fits the card, or what is missing."""
+    """The largest batch or length that fits the card, or what is missing; without a card, which cards fit."""
+    _plan(_payload(model, request, options), as_json)
+
+
+def which(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
+    """Which cards fit, with the best batch on each and its price."""
+    payload = _payload(model, request, options)
+    hardware = payload.get("hardware")
+    if isinstance(hardware, dict):
+        payload["hardware"] = {name: value for name, value in hardware.items() if name not in ("gpu", "capacity_gib", "nvidia_smi")}
+    _plan(payload, as_json)
+
+
+def _plan(payload: Json, as_json: bool) -> None:
     from app.plan import plan as make_plan
 
-    result = make_plan(_payload(model, request, options))
+    result = make_plan(payload)
     if as_json:
         _print_json(result)
     else:
-        from app.terminal import print_plan
+        from app.terminal import print_plan, print_which
 
-        print_plan(_console(), result)
-    if result["plan"] is None:
+        (print_plan if result["gpus"] is None else print_which)(_console(), result)
+    if result["plan"] is None and not any(row["verdict"] == "fits" for row in result["gpus"] or ()):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def check(
+    model: str | None,
+    request: str | None,
+    as_json: bool,
+    options: Json,
+    strict: Annotated[bool, typer.Option("--strict", help="what is tight counts as not fitting")] = False,
+) -> None:
+    """Whether a run fits its card, for scripts: one line, exit code 0 or 3."""
+    from app.check import check as run_check
+    from app.wording import check_sentence
+
+    result = run_check(_payload(model, request, options))
+    if as_json:
+        _print_json(result)
+    else:
+        print(check_sentence(result))
+    if result["verdict"] == "does_not_fit" or (strict and result["verdict"] != "fits"):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def sweep(
+    model: str | None,
+    request: str | None,
+    as_json: bool,
+    options: Json,
+    batches: Annotated[str | None, typer.Option(help="micro-batches: 1..16, or 1,2,4")] = None,
+    lengths: Annotated[str | None, typer.Option(help="lengths: 512..8192:512, or 1024,2048")] = None,
+    ranks: Annotated[str | None, typer.Option(help="ranks of the adapter: 8,16")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write every point as a table")] = None,
+    svg: Annotated[Path | None, typer.Option(help="write a picture, with the largest batch that fits at each length")] = None,
+) -> None:
+    """Memory over micro-batches, lengths and ranks."""
+    from app.sweep import answer_sweep, csv_of, svg_of
+    from app.sweep import sweep as run_sweep
+
+    axes = {"per_device_train_batch_size": batches, "max_length": lengths, "r": ranks}
+    given = {name: value for name, value in axes.items() if value is not None}
+    found = run_sweep(_payload(model, request, merged(options, {"sweep": given} if given else {})))
+    if csv is not None:
+        _write(csv, csv_of(found).encode())
+    if svg is not None:
+        _write(svg, svg_of(found).encode())
+    if as_json:
+        _print_json(answer_sweep(found))
+    else:
+        from app.terminal import print_sweep
+
+        print_sweep(_console(), answer_sweep(found))
 
 
 def trace(
@@ -93,6 +156,9 @@ def _write(path: Path, content: bytes) -> None:
 
 cli.command("estimate")(with_options(estimate, OPTIONS))
 cli.command("plan")(with_options(plan, PLAN_OPTIONS, OPTIONS))
+cli.command("which")(with_options(which, PLAN_OPTIONS, OPTIONS))
+cli.command("check")(with_options(check, OPTIONS))
+cli.command("sweep")(with_options(sweep, OPTIONS))
 cli.command("trace")(with_options(trace, OPTIONS))
 
 

@@ -62,6 +62,17 @@ ESTIMATE: dict[str, Json] = {
 PLAN: dict[str, Json] = {
     "qlora": {"summary": "The largest micro-batch of a global batch of 16", "value": {**QLORA, "global_batch_size": 16}},
     "length": {"summary": "The longest sequence", "value": {**QLORA, "objective": "longest_sequence"}},
+    "which": {
+        "summary": "Which cards fit, by price",
+        "value": {**QLORA, "global_batch_size": 16, "hardware": {"filter": "24GB..80GB bf16"}, "sort": "price"},
+    },
+}
+CHECK: dict[str, Json] = {"qlora": ESTIMATE["qlora"], "lora": ESTIMATE["lora"]}
+SWEEP: dict[str, Json] = {
+    "qlora": {
+        "summary": "Micro-batch by length",
+        "value": {**QLORA, "sweep": {"per_device_train_batch_size": "1..16", "max_length": "512..8192:512"}},
+    },
 }
 
 TRACE: dict[str, Json] = {"qlora": ESTIMATE["qlora"], "full": ESTIMATE["full"]}

@@ -10,15 +10,16 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from app import examples
+from app import examples, sweep
 from app.answer import Json
 from app.catalogue import inspect_model, list_gpus, list_models
+from app.check import check
 from app.page import router as page
 from app.plan import plan
 from app.prices import current
 from app.problem import MEDIA_TYPE, problem, problem_of
 from app.reading import MAX_BODY_BYTES, read_json
-from app.request import PlanRequest
+from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
@@ -78,7 +79,14 @@ def create_app() -> FastAPI:
     app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented(EstimateRequest, examples.ESTIMATE))(
         _estimate
     )
-    app.post("/v1/plan", summary="What fits a card", openapi_extra=_documented(PlanRequest, examples.PLAN))(_plan)
+    app.post("/v1/check", summary="Whether a run fits a card", openapi_extra=_documented(EstimateRequest, examples.CHECK))(_check)
+    app.post(
+        "/v1/sweep",
+        summary="Memory over micro-batches, lengths and ranks",
+        description="`format`: `json`; `csv`; `svg`, a picture with the largest batch that fits at each length.",
+        openapi_extra=_documented(SweepRequest, examples.SWEEP),
+    )(_sweep)
+    app.post("/v1/plan", summary="What fits a card, or which cards fit", openapi_extra=_documented(PlanRequest, examples.PLAN))(_plan)
     app.post(
         "/v1/trace",
         summary="Every allocation of a training step",
@@ -103,6 +111,23 @@ async def _estimate(request: Request) -> Response:
 
 async def _plan(request: Request) -> Response:
     return await _answered(request, plan)
+
+
+async def _check(request: Request) -> Response:
+    return await _answered(request, check)
+
+
+async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:
+    payload = read_json(await body_of(request))
+    match format:
+        case "json":
+            return Reply(await in_thread(request, lambda: sweep.answer_sweep(sweep.sweep(payload))))
+        case "csv":
+            disposition = {"content-disposition": 'attachment; filename="vramplan-sweep.csv"'}
+            text = await in_thread(request, lambda: sweep.csv_of(sweep.sweep(payload)))
+            return Response(text, media_type="text/csv; charset=utf-8", headers=disposition)
+        case "svg":
+            return Response(await in_thread(request, lambda: sweep.svg_of(sweep.sweep(payload))), media_type="image/svg+xml")
 
 
 async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = "json", alloc_conf: str = "") -> Response:

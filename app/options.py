@@ -103,6 +103,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("hardware.gpu", "str", "rtx4090, a100-80, t4, …; see `vramplan gpus`"),
         _option("hardware.capacity_gib", "float", "capacity in GiB as CUDA reports it"),
         _option("pytorch_cuda_alloc_conf", "str", "PYTORCH_CUDA_ALLOC_CONF of the run", "--alloc-conf"),
+        _option("hardware.headroom", "str", "what is kept free: 512MiB, or 5%"),
         _option("hardware.nvidia_smi", "file", "what nvidia-smi printed, from a file; - for standard input"),
         _option("hardware.num_gpus", "int", "how many of them"),
         _option("hardware.strategy", "str", "single, ddp, zero1, zero2, zero3, fsdp or device_map"),
@@ -115,6 +116,9 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
     "Plan": (
         _option("global_batch_size", "int", "samples per optimizer step; absent = as large as fits"),
         _option("objective", "str", "largest_micro_batch, longest_sequence or most_margin"),
+        _option("hardware.filter", "str", "cards to choose from, instead of one: '24GB..80GB bf16'"),
+        _option("sort", "str", "of the cards: price, margin, batch, length, memory, speed or cost"),
+        _option("epoch_tokens", "int", "tokens of an epoch, for what one costs"),
     ),
 }
 

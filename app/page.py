@@ -74,6 +74,8 @@ def _ask(payload: Any, wants_plan: bool) -> Json:
 
 def _planned(found: Json) -> Json:
     half = found["plan"] or found["shortfall"]
+    if half is None:
+        raise RequestError("hardware: a plan on this page needs a card; give gpu or capacity_gib", field="hardware")
     return {"estimate": half["estimate"], "plan": found["plan"], "shortfall": found["shortfall"]}
 
 

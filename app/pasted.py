@@ -89,6 +89,34 @@ def canonical(payload: Mapping[str, Any]) -> Pasted:
     return pasted
 
 
+def spelling(payload: Mapping[str, Any], path: str) -> str:
+    """The path by which a payload sets a field of the request: its own spelling if it has one, else the field's name."""
+    section, _, name = path.rpartition(".")
+    if not section:
+        kwargs = payload["training"].get("model_init_kwargs") if isinstance(payload.get("training"), Mapping) else None
+        names = [name, *(alias for alias, meant in _TOP_ALIASES.items() if meant == name)]
+        given = [alias for alias in names if payload.get(alias) is not None]
+        hoisted = [alias for alias in names if isinstance(kwargs, Mapping) and kwargs.get(alias) is not None]
+        return given[0] if given else f"training.model_init_kwargs.{hoisted[0]}" if hoisted else name
+    first, _, rest = path.partition(".")
+    if rest == name:
+        if first == "quantization" and payload.get(name) is not None and name in fields.BITS_AND_BYTES_CONFIG:
+            return name
+        aliases = {"training": _TRAINING_ALIASES, "quantization": _QUANTIZATION_ALIASES}.get(first, {})
+        own = spelling(payload, first)
+        values = _section(payload, own)
+        names = [alias for alias, meant in aliases.items() if meant == name and values.get(alias) is not None]
+        return f"{own}.{names[0] if names and values.get(name) is None else name}"
+    return path
+
+
+def _section(payload: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    found: Any = payload
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
 def _renamed(values: dict[str, Any], aliases: Mapping[str, str], prefix: str) -> dict[str, Any]:
     renamed = dict(values)
     for alias, name in aliases.items():

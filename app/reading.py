@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from app import fields
 from app.pasted import canonical
 from app.redaction import redacted
-from app.request import InferenceFields, PeftFields, PlanRequest, QuantizationFields, Request, TrainingFields
+from app.request import InferenceFields, PeftFields, PlanRequest, QuantizationFields, Request, SweepRequest, TrainingFields
 from estimator.errors import FieldError, RequestError
 
 MAX_BODY_BYTES = 1 << 20
@@ -62,12 +62,24 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def read_estimate(payload: Mapping[str, Any]) -> Question[Request]:
     """The question of a payload in the form of the contract's `Request`."""
-    return _read(payload, Request)
+    return _without_filter(_read(payload, Request))
+
+
+def read_sweep(payload: Mapping[str, Any]) -> Question[SweepRequest]:
+    """The question of a payload to `sweep`."""
+    return _without_filter(_read(payload, SweepRequest))
 
 
 def read_plan(payload: Mapping[str, Any]) -> Question[PlanRequest]:
     """The question of a payload to `plan`."""
     return _read(payload, PlanRequest)
+
+
+def _without_filter(question: Question[RequestT]) -> Question[RequestT]:
+    hardware = question.request.hardware
+    if hardware is not None and hardware.filter is not None:
+        raise RequestError("hardware.filter: only a plan looks at several cards; give gpu or capacity_gib", field="hardware.filter")
+    return question
 
 
 def read_quantization(stored: Mapping[str, Any]) -> QuantizationFields:

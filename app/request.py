@@ -190,6 +190,10 @@ class HardwareFields(Border):
 
     gpu: Name | None = None
     capacity_gib: Annotated[float, Field(gt=0, le=MAX_GIB)] | None = None
+    filter: Annotated[str, Field(max_length=200)] | None = None
+    """Which cards a plan looks at, instead of one: `24GB..80GB 1..8 bf16`."""
+    headroom: Annotated[int, Field(ge=0, le=2**50)] | Annotated[str, Field(max_length=32)] | None = None
+    """What is kept free on purpose: bytes, `512MiB`, or `5%` of the card."""
     nvidia_smi: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)] | None = None
     """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -236,3 +240,29 @@ class PlanRequest(Request):
 
     global_batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH * 16)] | None = None
     objective: Literal["largest_micro_batch", "longest_sequence", "most_margin"] = "largest_micro_batch"
+    sort: Literal["price", "margin", "batch", "length", "memory", "speed", "cost"] = "price"
+    """Of the cards, where none is named: `cost` is that of a token."""
+    epoch_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None
+    """Tokens of an epoch, for what one costs."""
+
+
+Axis = (
+    Annotated[int, Field(ge=1)]
+    | Annotated[str, Field(max_length=200)]
+    | Annotated[list[Annotated[int, Field(ge=1)]], Field(max_length=10_000)]
+)
+
+
+class SweepFields(Border):
+    """The axes: numbers, or `first..last:step`."""
+
+    per_device_train_batch_size: Axis | None = None
+    max_length: Axis | None = None
+    r: Axis | None = None
+    """Ranks of the adapter, one grid for each."""
+
+
+class SweepRequest(Request):
+    """A question to `POST /v1/sweep`."""
+
+    sweep: SweepFields = SweepFields()

@@ -211,5 +211,7 @@ def _check_hardware(hardware: HardwareFields | None) -> None:
         return
     if hardware.gpu is not None and hardware.capacity_gib is not None:
         raise RequestError("hardware.capacity_gib: give either gpu or capacity_gib, not both", field="hardware.capacity_gib")
+    if hardware.filter is not None and (hardware.gpu, hardware.capacity_gib, hardware.nvidia_smi) != (None, None, None):
+        raise RequestError("hardware.filter: give either one card or a filter, not both", field="hardware.filter")
     if hardware.nvidia_smi is not None and (hardware.gpu is not None or hardware.capacity_gib is not None):
         raise RequestError("hardware.nvidia_smi: give either a card or what nvidia-smi prints, not both", field="hardware.nvidia_smi")

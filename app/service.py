@@ -23,7 +23,7 @@ from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
 from estimator.inventory import Inventory
-from estimator.recipe import ObjectiveKind, Recipe
+from estimator.recipe import Recipe
 from estimator.sources.resolve import ResolvedModel, resolve
 from estimator.sources.tracing import Subject
 from estimator.static_memory import stored_tensors
@@ -118,9 +118,8 @@ def render(case: Case, estimate: Estimate) -> Json:
 
 
 def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
-    """How wrong the estimate may be, as far as published measurements tell; there are none of objectives beside next tokens."""
-    other = recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT
-    if other or not is_modelled(estimate):
+    """How wrong the estimate may be, as far as published measurements tell."""
+    if not is_modelled(estimate):
         return None
     return interval(
         recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)

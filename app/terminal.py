@@ -52,12 +52,63 @@ def print_plan(console: Console, answer: Json) -> None:
     if not any(change["fits"] for change in shortfall["changes"]):
         console.print("None of these changes is enough:", highlight=False)
     for change in shortfall["changes"]:
-        mark = "[green]fits[/], saves" if change["fits"] else "saves"
+        saves = f"saves {gib(change['saves_bytes'])}" if change["saves_bytes"] > 0 else ""
+        mark = ", ".join((*(["[green]fits[/]"] if change["fits"] else []), *([saves] if saves else [])))
+        console.print(f"  {mark}: {escape(setting_sentence(change['set']))} ({escape(change['costs'])})", highlight=False)
+    for advice in shortfall["advice"]:
+        setting = ", ".join(f"{name}={value}" for name, value in advice["environment"].items())
         console.print(
-            f"  {mark} {gib(change['saves_bytes'])}: {escape(setting_sentence(change['set']))} ({escape(change['costs'])})", highlight=False
+            f"  may save up to {gib(advice['saves_at_most_bytes'])}: {escape(setting)} ({escape(advice['costs'])})", highlight=False
         )
     console.print()
     print_estimate(console, shortfall["estimate"])
+
+
+def print_which(console: Console, answer: Json) -> None:
+    """One line per card, what fits first."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("gpu", "verdict"):
+        table.add_column(name)
+    for name in ("batch × steps", "tokens", "to spare", "~tokens/s", "USD/h", "~USD/M tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("at")
+    for row in answer["gpus"]:
+        verdict, price, offer, speed, cost = (row[key] for key in ("verdict", "usd_per_hour", "offer", "speed", "cost"))
+        number = f"{row['num_gpus']} × " if row["num_gpus"] > 1 else ""
+        table.add_row(
+            escape(number + row["gpu"]),
+            f"[{_COLOURS[verdict]}]{verdict.replace('_', ' ')}[/]",
+            f"{row['per_device_train_batch_size']} × {row['gradient_accumulation_steps']}" if verdict == "fits" else "–",
+            f"{row['max_length']:,}" if verdict == "fits" else "–",
+            gib(row["margin_bytes"]) if verdict != "does_not_fit" else f"−{gib(-row['margin_bytes'])}",
+            "–" if speed is None else f"{speed['tokens_per_second']:,.0f}",
+            "–" if price is None else f"{price[0]:.2f}" if price[0] == price[1] else f"{price[0]:.2f}–{price[1]:.2f}",
+            "–" if cost is None else f"{cost['usd_per_million_tokens']:.2f}",
+            "" if offer is None else escape(f"{offer['provider']} ({offer['date']})"),
+        )
+    console.print(table)
+    console.print(
+        "~ a first estimate, from FLOPs and bandwidth; the lowest price of those known, on their date", style="dim", highlight=False
+    )
+
+
+def print_sweep(console: Console, answer: Json) -> None:
+    """The largest batch that fits at each length, or the largest device bytes where no card is named."""
+    batches = answer["per_device_train_batch_size"]
+    points = len(batches) * len(answer["max_length"]) * len(answer["grids"])
+    console.print(f"{points:,} points at gradient_accumulation_steps {answer['gradient_accumulation_steps']}", style="dim", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("max_length", justify="right")
+    for grid in answer["grids"]:
+        what = f"device bytes at batch {batches[-1]}" if grid["frontier"] is None else "largest batch that fits"
+        table.add_column(what + (f", r = {grid['r']}" if grid["r"] is not None else ""), justify="right")
+    for column, length in enumerate(answer["max_length"]):
+        cells = (
+            gib(grid["device_bytes"][-1][column]) if grid["frontier"] is None else str(grid["frontier"][column] or "none")
+            for grid in answer["grids"]
+        )
+        table.add_row(f"{length:,}", *cells)
+    console.print(table)
 
 
 def print_trace(console: Console, answer: Json) -> None:

@@ -39,8 +39,25 @@ def plan_sentence(plan: Json) -> str:
     return (
         f"per_device_train_batch_size {plan['per_device_train_batch_size']} × "
         f"gradient_accumulation_steps {plan['gradient_accumulation_steps']} at {plan['max_length']:,} tokens "
-        f"(global batch {plan['global_batch_size']}); {gib(plan['margin_bytes'])} to spare."
+        f"(global batch {plan['global_batch_size']}); {gib(plan['margin_bytes'])} to spare{_longer(plan)}."
     )
+
+
+def _longer(plan: Json) -> str:
+    longest = plan["longest_max_length"]
+    return f"; up to {longest:,} tokens fit" if longest is not None and longest > plan["max_length"] else ""
+
+
+def check_sentence(answer: Json) -> str:
+    """A check in one line: verdict, sizes, and the smallest change."""
+    card = answer["gpu"] or "the card"
+    need = f"{gib(answer['required_bytes'])} with its margin, of {gib(answer['usable_bytes'])} usable"
+    text = f"{answer['verdict']}: {card}, peak {gib(answer['device_bytes'])} in {answer['phase']}, {need}"
+    if not answer["missing_bytes"]:
+        return text
+    change = answer["change"]
+    told = f"smallest change: {setting_sentence(change['set'])} ({change['costs']})" if change else "no change found that makes it fit"
+    return f"{text}; {gib(answer['missing_bytes'])} missing; {told}"
 
 
 def shortfall_sentence(shortfall: Json) -> str:

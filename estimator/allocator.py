@@ -26,7 +26,7 @@ class Head(StrEnum):
 # size of the logits are freed and cannot serve requests of another size. Medians over published training runs, after the context is taken
 # off: fms-accel-0125, 0127, 0137, 0139, 0145, 0147, 0214, 0216, 0250, 0252, 0262, 0264, 0274 and 0276 with full logits; with a fused loss
 # 0561 to 0563 and 0569 to 0571.
-_IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
+IDLE_SHARE = {Head.FULL_LOGITS: 0.30, Head.FUSED: 0.12}
 
 
 def segment_bytes(request_bytes: int, large_segment_bytes: int = LARGE_SEGMENT_BYTES) -> int:
@@ -82,7 +82,7 @@ def reserved_bytes(*, peak_bytes: int, steady_bytes: int, head: Head = Head.FULL
         Reserved bytes, a multiple of 2 MiB.
     """
     moving = max(0, peak_bytes - steady_bytes)
-    held = peak_bytes + round(moving * _IDLE_SHARE[head])
+    held = peak_bytes + round(moving * IDLE_SHARE[head])
     return -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from estimator.estimate import Interval
 from estimator.kernels import Kernel
-from estimator.recipe import Recipe
+from estimator.recipe import ObjectiveKind, Recipe
 from estimator.stack import Stack, Version
 
 _RESIDUALS = Path(__file__).with_name("data") / "residuals.json"
 
 COVERAGE = 0.9
+
 
 # Below this many residuals no finite interval covers 90 %: ceil(0.9 · (n + 1)) > n.
 MIN_RESIDUALS = 9
@@ -157,15 +158,10 @@ def interval(
     Returns:
         The interval, or None when the class holds fewer than nine residuals of either kind.
     """
-    name = class_of(recipe, kernels)
-    of = classes if classes is not None else shipped()
-    known = of.get(name or "")
-    if known is None:
+    found = radii(recipe, kernels, coverage=coverage, classes=classes)
+    if found is None:
         return None
-    allocated = _radius(known.allocated, (other.allocated for other in of.values()), coverage)
-    device = _radius(known.device, (other.device for other in of.values()), coverage)
-    if allocated is None or device is None:
-        return None
+    known, allocated, device = found
     other = known.other_versions(recipe.stack)
     caveat = f"; measured with {other}: {carried()}" if other is not None else ""
     low, high = _around(allocated_bytes, allocated)
@@ -176,9 +172,29 @@ def interval(
         allocated_high_bytes=high,
         device_low_bytes=max(low, device_low),
         device_high_bytes=max(high, device_high),
-        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{name}', and no narrower than all "
-        f"classes together: {known.evidence}{caveat}",
+        basis=f"{len(known.allocated)} allocated and {len(known.device)} device residuals of the class '{known.name}', and no narrower "
+        f"than all classes together: {known.evidence}{caveat}",
     )
+
+
+def radii(
+    recipe: Recipe, kernels: Collection[Kernel], *, coverage: float = COVERAGE, classes: Mapping[str, ResidualClass] | None = None
+) -> tuple[ResidualClass, float, float] | None:
+    """The class of a run, and how far its allocated and its device bytes may be off.
+
+    Returns:
+        Class and radii of ln(measured / predicted); None when the class holds fewer than nine residuals of either kind, and for
+        objectives beside next tokens and for several cards, of which nothing was compared yet.
+    """
+    if recipe.training is None or recipe.training.objective.kind is not ObjectiveKind.SFT or recipe.parallel.is_spread:
+        return None
+    of = classes if classes is not None else shipped()
+    known = of.get(class_of(recipe, kernels) or "")
+    if known is None:
+        return None
+    allocated = _radius(known.allocated, (other.allocated for other in of.values()), coverage)
+    device = _radius(known.device, (other.device for other in of.values()), coverage)
+    return None if allocated is None or device is None else (known, allocated, device)
 
 
 def _radius(own: Sequence[float], all_classes: Iterable[Sequence[float]], coverage: float) -> float | None:
@@ -189,6 +205,11 @@ def _radius(own: Sequence[float], all_classes: Iterable[Sequence[float]], covera
     radius = conformal_radius(own, coverage)
     pooled = conformal_radius([residual for residuals in all_classes for residual in residuals], coverage)
     return None if radius is None or pooled is None else max(radius, pooled)
+
+
+def required_bytes(device_bytes: int, device_high_bytes: int | None) -> int:
+    """What must be usable for a verdict of `fits`: the interval's upper end, or the estimate and a margin [bytes]."""
+    return device_high_bytes if device_high_bytes is not None else round(device_bytes * (1 + margin_without_interval().share))
 
 
 def _around(num_bytes: int, radius: float) -> tuple[int, int]:

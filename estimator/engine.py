@@ -28,7 +28,7 @@ from estimator.storage import StoredTensor
 from estimator.tape import Snapshot
 from estimator.units import allocated
 
-_INDEX_BYTES = 8  # token ids, labels and masks are int64
+INDEX_BYTES = 8  # token ids, labels and masks are int64
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
 # Source: transformers, generation/utils.py, generate and _prepare_position_ids_for_generation.
 _NUM_GENERATION_INPUTS = 3
@@ -126,6 +126,16 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
     return _load_only(prepared)
 
 
+def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
+    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime.
+
+    Only for recipes whose step is modelled (`why_not_modelled`).
+    """
+    structure = _without_sizes(recipe)
+    prepared = _prepared(inventory, structure)
+    return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
+
+
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
     """A sentence when only the load can be answered for; None when the step is modelled."""
     if recipe.training is None and recipe.inference is None:
@@ -216,7 +226,13 @@ def _with_returned_logits(answer: Estimate, inventory: Inventory, recipe: Recipe
         device_bytes=held.device_bytes + more,
         without_pressure_bytes=held.without_pressure_bytes + more,
     )
-    return replace(answer, phases=phases, holding=Deferred.of(holding), least_device_bytes=answer.least_device_bytes + more)
+    return replace(
+        answer,
+        phases=phases,
+        holding=Deferred.of(holding),
+        quick_device_bytes=answer.quick_device_bytes + more,
+        least_device_bytes=answer.least_device_bytes + more,
+    )
 
 
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------
@@ -280,7 +296,7 @@ def _loaded(inventory: Inventory, static: StaticMemory, recipe: Recipe) -> dict[
     }
 
 
-def _between(prepared: Prepared, program: Program) -> dict[Item, int]:
+def between_steps(prepared: Prepared, program: Program) -> dict[Item, int]:
     """What stays from one step to the next, inputs left out [bytes]."""
     between = dict(prepared.stored)
     between[Item.WEIGHTS] += program.weights_growth_bytes
@@ -312,6 +328,7 @@ def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
         phases=(load,),
         steady_state_bytes=None,
         holding=_modelled(prepared, reserved_loaded_bytes(load.allocated_bytes)),
+        quick_device_bytes=_holding(prepared, reserved_loaded_bytes(load.allocated_bytes), Basis.MODELLED).device_bytes,
         least_device_bytes=device_bytes(reserved_bytes=load.allocated_bytes, context_bytes=prepared.context_bytes),
         notices=notices,
     )
@@ -337,13 +354,12 @@ def _holding(prepared: Prepared, reserved: int, basis: Basis, unpressed: int | N
 # -- training ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _input_sizes(training: Training) -> list[int]:
+def input_sizes(training: Training, batch: int, length: int) -> list[int]:
     """Elements of a micro-batch's tensors; those of one element per sequence, or less, are left out.
 
     Source: transformers, data/data_collator.py (ids, labels, mask); trl 1.16, trainer/dpo_trainer.py and reward_trainer.py,
     DataCollatorForPreference; grpo_trainer.py, GRPOTrainer._generate_and_score_completions.
     """
-    batch, length = training.shape
     objective = training.objective
     tokens = batch * length * objective.sequences_per_example
     match objective.kind:
@@ -358,6 +374,12 @@ def _input_sizes(training: Training) -> list[int]:
             assert_never(objective.kind)
 
 
+def head_of(training: Training) -> Head:
+    """How the loss is computed, as far as fragmentation goes."""
+    has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
+    return Head.FULL_LOGITS if has_logits else Head.FUSED
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
     """What a replay of a training run takes."""
@@ -367,6 +389,13 @@ class _Held:
     prepared: Prepared
     device: Device
     schedule: Callable[[], Schedule | None]
+
+    def modelled(self, peak_bytes: int, steady_bytes: int) -> Holding:
+        """What the peak suggests."""
+        training = self.recipe.training
+        assert training is not None
+        reserved = reserved_bytes(peak_bytes=peak_bytes, steady_bytes=steady_bytes, head=head_of(training))
+        return _holding(self.prepared, reserved, Basis.MODELLED)
 
     def replayed(self, peak_bytes: int, steady_bytes: int) -> Holding:
         """The run on the allocator; where its allocations are not known one by one, what the peak suggests.
@@ -378,11 +407,9 @@ class _Held:
         training = self.recipe.training
         assert training is not None
         if schedule is None:
-            has_logits = training.loss is Loss.STOCK and not training.objective.kind.is_classification
-            head = Head.FULL_LOGITS if has_logits else Head.FUSED
-            return _holding(prepared, reserved_bytes(peak_bytes=peak_bytes, steady_bytes=steady_bytes, head=head), Basis.MODELLED)
+            return self.modelled(peak_bytes, steady_bytes)
         replay = partial(
-            reservation, self.inventory, self.recipe, schedule, [_INDEX_BYTES * n for n in _input_sizes(training)], self.device.settings
+            reservation, self.inventory, self.recipe, schedule, [INDEX_BYTES * n for n in input_sizes(training)], self.device.settings
         )
         free = replay()
         assert free is not None, "a card without a limit has room"
@@ -405,8 +432,8 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
     assert training is not None
     batch, length = training.shape
     static, share = prepared.static, prepared.share
-    inputs = training.gradient_accumulation_steps * sum(allocated(_INDEX_BYTES * n) for n in _input_sizes(training))
-    between = _between(prepared, program)
+    inputs = training.gradient_accumulation_steps * sum(allocated(INDEX_BYTES * n) for n in input_sizes(training, batch, length))
+    between = between_steps(prepared, program)
     between[Item.ACTIVATIONS] = inputs
     phases = [prepared.load]
     for phase in _STEP_PHASES:
@@ -434,6 +461,7 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
         phases=tuple(phases),
         steady_state_bytes=steady,
         holding=Deferred(lambda: run.replayed(peak, steady)),
+        quick_device_bytes=run.modelled(peak, steady).device_bytes,
         least_device_bytes=device_bytes(
             reserved_bytes=peak, context_bytes=prepared.context_bytes + share.outside_bytes, paged_bytes=share.paged_bytes
         ),
@@ -545,8 +573,8 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     inference = recipe.inference
     assert inference is not None
     program = _first_generation(inventory, recipe, structure)
-    between = _between(prepared, program)
-    between[Item.ACTIVATIONS] = _NUM_GENERATION_INPUTS * allocated(_INDEX_BYTES * inference.batch_size * inference.prompt_length)
+    between = between_steps(prepared, program)
+    between[Item.ACTIVATIONS] = _NUM_GENERATION_INPUTS * allocated(INDEX_BYTES * inference.batch_size * inference.prompt_length)
     instants = _generation_instants(recipe, inventory, lambda regime: _generation_program(inventory, structure, regime))
     phases = (
         prepared.load,
@@ -557,11 +585,13 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
     )
     peak = max(p.allocated_bytes for p in phases)
     steady = sum(between.values())
+    held = _holding(prepared, reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED), Basis.MODELLED)
     return Estimate(
         parameters=prepared.static.parameters,
         phases=phases,
         steady_state_bytes=steady,
-        holding=Deferred(lambda: _holding(prepared, reserved_bytes(peak_bytes=peak, steady_bytes=steady, head=Head.FUSED), Basis.MODELLED)),
+        holding=Deferred.of(held),
+        quick_device_bytes=held.device_bytes,
         least_device_bytes=device_bytes(reserved_bytes=peak, context_bytes=prepared.context_bytes),
         kernels=program.kernels,
         notices=(_COMPILED,) if compiles_decoding(recipe) and Phase.DECODE in instants else (),

@@ -128,6 +128,8 @@ class Estimate:
     """Allocated between steps, after the first one; None when the step is not modelled [bytes]."""
     holding: Deferred[Holding] = field(compare=False)
     """Worked out at the first look: a replay takes longer than the rest."""
+    quick_device_bytes: int
+    """What nvidia-smi shows, with what the allocator caches modelled as a share of what comes and goes: for searches [bytes]."""
     least_device_bytes: int
     """What nvidia-smi shows at least: without anything cached [bytes]."""
     paged_bytes: int = 0

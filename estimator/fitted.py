@@ -135,6 +135,7 @@ def corrected(estimate: Estimate, recipe: Recipe, corrections: Corrections) -> t
                 without_pressure_bytes=holding.without_pressure_bytes + reserved - holding.reserved_bytes,
             )
         ),
+        quick_device_bytes=reserved + context + estimate.paged_bytes,
         least_device_bytes=after + context + estimate.paged_bytes,
     )
     return found, tuple(dict.fromkeys(scale.outside))

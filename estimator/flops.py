@@ -77,11 +77,14 @@ class Product:
     """Storage of a quantized weight, which is unpacked at every run but for weight gradients [bytes]."""
     runs: Mapping[Pass, int]
 
-    def rows(self, tokens: int) -> Fraction:
-        """M."""
-        return Fraction(self.fixed_rows) if self.fixed_rows else tokens * self.rows_per_token
+    def rows(self, tokens: int) -> Fraction | int:
+        """M; a fraction only where there is a share, since fractions are slow."""
+        if self.fixed_rows:
+            return self.fixed_rows
+        share = self.rows_per_token
+        return tokens * share.numerator if share.denominator == 1 else tokens * share
 
-    def flops(self, tokens: int) -> Fraction:
+    def flops(self, tokens: int) -> Fraction | int:
         """Of one run: 2·M·K·N [FLOP]."""
         return _PRODUCT * self.rows(tokens) * self.inner * self.outer
 
@@ -178,11 +181,11 @@ def step_flops(inventory: Inventory, recipe: Recipe) -> StepFlops:
     program = step_program(inventory, recipe)
     rows, length = training.shape
     tokens = rows * length
-    sums = dict.fromkeys(Pass, Fraction(0))
+    sums: dict[Pass, Fraction | int] = dict.fromkeys(Pass, 0)
     for product in program.products:
         for which, number in product.runs.items():
             sums[which] += number * product.flops(tokens)
-    head = Fraction(0)
+    head: Fraction | int = 0
     for product in program.head:
         for which, number in product.runs.items():
             in_head = number * product.flops(head_positions(recipe))

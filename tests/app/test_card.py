@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.card import HEADROOM_BYTES, Card, card_of, pasted_cards
+from app.card import HEADROOM_BYTES, Card, card_of, headroom_bytes, pasted_cards
 from app.request import HardwareFields
 from estimator.correction import margin_without_interval
 from estimator.errors import RequestError, UnknownNameError
@@ -80,3 +80,33 @@ def test_a_size_in_gib_stands_for_a_card() -> None:
 def test_a_label_is_no_size(size: str) -> None:
     with pytest.raises(RequestError, match=r"hardware\.gpu"):
         card_of(HardwareFields(gpu=size))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (None, HEADROOM_BYTES),
+        (0, 0),
+        (10**9, 10**9),
+        ("1000", 1000),
+        ("512MiB", 512 * 2**20),
+        ("1 GiB", 2**30),
+        ("1.5GB", 1_500_000_000),
+        ("5%", 10**9),
+    ],
+)
+def test_headroom_is_bytes_a_size_or_a_share(asked: int | str | None, kept: int) -> None:
+    assert headroom_bytes(asked, 20 * 10**9) == kept
+
+
+@pytest.mark.parametrize("asked", ["", "-1", "lots", "5 %%", "1TB", "100%", "1e9", str(20 * 10**9)])
+def test_headroom_that_is_none_of_these_or_leaves_nothing_is_refused(asked: str) -> None:
+    with pytest.raises(RequestError, match=r"hardware\.headroom"):
+        headroom_bytes(asked, 20 * 10**9)
+
+
+def test_headroom_is_what_the_verdict_keeps_free() -> None:
+    hardware = HardwareFields(gpu="rtx4090", headroom="10%")
+    card = card_of(hardware)
+    assert card is not None
+    assert card.usable_bytes == card.capacity_bytes - round(card.capacity_bytes / 10)

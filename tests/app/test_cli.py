@@ -172,3 +172,22 @@ def test_prices_that_cannot_be_fetched_are_an_error_and_change_nothing(tmp_path:
     assert done.returncode == 1
     assert "vramplan[prices]" in done.stderr
     assert out.read_text() == "before"
+
+
+def test_which_lists_cards_whatever_card_the_request_names() -> None:
+    shown = run("which", "--request", "-", "--filter", "24GB 1", stdin=json.dumps(examples.QLORA))
+    assert shown.returncode == 0, shown.stderr
+    assert "rtx3090" in shown.stdout
+    nowhere = run("which", "--request", "-", "--filter", "..8GB 1", "--json", stdin=json.dumps(examples.QLORA))
+    assert nowhere.returncode == 3
+    assert {row["verdict"] for row in json.loads(nowhere.stdout)["gpus"]} == {"does_not_fit"}
+
+
+def test_a_sweep_writes_table_and_picture(tmp_path: Path) -> None:
+    table, picture = tmp_path / "sweep.csv", tmp_path / "sweep.svg"
+    options = ("--batches", "1..4", "--lengths", "512,1024", "--ranks", "8", "--csv", str(table), "--svg", str(picture))
+    shown = run("sweep", "--request", "-", *options, stdin=json.dumps(examples.QLORA))
+    assert shown.returncode == 0, shown.stderr
+    assert "largest batch that fits" in shown.stdout
+    assert len(table.read_text().splitlines()) == 9
+    assert picture.read_text().startswith("<svg ")

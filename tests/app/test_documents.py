@@ -39,6 +39,8 @@ def answer(command: str) -> Any:
 def shown(command: str, promise: str) -> str:
     """The answer in the words of the promise."""
     found = answer(command)
+    if command.startswith("plan") and "×" in promise:
+        return f"{found['plan']['per_device_train_batch_size']} × {found['plan']['gradient_accumulation_steps']}"
     if command.startswith("plan"):
         return f"{found['plan']['max_length']:,} tokens"
     largest = max(phase["allocated_bytes"] for phase in found["phases"])

@@ -30,12 +30,30 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
 
 def test_every_example_of_the_documentation_runs(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    for path in ("/v1/estimate", "/v1/plan"):
+    for path in ("/v1/estimate", "/v1/plan", "/v1/check", "/v1/sweep"):
         content = paths[path]["post"]["requestBody"]["content"]["application/json"]
         assert content["examples"]
         for example in content["examples"].values():
             response = client.post(path, json=example["value"])
             assert response.status_code == 200, response.text
+
+
+def test_a_sweep_comes_as_a_table_and_as_a_picture(client: TestClient) -> None:
+    asked = {**examples.QLORA, "sweep": {"per_device_train_batch_size": "1..4", "max_length": [512, 1024]}}
+    table = client.post("/v1/sweep?format=csv", json=asked)
+    assert table.headers["content-type"] == "text/csv; charset=utf-8"
+    assert len(table.text.splitlines()) == 9
+    picture = client.post("/v1/sweep?format=svg", json=asked)
+    assert picture.headers["content-type"] == "image/svg+xml"
+    assert picture.text.startswith("<svg ")
+    assert client.post("/v1/sweep?format=pdf", json=asked).status_code == 422
+
+
+def test_a_plan_without_a_card_lists_cards(client: TestClient) -> None:
+    found = client.post("/v1/plan", json={**examples.QLORA, "hardware": None}).json()
+    assert found["plan"] is None
+    assert found["shortfall"] is None
+    assert found["gpus"]
 
 
 def test_the_documented_schema_refers_to_nothing_outside_itself(client: TestClient) -> None:

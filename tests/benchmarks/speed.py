@@ -17,15 +17,22 @@ from typing import Any
 
 import psutil
 
+from app.plan import plan
 from app.reading import read_estimate
-from app.service import prepare
+from app.service import Case, prepare
 from estimator.allocator_settings import parse_settings
+from estimator.device import context_bytes
 from estimator.engine import estimate
+from estimator.gpus import find_gpu
+from estimator.grid import ClosedForms
+from estimator.parallelism.options import Parallel, Strategy
+from estimator.planner import divisors
 from estimator.recipe import Recipe
 from estimator.replay import replay_events
 from estimator.sources import catalogue
 from estimator.sources.process import Inspector
 from estimator.sources.tracing import Subject, Tracer
+from estimator.sweep import sweep
 from estimator.units import MIB
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -64,7 +71,7 @@ print(imported - start, time.perf_counter() - imported)
 def main() -> None:
     """Prints one line per measurement."""
     rows: list[tuple[str, str, str]] = []
-    for measure in (warm_estimate, traces, replayed_events, command_line, web_process, new_inventories, reference):
+    for measure in (warm_estimate, grids, all_cards, traces, replayed_events, command_line, web_process, new_inventories, reference):
         rows += measure()
         while rows:
             name, value, goal = rows.pop(0)
@@ -86,6 +93,62 @@ def warm_estimate() -> list[tuple[str, str, str]]:
         ("warm estimate, median", f"{statistics.median(seconds) * 1e6:.0f} µs", "≤ 100 µs"),
         ("warm estimate, 99th percentile", f"{sorted(seconds)[int(len(seconds) * 0.99)] * 1e6:.0f} µs", ""),
     ]
+
+
+def grids() -> list[tuple[str, str, str]]:
+    """10,000 sizes on arrays, beside one estimate after the other."""
+    case = prepare(read_estimate(REQUEST))
+    evaluator = ClosedForms(inventory=case.inventory, recipe=case.recipe)
+    batches, lengths = range(1, 101), range(64, 64 * 101, 64)
+    whole = partial(sweep, evaluator, batches, lengths, steps=1, context_bytes=context_bytes(case.recipe.num_multiprocessors))
+    whole()
+    arrays = statistics.median(_timed(whole) for _ in range(9))
+    assert case.recipe.training is not None
+    sized = partial(replace, case.recipe.training)
+    recipes = [replace(case.recipe, training=sized(micro_batch_size=b, sequence_length=n)) for b in batches for n in lengths]
+    naive = _timed(lambda: [estimate(case.inventory, recipe) for recipe in recipes])
+    return [
+        ("sweep of 10,000 points", f"{arrays * 1e3:.1f} ms", "≤ 50 ms"),
+        ("reference: 10,000 estimates", f"{naive * 1e3:.0f} ms", f"{naive / arrays:.0f} ×"),
+    ]
+
+
+def all_cards() -> list[tuple[str, str, str]]:
+    """A plan over all cards × 1, 2, 4, 8; every call has another length, so that no cache answers it whole."""
+
+    def question(length: int) -> dict[str, Any]:
+        training = {**REQUEST["training"], "max_length": length, "per_device_train_batch_size": 1}
+        return {**REQUEST, "training": training, "hardware": None, "global_batch_size": 16}
+
+    plan(question(512))
+    seconds = [_timed(lambda length=length: plan(question(length))) for length in range(1024, 2048, 64)]
+    rows = plan(question(1024))["gpus"]
+    naive = _timed(lambda: _one_by_one(prepare(read_estimate(_without(question(1024), "global_batch_size"))), rows))
+    planned = statistics.median(seconds)
+    return [
+        (f"plan over {len(rows)} machines, with speed and price, median", f"{planned * 1e3:.1f} ms", "≤ 20 ms"),
+        ("reference: an estimate for every divisor on each of them", f"{naive * 1e3:.0f} ms", f"{naive / planned:.0f} ×"),
+    ]
+
+
+def _without(request: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if key != name}
+
+
+def _one_by_one(case: Case, rows: list[dict[str, Any]]) -> None:
+    assert case.recipe.training is not None
+    for row in rows:
+        gpu = find_gpu(row["gpu"])
+        for size in divisors(16 // row["num_gpus"]):
+            training = replace(case.recipe.training, micro_batch_size=size, gradient_accumulation_steps=16 // row["num_gpus"] // size)
+            recipe = replace(
+                case.recipe,
+                training=training,
+                compute_capability=gpu.compute_capability,
+                num_multiprocessors=gpu.num_sms,
+                parallel=Parallel(strategy=Strategy.DDP if row["num_gpus"] > 1 else Strategy.SINGLE, num_gpus=row["num_gpus"]),
+            )
+            estimate(case.inventory, recipe)
 
 
 def traces() -> list[tuple[str, str, str]]:

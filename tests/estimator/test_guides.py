@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from estimator.dtypes import DType
@@ -11,7 +12,7 @@ from estimator.engine import estimate
 from estimator.estimate import Estimate
 from estimator.gpus import find_gpu
 from estimator.inventory import Inventory
-from estimator.planner import largest_up_to
+from estimator.planner import largest_place
 from estimator.quantization import packed_bytes, state_bits_per_parameter
 from estimator.recipe import Adapter, Attention, Loss, Quantization, QuantizationKind, Recipe, Trainer, Training
 from estimator.sources.resolve import resolve
@@ -190,8 +191,12 @@ def most_tokens(batch: int, loss: Loss, limit: int) -> int:
     def fits(length: int) -> bool:
         return allocated(LLAMA_8B, recipe(batch, length, loss=loss)) <= limit * GB
 
-    found = largest_up_to(131_072, fits)
-    assert found is not None
+    def excess(places: np.ndarray) -> np.ndarray:
+        return np.array([allocated(LLAMA_8B, recipe(batch, int(place) + 1, loss=loss)) - limit * GB for place in places])
+
+    place = largest_place(np.zeros(131_072, dtype=np.int64), excess, fan=1)
+    assert place is not None
+    found = place + 1
     assert fits(found)
     assert not fits(found + 1)
     return batch * found

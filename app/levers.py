@@ -1,0 +1,218 @@
+"""Single changes to a request that can save memory: the fields to set, and what each costs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from app.answer import Json
+from app.request import Request
+from estimator.dtypes import DType
+from estimator.gpus import Gpu, Vendor, all_gpus
+from estimator.inventory import Inventory
+from estimator.liger import fuses_loss
+from estimator.offers import cheapest
+from estimator.planner import LENGTH_STEP, divisors
+from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Trainer
+from estimator.step import needs_mask
+
+# Compute capability from which bfloat16 is not emulated.
+NATIVE_BFLOAT16 = (8, 0)
+# Ranks that people use.
+_RANKS = (64, 32, 16, 8, 4)
+_LORA = {"r": 16, "target_modules": "all-linear"}
+_ATTENTION_ALONE = ["q_proj", "v_proj"]
+_NUM_CARDS = (2, 4, 8)
+
+
+class Cost(StrEnum):
+    """What a change takes from the user, the smallest first."""
+
+    NONE = "none"  # the same training, as fast
+    PACKAGE = "package"  # the same training, with another package or trainer
+    THROUGHPUT = "throughput"
+    PRECISION = "precision"
+    QUALITY = "quality"  # another training
+    DATA = "data"
+    MONEY = "money"
+
+    @property
+    def rank(self) -> int:
+        """The place in the order of preference."""
+        return list(Cost).index(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lever:
+    """One change."""
+
+    set: Json
+    """Path of a field and its value."""
+    cost: Cost
+    costs: str
+    """The same for people."""
+    family: str
+    """Changes of one kind, of which one is enough; they follow each other from the mildest to the strongest."""
+
+
+def levers(request: Request, recipe: Recipe, inventory: Inventory, payload: Mapping[str, Any], *, global_batch: int) -> list[Lever]:
+    """What could be changed, the smallest cost first. Whether it helps, or is accepted at all, is for an estimate to say.
+
+    Args:
+        payload: the request as it was written, whose fields some changes take away.
+        global_batch: samples per optimizer step of one card, which changes of the micro-batch keep.
+    """
+    found = [
+        *_kernels(request, recipe),
+        *_losses(recipe, inventory),
+        *_batches(recipe, global_batch),
+        *_recomputing(recipe),
+        *_weights(recipe, payload),
+        *_adapters(recipe, inventory),
+        *_lengths(recipe),
+        *_machines(request),
+    ]
+    return sorted(found, key=lambda lever: lever.cost.rank)
+
+
+def _lever(family: str, cost: Cost, costs: str, setting: Json) -> Lever:
+    return Lever(set=setting, cost=cost, costs=costs, family=family)
+
+
+def _kernels(request: Request, recipe: Recipe) -> Iterator[Lever]:
+    training = recipe.training
+    assert training is not None
+    if request.attn_implementation == Attention.EAGER:
+        yield _lever("sdpa", Cost.NONE, "attention weights are not returned", {"attn_implementation": "sdpa"})
+    would_help = (training.flattened and needs_mask(recipe)) or recipe.attention is Attention.EAGER
+    if would_help and recipe.compute_capability >= NATIVE_BFLOAT16:
+        yield _lever("flash_attention_2", Cost.PACKAGE, "needs flash-attn", {"attn_implementation": "flash_attention_2"})
+    if training.padded and recipe.trainer is Trainer.TRL:
+        yield _lever("packing", Cost.NONE, "samples share rows instead of being padded", {"training.packing": True})
+        yield _lever("padding_free", Cost.NONE, "samples lie end to end instead of being padded", {"training.padding_free": True})
+
+
+def _losses(recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:
+    training = recipe.training
+    assert training is not None
+    if training.loss is not Loss.STOCK or training.objective.kind is not ObjectiveKind.SFT:
+        return
+    if fuses_loss(inventory):
+        yield _lever("liger", Cost.PACKAGE, "needs liger-kernel", {"training.use_liger_kernel": True})
+    if recipe.trainer is Trainer.TRANSFORMERS and (recipe.stack.sft_tiles_loss or recipe.stack.sft_chunks_loss_by_default):
+        yield _lever("trl", Cost.PACKAGE, "TRL's SFTTrainer with its fused loss, and its defaults for all else", {"trainer": "trl"})
+
+
+def _batches(recipe: Recipe, global_batch: int) -> Iterator[Lever]:
+    training = recipe.training
+    assert training is not None
+    for size in reversed(divisors(global_batch)):
+        if size < training.micro_batch_size:
+            yield _lever(
+                "micro_batch",
+                Cost.THROUGHPUT,
+                f"{global_batch // size} accumulation steps instead of {training.gradient_accumulation_steps}",
+                {"training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": global_batch // size},
+            )
+
+
+def _recomputing(recipe: Recipe) -> Iterator[Lever]:
+    training, quantization = recipe.training, recipe.quantization
+    assert training is not None
+    if not training.gradient_checkpointing:
+        yield _lever("checkpointing", Cost.THROUGHPUT, "about 30 % slower", {"training.gradient_checkpointing": True})
+    elif quantization is not None and not quantization.kind.is_4bit and not training.use_reentrant:
+        yield _lever(
+            "reentrant",
+            Cost.NONE,
+            "inputs of the layers must require gradients",
+            {"training.gradient_checkpointing_kwargs.use_reentrant": True},
+        )
+
+
+def _weights(recipe: Recipe, payload: Mapping[str, Any]) -> Iterator[Lever]:
+    training, quantization = recipe.training, recipe.quantization
+    assert training is not None
+    half = DType.BFLOAT16 if recipe.compute_capability >= NATIVE_BFLOAT16 else DType.FLOAT16
+    if "8bit" not in training.optimizer and "4bit" not in training.optimizer:
+        yield _lever("optimizer", Cost.PRECISION, "8-bit optimizer states, which may be paged out", {"training.optim": "paged_adamw_8bit"})
+    if recipe.prepare_for_kbit_training:
+        yield _lever("preparation", Cost.PRECISION, "norms and head stay in 16 bits", {"prepare_model_for_kbit_training": False})
+    if not recipe.dtype.is_half and (recipe.adapter is not None or half is DType.BFLOAT16):  # trained float16 weights are refused
+        yield _lever("dtype", Cost.PRECISION, "16-bit weights", {"dtype": half.value})
+    nf4 = {"quantization": _nf4(half), **{name: None for name in ("load_in_4bit", "load_in_8bit") if payload.get(name) is not None}}
+    if recipe.adapter is None:
+        yield _lever("lora", Cost.QUALITY, "trains an adapter, not the model", {"peft": _LORA})
+        yield _lever("qlora", Cost.QUALITY, "trains an adapter on 4-bit base weights, slower steps", {"peft": _LORA, **nf4})
+    elif quantization is None or not quantization.kind.is_4bit:
+        yield _lever("nf4", Cost.PRECISION, "slower steps, 4-bit base weights", nf4)
+    elif not quantization.double_quant:
+        yield _lever("double_quant", Cost.NONE, "the constants are quantized as well", {"quantization.bnb_4bit_use_double_quant": True})
+
+
+def _adapters(recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:
+    adapter = recipe.adapter
+    if adapter is None:
+        return
+    for rank in _RANKS:
+        if rank < adapter.r:
+            yield _lever("rank", Cost.QUALITY, f"rank {rank} instead of {adapter.r}", {"peft.r": rank})
+    has_them = all(any(row.module_pattern.endswith(f".{name}") for row in inventory.parameters) for name in _ATTENTION_ALONE)
+    if has_them and (isinstance(adapter.target_modules, str) or len(adapter.target_modules or ()) > len(_ATTENTION_ALONE)):
+        yield _lever("targets", Cost.QUALITY, "adapters on queries and values alone", {"peft.target_modules": _ATTENTION_ALONE})
+
+
+def _lengths(recipe: Recipe) -> Iterator[Lever]:
+    training = recipe.training
+    assert training is not None
+    half = training.sequence_length // 2 // LENGTH_STEP * LENGTH_STEP
+    if half:
+        yield shorter(half)
+
+
+def shorter(length: int) -> Lever:
+    """Shorter samples."""
+    return _lever("length", Cost.DATA, "longer samples are cut", {"training.max_length": length})
+
+
+def _machines(request: Request) -> Iterator[Lever]:
+    hardware = request.hardware
+    if hardware is None or hardware.num_gpus > 1 or hardware.strategy != "single":
+        return
+    for number in _NUM_CARDS:
+        yield _lever(
+            "num_gpus",
+            Cost.MONEY,
+            f"{number} cards that share weights and states, and as many times the samples per step",
+            {"hardware.num_gpus": number, "hardware.strategy": "fsdp"},
+        )
+
+
+def another_card(gpu: Gpu, payload: Mapping[str, Any]) -> Lever:
+    """The same run on another card."""
+    hardware = payload.get("hardware")
+    given = hardware if isinstance(hardware, Mapping) else {}
+    offer = cheapest(gpu.id)
+    price = f", {offer.usd_per_hour_min:.2f} USD/h at {offer.provider} ({offer.date})" if offer is not None else ""
+    others = {f"hardware.{name}": None for name in ("capacity_gib", "nvidia_smi") if given.get(name) is not None}
+    return Lever(
+        set={"hardware.gpu": gpu.id, **others},
+        cost=Cost.MONEY,
+        family="card",
+        costs=f"a card of {gpu.label_gb:g} GB{price}",
+    )
+
+
+def larger_cards(capacity_bytes: int) -> list[Gpu]:
+    """Cards for bitsandbytes' CUDA path that hold more, the smallest first."""
+    larger = [gpu for gpu in all_gpus() if gpu.capacity_bytes > capacity_bytes and gpu.vendor is Vendor.NVIDIA and not gpu.is_modified]
+    return sorted(larger, key=lambda gpu: (gpu.label_gb, gpu.capacity_bytes))
+
+
+def _nf4(compute_dtype: DType) -> Json:
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute_dtype.value,
+    }

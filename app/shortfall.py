@@ -1,0 +1,257 @@
+"""What is missing, and the smallest changes that make a run fit, each asked for anew as a request of its own."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+from app.answer import Json, device_bytes, is_modelled
+from app.card import Card, card_of
+from app.evaluation import evaluator_of
+from app.levers import Cost, Lever, another_card, larger_cards, levers, shorter
+from app.reading import read_estimate
+from app.resolution import resolve_recipe
+from app.service import Case, render
+from app.settings import applied, joined, spelled
+from estimator.correction import radii
+from estimator.device import context_bytes
+from estimator.errors import VramplanError
+from estimator.estimate import Engine, Estimate
+from estimator.planner import largest, lengths
+from estimator.recipe import Recipe
+from estimator.shortfall import Chosen, minimal_sets, missing_by_phase
+from estimator.units import MIB
+
+# Fields of a plan that are none of an estimate.
+PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A changed request, answered."""
+
+    recipe: Recipe
+    card: Card
+    estimate: Estimate
+
+    @property
+    def device_bytes(self) -> int:
+        """With the allocator's cache modelled: what changes save is told in numbers of one kind [bytes]."""
+        return self.estimate.quick_device_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
+        return missing_bytes(self.recipe, self.card, self.estimate)
+
+
+def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
+    """What a card lacks for a verdict of `fits`; negative when it fits [bytes]."""
+    return required_bytes(recipe, card, estimate) - card.usable_bytes
+
+
+def required_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
+    """What must be usable for a verdict of `fits` [bytes]."""
+    device = device_bytes(estimate) if _may_fit(card, estimate) else max(estimate.quick_device_bytes, estimate.peak.allocated_bytes)
+    known = radii(recipe, estimate.kernels)
+    high = None if known is None else math.ceil(max(device * math.exp(known[2]), estimate.peak.allocated_bytes * math.exp(known[1])))
+    required = card.required_bytes(device, high)
+    return (
+        max(required, estimate.holding.get().without_pressure_bytes) if _may_fit(card, estimate) else max(required, card.usable_bytes + 1)
+    )
+
+
+def _may_fit(card: Card, estimate: Estimate) -> bool:
+    """Whether what is alive at the peak fits, nothing cached: only then the allocator is replayed, which takes longer than all else."""
+    return estimate.least_device_bytes <= card.usable_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A run that does not fit, and what has been asked about it."""
+
+    case: Case
+    """With the recipe that does not fit."""
+    estimate: Estimate
+    payload: Json
+    """The same run as a request of `estimate`."""
+    global_batch: int
+    """Samples per optimizer step of one card."""
+    known: dict[str, Outcome | None] = field(default_factory=dict)
+
+    @property
+    def card(self) -> Card:
+        assert self.case.card is not None
+        return self.case.card
+
+    def outcome(self, setting: Json) -> Outcome | None:
+        """The request with some fields set, read and answered anew; None when it is refused, not modelled or the same run."""
+        key = repr(sorted(setting.items()))
+        if key not in self.known:
+            self.known[key] = self._asked(setting)
+        return self.known[key]
+
+    def _asked(self, setting: Json) -> Outcome | None:
+        try:
+            request = read_estimate(applied(self.payload, setting)).request
+            card = card_of(request.hardware)
+            assert card is not None
+            recipe = resolve_recipe(request, self.case.inventory, card)
+            if recipe == self.case.recipe and card == self.card:
+                return None
+            estimate = self.case.answerer.estimate(recipe)
+        except VramplanError:  # a change that this request, model or library does not allow is not offered
+            return None
+        return Outcome(recipe=recipe, card=card, estimate=estimate) if is_modelled(estimate) else None
+
+    def all_levers(self) -> list[Lever]:
+        """What could be changed, in the request's own spelling, the smallest cost first."""
+        request, recipe = self.case.question.request, self.case.recipe
+        found = levers(request, recipe, self.case.inventory, self.payload, global_batch=self.global_batch)
+        length = self._longest()
+        if length is not None:
+            found = [lever for lever in found if lever.family != "length"] + [shorter(length)]
+        return [replace(lever, set=spelled(self.payload, lever.set)) for lever in found]
+
+    def _longest(self) -> int | None:
+        """The longest sequence that fits with all else as it is."""
+        training = self.case.recipe.training
+        assert training is not None
+        if training.sequence_length <= 1:
+            return None
+        found = largest(
+            evaluator_of(self.case, self.case.recipe, self.estimate),
+            lengths(training.micro_batch_size, training.gradient_accumulation_steps, training.sequence_length - 1),
+            self.card.usable_bytes,
+            context_bytes(self.case.recipe.num_multiprocessors),
+        )
+        return None if found is None else int(found.length[0])
+
+
+def shortfall(shortage: Shortage) -> Json:
+    """The shortfall in the contract's words."""
+    case, estimate = shortage.case, shortage.estimate
+    required = required_bytes(case.recipe, shortage.card, estimate)
+    by_phase = missing_by_phase(case.recipe, estimate, peak_required_bytes=required, usable_bytes=shortage.card.usable_bytes)
+    return {
+        "missing_bytes": required - shortage.card.usable_bytes,
+        "phase": estimate.peak.phase.value,
+        "missing_by_phase": {phase.value: missing for phase, missing in by_phase.items()},
+        "estimate": render(case, estimate),
+        "changes": changes(shortage),
+        "advice": list(_advice(estimate)),
+    }
+
+
+def changes(shortage: Shortage) -> list[Json]:
+    """Single changes, and where none but money is enough, the smallest combinations; what fits first, then by what it costs."""
+    families = _families(shortage.all_levers())
+    best = {name: lever for name, family in families.items() if (lever := _best(shortage, family)) is not None}
+    singles = [_rendered(shortage, [lever]) for lever in [*best.values(), *_cards(shortage)]]
+    found = [change for change in singles if change["saves_bytes"] > 0 or change["fits"]]
+    if not any(change["fits"] and change["cost"] != Cost.MONEY for change in found):
+        strongest = [lever for lever in best.values() if lever.cost is not Cost.MONEY]
+        found += [_rendered(shortage, used) for used in _together(shortage, strongest, families)]
+    return sorted(found, key=lambda change: (not change["fits"], *(_effort(change) if change["fits"] else ()), -change["saves_bytes"]))
+
+
+def _effort(change: Json) -> tuple[int, int]:
+    return len(change["parts"]), Cost(change["cost"]).rank
+
+
+def _rendered(shortage: Shortage, used: list[Lever]) -> Json:
+    setting = joined([lever.set for lever in used])
+    assert setting is not None
+    outcome = shortage.outcome(setting)
+    assert outcome is not None
+    return {
+        "set": setting,
+        "parts": [lever.set for lever in used],
+        "saves_bytes": shortage.estimate.quick_device_bytes - outcome.device_bytes,
+        "fits": outcome.missing_bytes <= 0,
+        "missing_bytes": max(outcome.missing_bytes, 0),
+        "cost": max((lever.cost for lever in used), key=lambda cost: cost.rank).value,
+        "costs": "; ".join(lever.costs for lever in used),
+    }
+
+
+def _families(found: Iterable[Lever]) -> dict[str, list[Lever]]:
+    families: dict[str, list[Lever]] = {}
+    for lever in found:
+        families.setdefault(lever.family, []).append(lever)
+    return families
+
+
+def _best(shortage: Shortage, family: list[Lever]) -> Lever | None:
+    """The mildest change of a family that is enough, else the one that lacks least; None where none is accepted."""
+    answered = [(lever, outcome) for lever in family if (outcome := shortage.outcome(lever.set)) is not None]
+    enough = next((lever for lever, outcome in answered if outcome.missing_bytes <= 0), None)
+    return enough or min(answered, key=lambda pair: pair[1].missing_bytes, default=(None, None))[0]
+
+
+def _cards(shortage: Shortage) -> list[Lever]:
+    """The next card up that is enough."""
+    if shortage.estimate.engine is Engine.TRACE:  # a trace for every card takes too long
+        return []
+    for gpu in larger_cards(shortage.card.capacity_bytes):
+        lever = another_card(gpu, shortage.payload)
+        outcome = shortage.outcome(lever.set)
+        if outcome is not None and outcome.missing_bytes <= 0:
+            return [lever]
+    return []
+
+
+def _together(shortage: Shortage, strongest: list[Lever], families: Mapping[str, list[Lever]]) -> list[list[Lever]]:
+    """Combinations that are enough, of which no part is; each change in the mildest form that does."""
+
+    def missing(chosen: Chosen) -> int | None:
+        return _missing(shortage, [strongest[index] for index in sorted(chosen)])
+
+    quick = shortage.estimate.engine is Engine.ANALYTIC
+    sets = minimal_sets(missing, order=range(len(strongest)), limit=4 if quick else 1, budget=200 if quick else 1)
+    return [_mildest(shortage, [strongest[index] for index in sorted(chosen)], families) for chosen in sets]
+
+
+def _missing(shortage: Shortage, used: list[Lever]) -> int | None:
+    if not used:
+        return missing_bytes(shortage.case.recipe, shortage.card, shortage.estimate)
+    setting = joined([lever.set for lever in used])
+    outcome = shortage.outcome(setting) if setting is not None else None
+    return None if outcome is None else outcome.missing_bytes
+
+
+def _mildest(shortage: Shortage, used: list[Lever], families: Mapping[str, list[Lever]]) -> list[Lever]:
+    """The same changes, each as mild as it may be with the others as they are."""
+    for place, lever in enumerate(used):
+        for milder in families[lever.family]:
+            if milder == lever:
+                break
+            others = [*used[:place], milder, *used[place + 1 :]]
+            enough = _missing(shortage, others)
+            if enough is not None and enough <= 0 and not _has_part_that_fits(shortage, others):
+                used = others
+                break
+    return used
+
+
+def _has_part_that_fits(shortage: Shortage, used: list[Lever]) -> bool:
+    parts = (list(part) for size in range(1, len(used)) for part in combinations(used, size))
+    return any((found := _missing(shortage, part)) is not None and found <= 0 for part in parts)
+
+
+def _advice(estimate: Estimate) -> Iterable[Json]:
+    """What is no field of a request: settings of PyTorch's allocator."""
+    idle = (estimate.reserved_bytes or 0) - estimate.peak.allocated_bytes
+    if idle >= MIB:
+        yield {
+            "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            "saves_at_most_bytes": idle,
+            "costs": "nothing where the driver supports it; how much of the cached blocks' idle memory comes back is not modelled",
+        }
+
+
+def payload_of(payload: Mapping[str, Any], sizes: Mapping[str, Any]) -> Json:
+    """A request of `estimate` for some sizes, from one of `plan`."""
+    kept = {name: value for name, value in payload.items() if name not in PLAN_FIELDS}
+    return applied(kept, spelled(kept, sizes))

@@ -1,0 +1,173 @@
+"""`sweep`: memory over micro-batches, lengths and ranks, as JSON, CSV and picture."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app.answer import SCHEMA_VERSION, Json
+from app.card import Card
+from app.evaluation import evaluator_of
+from app.heatmap import draw
+from app.reading import read_sweep
+from app.request import MAX_BATCH, MAX_LENGTH, MAX_RANK
+from app.service import Case, prepare
+from app.training import check_length
+from estimator.device import context_bytes
+from estimator.errors import RequestError
+from estimator.recipe import Recipe
+from estimator.sweep import Sweep
+from estimator.sweep import sweep as swept
+
+MAX_POINTS = 100_000
+# One estimate after the other, where there are no closed forms.
+MAX_SLOW_POINTS = 2_000
+_DEFAULT_BATCHES = "1..16"
+_DEFAULT_LENGTHS = "512..8192:512"
+_RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})(?::(\d{1,9}))?")
+_COLUMNS = ("r", "per_device_train_batch_size", "max_length", "allocated_bytes", "device_bytes", "required_bytes", "verdict")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """A sweep and the case it belongs to."""
+
+    case: Case
+    grids: tuple[tuple[int | None, Sweep], ...]
+    """A rank and the grid for it; None where there is no adapter."""
+
+    @property
+    def card(self) -> Card | None:
+        return self.case.card
+
+
+def sweep(payload: Mapping[str, Any]) -> Swept:
+    """Every point of the grid that the request asks for.
+
+    Raises:
+        VramplanError: if the request or the model cannot be answered for.
+    """
+    question = read_sweep(payload)
+    request = question.request
+    if request.training is None:
+        raise RequestError("training: is required for a sweep", field="training")
+    fields = request.sweep
+    batches = axis("sweep.per_device_train_batch_size", fields.per_device_train_batch_size or _DEFAULT_BATCHES, MAX_BATCH)
+    lengths = axis("sweep.max_length", fields.max_length or request.training.max_length or _DEFAULT_LENGTHS, MAX_LENGTH)
+    training = request.training.model_copy(update={"max_length": lengths[0]})
+    case = prepare(replace(question, request=request.model_copy(update={"training": training})))
+    if fields.max_length is None and request.training.max_length is None:
+        limit = case.inventory.num_positions
+        lengths = [length for length in lengths if length <= (limit or MAX_LENGTH)] or lengths[:1]
+    check_length("sweep.max_length", lengths[-1], case.inventory)
+    recipes = _ranked(case, axis("sweep.r", fields.r, MAX_RANK) if fields.r is not None else None)
+    if len(batches) * len(lengths) * len(recipes) > MAX_POINTS:
+        raise RequestError(f"sweep: at most {MAX_POINTS:,} points are accepted", field="sweep")
+    return Swept(case=case, grids=tuple((rank, _grid(case, recipe, batches, lengths)) for rank, recipe in recipes))
+
+
+def _ranked(case: Case, ranks: list[int] | None) -> list[tuple[int | None, Recipe]]:
+    adapter = case.recipe.adapter
+    if ranks is None:
+        return [(None if adapter is None else adapter.r, case.recipe)]
+    if adapter is None:
+        raise RequestError("sweep.r: there is no adapter in the request; give peft", field="sweep.r")
+    return [(rank, replace(case.recipe, adapter=replace(adapter, r=rank))) for rank in ranks]
+
+
+def _grid(case: Case, recipe: Recipe, batches: list[int], lengths: list[int]) -> Sweep:
+    evaluator = evaluator_of(case, recipe, case.answerer.estimate(recipe))
+    if not evaluator.is_quick and len(batches) * len(lengths) > MAX_SLOW_POINTS:
+        raise RequestError(f"sweep: at most {MAX_SLOW_POINTS:,} points are accepted of a model without closed forms", field="sweep")
+    assert recipe.training is not None
+    found = swept(
+        evaluator,
+        batches,
+        lengths,
+        steps=recipe.training.gradient_accumulation_steps,
+        context_bytes=context_bytes(recipe.num_multiprocessors),
+    )
+    if not found.is_in_range:
+        raise RequestError("sweep: some points take more than 2^59 bytes; accepted are smaller batches and lengths", field="sweep")
+    return found
+
+
+def axis(field: str, asked: int | str | list[int], limit: int) -> list[int]:
+    """The values of an axis: numbers in ascending order, or `first..last` with `:step` where it is not 1.
+
+    Raises:
+        RequestError: if it is anything else, empty, or out of bounds.
+    """
+    if isinstance(asked, int):
+        values = [asked]
+    elif isinstance(asked, list):
+        values = sorted(set(asked))
+    elif (match := _RANGE.fullmatch(asked.strip())) is not None and int(match[3] or 1) > 0:
+        first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
+        if (last - first) // step >= MAX_POINTS:
+            raise RequestError(f"sweep: at most {MAX_POINTS:,} points are accepted", field=field)
+        values = list(range(first, last + 1, step))
+    elif re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", asked):
+        values = sorted({int(part) for part in asked.split(",")})
+    else:
+        raise RequestError(
+            f"{field}: {asked[:80]!r} is not accepted; expected numbers, or first..last:step such as 512..8192:512", field=field
+        )
+    if not values or values[0] < 1 or values[-1] > limit:
+        raise RequestError(f"{field}: expected numbers from 1 to {limit:,}, at least one", field=field)
+    return values
+
+
+def answer_sweep(found: Swept) -> Json:
+    """The grids in the contract's words."""
+    card = found.card
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": found.case.model_json(),
+        "gpu": None if card is None else card.id,
+        "usable_bytes": None if card is None else card.usable_bytes,
+        "gradient_accumulation_steps": _steps(found),
+        "per_device_train_batch_size": list(found.grids[0][1].batches),
+        "max_length": list(found.grids[0][1].lengths),
+        "grids": [
+            {
+                "r": rank,
+                "allocated_bytes": grid.allocated_bytes.tolist(),
+                "device_bytes": grid.device_bytes.tolist(),
+                "required_bytes": grid.required_bytes.tolist(),
+                "verdicts": None if card is None else grid.verdicts(card.usable_bytes),
+                "frontier": None if card is None else grid.frontier(card.usable_bytes),
+            }
+            for rank, grid in found.grids
+        ],
+    }
+
+
+def _steps(found: Swept) -> int:
+    assert found.case.recipe.training is not None
+    return found.case.recipe.training.gradient_accumulation_steps
+
+
+def csv_of(found: Swept) -> str:
+    """One line for each point, every cell quoted."""
+    out = io.StringIO()
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for rank, grid in found.grids:
+        verdicts = None if found.card is None else grid.verdicts(found.card.usable_bytes)
+        rows = zip(grid.allocated_bytes.tolist(), grid.device_bytes.tolist(), grid.required_bytes.tolist(), strict=True)
+        for row, (batch, sizes) in enumerate(zip(grid.batches, rows, strict=True)):
+            for column, length in enumerate(grid.lengths):
+                verdict = "" if verdicts is None else verdicts[row][column]
+                writer.writerow(("" if rank is None else rank, batch, length, *(size[column] for size in sizes), verdict))
+    return out.getvalue()
+
+
+def svg_of(found: Swept) -> str:
+    """Device bytes as colours, one field for each rank, with the border of what fits."""
+    name = found.case.model.id or found.case.inventory.model_type
+    card = "" if found.card is None else f" on {found.card.name}"
+    usable = None if found.card is None else found.card.usable_bytes
+    return draw(f"{name}{card}", found.grids, usable)

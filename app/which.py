@@ -1,0 +1,163 @@
+"""Which cards a run fits: every card of the catalogue, with the best plan on each and its price."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from app.answer import SCHEMA_VERSION, Json
+from app.card import card_for
+from app.evaluation import evaluator_of
+from app.prices import current
+from app.request import PlanRequest
+from app.resolution import resolve_recipe
+from app.service import Case
+from estimator.choice import NEWER_KERNELS, Choice, Machine, choices
+from estimator.errors import RequestError
+from estimator.gpu_filter import GpuFilter
+from estimator.gpus import Gpu, Vendor, all_gpus
+from estimator.grid import Evaluator
+from estimator.inventory import Inventory
+from estimator.offers import Offer, cheapest
+from estimator.parallelism.options import Parallel, Strategy
+from estimator.planner import Goal
+from estimator.recipe import Recipe
+from estimator.throughput import StepWork, step_work, time_of
+
+_LAST = float("inf")
+# What "sort" may say: the smallest of it comes first.
+SORTS: dict[str, Callable[[Json], float]] = {
+    "price": lambda row: row["usd_per_hour"][0] if row["usd_per_hour"] else _LAST,
+    "margin": lambda row: -row["margin_bytes"],
+    "batch": lambda row: -row["per_device_train_batch_size"] * row["num_gpus"],
+    "length": lambda row: -row["max_length"],
+    "memory": lambda row: row["capacity_bytes"],
+    "speed": lambda row: -row["speed"]["tokens_per_second"] if row["speed"] else _LAST,
+    "cost": lambda row: _LAST if row["cost"] is None else row["cost"]["usd_per_million_tokens"],
+}
+
+
+def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
+    """Every card that passes the filter, with the best size on it: what fits first, then as asked.
+
+    Raises:
+        RequestError: if the filter cannot be read, or the step is not modelled.
+    """
+    hardware = request.hardware
+    wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter", book=current())
+    headroom = hardware.headroom if hardware is not None else None
+    strategy = Strategy.DDP if hardware is None or hardware.strategy == "single" else Strategy(hardware.strategy)
+    machines = [
+        Machine(gpu=gpu, num_gpus=number, usable_bytes=card_for(gpu, headroom).usable_bytes)
+        for gpu in _cards(wanted)
+        for number in wanted.counts()
+        if wanted.accepts(gpu, number) and not (request.global_batch_size or 0) % number
+    ]
+    recipes: dict[tuple[object, ...], Recipe] = {}
+
+    def answered(machine: Machine) -> tuple[Evaluator, Goal]:
+        recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
+        spread = strategy if machine.num_gpus > 1 else Strategy.SINGLE
+        recipe = replace(recipe, parallel=replace(recipe.parallel, strategy=spread, num_gpus=machine.num_gpus))
+        recipes[machine.kind] = recipe
+        return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
+
+    works = _Works(inventory=case.inventory, recipes=recipes)
+    rows = [
+        _row(choice, strategy, offer) | _speed(choice, works, offer, request.epoch_tokens)
+        for choice in choices(machines, answered)
+        for offer in (cheapest_of(choice, wanted),)
+    ]
+    rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
+    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
+
+
+def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
+    """Cards of CUDA, whose memory is modelled; modified ones only where they are named."""
+    for gpu in all_gpus():
+        if gpu.vendor is Vendor.NVIDIA and (not gpu.is_modified or gpu.id in wanted.gpus):
+            yield gpu
+
+
+def _row(choice: Choice, strategy: Strategy, offer: Offer | None) -> Json:
+    gpu, number = choice.machine.gpu, choice.machine.num_gpus
+    return {
+        "gpu": gpu.id,
+        "name": gpu.name,
+        "num_gpus": number,
+        "strategy": strategy.value if number > 1 else Strategy.SINGLE.value,
+        "verdict": choice.verdict,
+        "per_device_train_batch_size": choice.micro_batch_size,
+        "gradient_accumulation_steps": choice.gradient_accumulation_steps,
+        "max_length": choice.sequence_length,
+        "global_batch_size": choice.micro_batch_size * choice.gradient_accumulation_steps * number,
+        "capacity_bytes": gpu.capacity_bytes,
+        "device_bytes": choice.device_bytes,
+        "margin_bytes": choice.machine.usable_bytes - choice.device_bytes,
+        "missing_bytes": max(0, choice.required_bytes - choice.machine.usable_bytes),
+        **_price(offer),
+    }
+
+
+def cheapest_of(choice: Choice, wanted: GpuFilter) -> Offer | None:
+    """The lowest known price of a machine, free notebooks left out."""
+    return cheapest(choice.machine.gpu.id, choice.machine.num_gpus, providers=wanted.providers, book=wanted.book)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Works:
+    """The work of each plan that was met: the same on all cards of a kind."""
+
+    inventory: Inventory
+    recipes: dict[tuple[object, ...], Recipe]
+    """By kind of machine."""
+    known: dict[tuple[object, ...], StepWork] = field(default_factory=dict)
+
+    def of(self, choice: Choice) -> StepWork:
+        """The work of one card.
+
+        Raises:
+            RequestError: if nothing is known of the model's.
+        """
+        sizes, steps = (choice.micro_batch_size, choice.sequence_length), choice.gradient_accumulation_steps
+        recipe = self.recipes[choice.machine.kind]
+        key = recipe.compute_capability >= NEWER_KERNELS, *sizes
+        if key not in self.known:
+            assert recipe.training is not None
+            batch, length = sizes
+            training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=1)
+            self.known[key] = step_work(self.inventory, replace(recipe, training=training, parallel=Parallel()))
+        work = self.known[key]  # of one micro-batch: all are alike
+        return replace(work, accumulation=steps, tokens=work.tokens * steps)
+
+
+def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int | None) -> Json:
+    """A first estimate of how fast the plan runs, and what it costs; null where it does not fit or nothing is known."""
+    nothing: Json = {"speed": None, "cost": None}
+    if not choice.fits:
+        return nothing
+    try:
+        step = time_of(works.of(choice), choice.machine.gpu, choice.machine.num_gpus)
+    except RequestError:  # the card's or the model's speed is not known
+        return nothing
+    fastest, slowest = step.tokens / step.seconds_low, step.tokens / step.seconds_high
+    speed = {
+        "tokens_per_second": step.tokens_per_second,
+        "tokens_per_second_low": slowest,
+        "tokens_per_second_high": fastest,
+        "basis": step.basis,
+    }
+    if offer is None:
+        return {"speed": speed, "cost": None}
+    price = offer.usd_per_hour_min
+    cost = {"usd_per_million_tokens": step.usd_per_million_tokens(price)}
+    if epoch_tokens is not None:
+        cost |= {"epoch_hours": step.epoch_hours(epoch_tokens), "usd_per_epoch": step.usd_per_epoch(epoch_tokens, price)}
+    return {"speed": speed, "cost": cost}
+
+
+def _price(offer: Offer | None) -> Json:
+    if offer is None:
+        return {"usd_per_hour": None, "offer": None}
+    return {
+        "usd_per_hour": [offer.usd_per_hour_min, offer.usd_per_hour_max],
+        "offer": {"provider": offer.provider, "date": offer.date, "source": offer.source},
+    }

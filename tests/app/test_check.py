@@ -1,0 +1,72 @@
+"""Checks: one verdict for scripts, and the smallest change that makes a run fit."""
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from app import examples
+from app.check import check
+from app.cli import cli
+from app.service import answer
+from app.settings import applied
+from estimator.errors import RequestError
+
+SMALL = {**examples.QLORA, "hardware": {"gpu": "a100-80"}}
+
+
+@pytest.mark.parametrize("gpu", ["rtx4060", "rtx4090", "a6000", "a100-80"])
+def test_a_check_says_what_the_estimate_says(gpu: str) -> None:
+    request = {**examples.QLORA, "hardware": {"gpu": gpu}}
+    found, full = check(request), answer(request)
+    assert found["verdict"] == full["fit"]["verdict"]
+    assert found["device_bytes"] == full["peak"]["device_bytes"]
+    assert found["device_bytes"] + full["fit"]["free_bytes"] == found["usable_bytes"]
+    assert found["missing_bytes"] == max(0, found["required_bytes"] - found["usable_bytes"])
+    assert (found["missing_bytes"] == 0) == (found["verdict"] == "fits")
+    assert found["warnings"] == [warning["code"] for warning in full["warnings"]]
+
+
+@pytest.mark.parametrize("gpu", ["rtx4060", "rtx4090", "t4"])
+def test_the_change_of_a_check_makes_the_run_fit(gpu: str) -> None:
+    request = {**examples.QLORA, "hardware": {"gpu": gpu}}
+    change = check(request)["change"]
+    assert answer(applied(request, change["set"]))["fit"]["verdict"] == "fits"
+
+
+def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
+    training = {**examples.QLORA["training"], "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    change = check({**examples.QLORA, "hardware": {"gpu": "rtx4090"}, "trainer": "trl", "training": training})["change"]
+    assert change["set"] == {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "code"),
+    [
+        pytest.param(SMALL, [], 0, id="fits"),
+        pytest.param(examples.QLORA, [], 3, id="does not fit"),
+        pytest.param(examples.INFERENCE, ["--gpu", "rtx3090"], 0, id="inference"),
+        pytest.param({**examples.QLORA, "hardware": None}, [], 1, id="no card"),
+    ],
+)
+def test_the_exit_code_is_the_verdict(request_: dict[str, Any], options: list[str], code: int) -> None:
+    result = CliRunner().invoke(cli, ["check", "--request", "-", *options], input=json.dumps(request_))
+    assert result.exit_code == code or isinstance(result.exception, RequestError), result.output
+    if code != 1:
+        assert len(result.output.strip().splitlines()) == 1
+
+
+def test_strict_counts_what_is_tight_as_not_fitting() -> None:
+    found = check(SMALL)
+    tight = {**SMALL, "hardware": {"capacity_gib": (found["device_bytes"] + 2**29) / 2**30}}
+    assert check(tight)["verdict"] == "tight"
+    for options, code in (([], 0), (["--strict"], 3)):
+        assert CliRunner().invoke(cli, ["check", "--request", "-", *options], input=json.dumps(tight)).exit_code == code
+
+
+def test_a_check_needs_a_card_and_a_run() -> None:
+    with pytest.raises(RequestError, match="needs a card"):
+        check({**examples.QLORA, "hardware": None})
+    with pytest.raises(RequestError, match="training or inference"):
+        check({"model": "meta-llama/Llama-3.1-8B", "hardware": {"gpu": "t4"}})

@@ -1,0 +1,104 @@
+"""Which cards fit: the answer to a plan without a card, against plans for each card alone."""
+
+from typing import Any
+
+import pytest
+
+from app import examples
+from app.plan import plan
+from estimator.errors import RequestError
+from estimator.gpus import Vendor, all_gpus
+from estimator.offers import cheapest
+
+REQUEST = {**examples.QLORA, "global_batch_size": 16}
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size", "margin_bytes")
+
+
+def rows(**changes: Any) -> list[dict[str, Any]]:
+    result = plan({**REQUEST, "hardware": None, **changes})
+    assert result["plan"] is None
+    assert result["shortfall"] is None
+    return list(result["gpus"])
+
+
+@pytest.mark.parametrize("objective", ["largest_micro_batch", "longest_sequence", "most_margin"])
+def test_every_card_has_the_plan_that_it_gets_when_it_is_named(objective: str) -> None:
+    found = rows(objective=objective, hardware={"filter": "1"})
+    assert {row["gpu"] for row in found} == {g.id for g in all_gpus() if g.vendor is Vendor.NVIDIA and not g.is_modified}
+    for row in found[::5]:
+        alone = plan({**REQUEST, "objective": objective, "hardware": {"gpu": row["gpu"]}})
+        assert (row["verdict"] == "fits") == (alone["plan"] is not None)
+        if alone["plan"] is not None:
+            assert {name: row[name] for name in SIZES} == {name: alone["plan"][name] for name in SIZES}
+            assert row["missing_bytes"] == 0
+        else:
+            assert row["missing_bytes"] == alone["shortfall"]["missing_bytes"]
+            assert row["verdict"] == alone["shortfall"]["estimate"]["fit"]["verdict"]
+
+
+def test_cards_come_in_numbers_and_keep_the_global_batch_together() -> None:
+    found = rows()
+    assert {row["num_gpus"] for row in found} == {1, 2, 4, 8}
+    for row in found:
+        assert row["per_device_train_batch_size"] * row["gradient_accumulation_steps"] * row["num_gpus"] == 16
+        assert row["strategy"] == ("single" if row["num_gpus"] == 1 else "ddp")
+
+
+def test_a_global_batch_that_cards_cannot_share_leaves_those_numbers_out() -> None:
+    assert {row["num_gpus"] for row in rows(global_batch_size=6)} == {1, 2}
+
+
+def test_what_fits_comes_first_then_as_asked() -> None:
+    order = {"fits": 0, "tight": 1, "does_not_fit": 2}
+    for sort, key in (("margin", lambda row: -row["margin_bytes"]), ("memory", lambda row: row["capacity_bytes"])):
+        found = rows(sort=sort)
+        assert [(order[row["verdict"]], key(row)) for row in found] == sorted((order[row["verdict"]], key(row)) for row in found)
+    priced = [row["usd_per_hour"][0] for row in rows() if row["verdict"] == "fits" and row["usd_per_hour"]]
+    assert priced == sorted(priced)
+    costs = [row["cost"]["usd_per_million_tokens"] for row in rows(sort="cost") if row["cost"]]
+    assert costs == sorted(costs)
+
+
+def test_a_filter_and_a_headroom_hold() -> None:
+    for row in rows(hardware={"filter": "24GB..48GB 1..2 bf16", "headroom": "2GiB"}):
+        gpu = next(gpu for gpu in all_gpus() if gpu.id == row["gpu"])
+        assert 24 <= gpu.label_gb <= 48
+        assert gpu.bf16
+        assert row["num_gpus"] in (1, 2)
+        assert row["margin_bytes"] == gpu.capacity_bytes - 2 * 2**30 - row["device_bytes"]
+
+
+def test_prices_and_costs_are_those_of_the_cheapest_offer() -> None:
+    for row in rows(epoch_tokens=10**7):
+        offer = cheapest(row["gpu"], row["num_gpus"])
+        assert (row["usd_per_hour"] is None) == (offer is None)
+        if offer is None:
+            assert row["cost"] is None
+            continue
+        assert row["usd_per_hour"] == [offer.usd_per_hour_min, offer.usd_per_hour_max]
+        if row["cost"] is not None:
+            hours = 1e6 / row["speed"]["tokens_per_second"] / 3600
+            assert row["cost"]["usd_per_million_tokens"] == pytest.approx(hours * offer.usd_per_hour_min)
+            assert row["cost"]["usd_per_epoch"] == pytest.approx(10 * row["cost"]["usd_per_million_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("hardware", "field"),
+    [
+        ({"filter": "24XB"}, "hardware.filter"),
+        ({"filter": "24GB", "gpu": "t4"}, "hardware.filter"),
+        ({"headroom": "lots"}, "hardware.headroom"),
+        ({"gpu": "t4", "headroom": "100%"}, "hardware.headroom"),
+    ],
+)
+def test_what_cannot_be_chosen_from_is_refused(hardware: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        plan({**REQUEST, "hardware": hardware})
+    assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_only_a_plan_takes_a_filter() -> None:
+    from app.service import answer
+
+    with pytest.raises(RequestError, match="only a plan"):
+        answer({**examples.QLORA, "hardware": {"filter": "24GB"}})
