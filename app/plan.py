@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from app.answer import SCHEMA_VERSION, Json
+from app.answer import SCHEMA_VERSION, Json, device_bytes
 from app.evaluation import evaluator_of
 from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
 from app.service import Case, prepare, render
-from app.shortfall import Shortage, missing_bytes, payload_of, shortfall
+from app.shortfall import Outcome, Shortage, payload_of, shortfall
 from app.which import which
 from estimator.correction import margin_without_interval
 from estimator.device import context_bytes
@@ -104,7 +104,7 @@ class _Search:
         """Whether one size fits, by its own estimate."""
         assert self.case.card is not None
         recipe = self.recipe(sizes)
-        return missing_bytes(recipe, self.case.card, self.case.answerer.estimate(recipe)) <= 0
+        return Outcome(recipe=recipe, card=self.case.card, estimate=self.case.answerer.estimate(recipe)).missing_bytes <= 0
 
     @property
     def context_bytes(self) -> int:
@@ -142,24 +142,25 @@ class _Search:
         changed = [{"code": "global_batch_changed", "message": text} for text in _global_batch_changed(self.request, training)]
         rendered["warnings"] = changed + rendered["warnings"]
         return {
-            **self.described(evaluator, found)[0],
+            **self.described(found)[0],
             "longest_max_length": self.longest(evaluator, training),
             "policy": self.policy(rendered["peak"]["interval"]),
             "estimate": rendered,
-            "alternatives": self.alternatives(evaluator, training),
+            "alternatives": self.alternatives(training),
         }
 
-    def described(self, evaluator: Evaluator, sizes: Sizes) -> list[Json]:
+    def described(self, sizes: Sizes) -> list[Json]:
         """Sizes with what each leaves free on the card."""
-        assert self.case.card is not None
-        device = evaluator.memory(sizes).device_bytes(self.context_bytes)
+        card = self.case.card
+        assert card is not None
+        estimates = [self.case.answerer.estimate(self.recipe(sizes.at([n]))) for n in range(len(sizes))]
         return [
             {
                 "per_device_train_batch_size": int(sizes.batch[n]),
                 "gradient_accumulation_steps": int(sizes.steps[n]),
                 "max_length": int(sizes.length[n]),
                 "global_batch_size": int(sizes.batch[n] * sizes.steps[n]) * self.goal.num_gpus,
-                "margin_bytes": self.case.card.usable_bytes - int(device[n]),
+                "margin_bytes": card.usable_bytes - device_bytes(estimates[n]),
             }
             for n in range(len(sizes))
         ]
@@ -173,7 +174,9 @@ class _Search:
             return None
         candidates = lengths(training.micro_batch_size, training.gradient_accumulation_steps, self.goal.length_limit)
         found = largest(evaluator, candidates, self.case.card.usable_bytes, self.context_bytes)
-        return training.sequence_length if found is None else max(training.sequence_length, int(found.length[0]))
+        start = -1 if found is None else _place(candidates, found)
+        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
+        return training.sequence_length if place is None else max(training.sequence_length, int(candidates.length[place]))
 
     def policy(self, interval: Json | None) -> Json:
         """What "fits" asks for."""
@@ -184,14 +187,14 @@ class _Search:
             "margin": margin if interval is None else f"the upper end of the interval of {100 * interval['coverage']:.0f} %",
         }
 
-    def alternatives(self, evaluator: Evaluator, training: Training) -> list[Json]:
+    def alternatives(self, training: Training) -> list[Json]:
         """Smaller micro-batches for the same global batch, with the margin each leaves."""
         total = training.micro_batch_size * training.gradient_accumulation_steps
         smaller = [size for size in divisors(total) if size < training.micro_batch_size][-NUM_ALTERNATIVES:]
         if not smaller:
             return []
         sizes = Sizes.of(smaller[::-1], training.sequence_length, [total // size for size in reversed(smaller)])
-        return self.described(evaluator, sizes)
+        return self.described(sizes)
 
 
 def _place(candidates: Sizes, found: Sizes) -> int:

@@ -1,6 +1,5 @@
 """What is missing, and the smallest changes that make a run fit, each asked for anew as a request of its own."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -12,9 +11,8 @@ from app.evaluation import evaluator_of
 from app.levers import Cost, Lever, another_card, larger_cards, levers, shorter
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
-from app.service import Case, render
+from app.service import Case, interval_of, render
 from app.settings import applied, joined, spelled
-from estimator.correction import radii
 from estimator.device import context_bytes
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate
@@ -36,14 +34,17 @@ class Outcome:
     estimate: Estimate
 
     @property
-    def device_bytes(self) -> int:
-        """With the allocator's cache modelled: what changes save is told in numbers of one kind [bytes]."""
-        return self.estimate.quick_device_bytes
+    def may_fit(self) -> bool:
+        """Whether what is alive at the peak fits, nothing cached: only then a search replays the allocator, which takes the longest."""
+        return self.estimate.least_device_bytes <= self.card.usable_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """What the card lacks for a verdict of `fits`; negative when it fits [bytes]."""
-        return missing_bytes(self.recipe, self.card, self.estimate)
+        """What the card lacks for a verdict of `fits`, for searches: with the allocator's cache modelled where the run surely does not fit;
+        negative when it fits [bytes]."""
+        if self.may_fit:
+            return missing_bytes(self.recipe, self.card, self.estimate)
+        return max(1, self.card.required_bytes(self.estimate.quick_device_bytes) - self.card.usable_bytes)
 
 
 def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
@@ -53,18 +54,9 @@ def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
 
 def required_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
     """What must be usable for a verdict of `fits` [bytes]."""
-    device = device_bytes(estimate) if _may_fit(card, estimate) else max(estimate.quick_device_bytes, estimate.peak.allocated_bytes)
-    known = radii(recipe, estimate.kernels)
-    high = None if known is None else math.ceil(max(device * math.exp(known[2]), estimate.peak.allocated_bytes * math.exp(known[1])))
-    required = card.required_bytes(device, high)
-    return (
-        max(required, estimate.holding.get().without_pressure_bytes) if _may_fit(card, estimate) else max(required, card.usable_bytes + 1)
-    )
-
-
-def _may_fit(card: Card, estimate: Estimate) -> bool:
-    """Whether what is alive at the peak fits, nothing cached: only then the allocator is replayed, which takes longer than all else."""
-    return estimate.least_device_bytes <= card.usable_bytes
+    bounds = interval_of(recipe, estimate)
+    required = card.required_bytes(device_bytes(estimate), bounds.device_high_bytes if bounds is not None else None)
+    return max(required, estimate.holding.get().without_pressure_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +157,13 @@ def _rendered(shortage: Shortage, used: list[Lever]) -> Json:
     assert setting is not None
     outcome = shortage.outcome(setting)
     assert outcome is not None
+    lacks = missing_bytes(outcome.recipe, outcome.card, outcome.estimate)
     return {
         "set": setting,
         "parts": [lever.set for lever in used],
-        "saves_bytes": shortage.estimate.quick_device_bytes - outcome.device_bytes,
-        "fits": outcome.missing_bytes <= 0,
-        "missing_bytes": max(outcome.missing_bytes, 0),
+        "saves_bytes": device_bytes(shortage.estimate) - device_bytes(outcome.estimate),
+        "fits": lacks <= 0,
+        "missing_bytes": max(lacks, 0),
         "cost": max((lever.cost for lever in used), key=lambda cost: cost.rank).value,
         "costs": "; ".join(lever.costs for lever in used),
     }

@@ -409,7 +409,12 @@ class _Held:
         if schedule is None:
             return self.modelled(peak_bytes, steady_bytes)
         replay = partial(
-            reservation, self.inventory, self.recipe, schedule, [INDEX_BYTES * n for n in input_sizes(training)], self.device.settings
+            reservation,
+            self.inventory,
+            self.recipe,
+            schedule,
+            [INDEX_BYTES * n for n in input_sizes(training, *training.shape)],
+            self.device.settings,
         )
         free = replay()
         assert free is not None, "a card without a limit has room"

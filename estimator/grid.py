@@ -1,7 +1,8 @@
 """Memory of one training run at many batches, lengths and accumulation steps at once: the engine's own sums, on arrays.
 
-Every point equals the engine's quick answer for it, to the byte: what the allocator caches is modelled, and not replayed. Points that run the same program are worked out together: accumulating or not,
-beyond attention's window or not, and so many rows in a pass of a fused loss.
+Every point equals the engine's quick answer for it, to the byte: what the allocator caches is modelled there, and not replayed. Points that
+run the same program are worked out together: accumulating or not, beyond attention's window or not, and so many rows in a pass of a fused
+loss.
 
 Legend: B micro-batch, S sequence length, T = B·S tokens.
 """

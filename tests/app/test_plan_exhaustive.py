@@ -10,9 +10,9 @@ from app.answer import device_bytes
 from app.card import card_of
 from app.plan import plan
 from app.reading import read_estimate
-from app.service import interval_of, prepare
+from app.service import prepare
 from app.settings import applied, joined
-from app.training import positions
+from app.shortfall import missing_bytes
 from estimator.errors import RequestError
 
 MODELS = (
@@ -74,8 +74,9 @@ def missing(payload: dict[str, Any]) -> int:
     card = card_of(case.question.request.hardware)
     assert card is not None
     found = case.answerer.estimate(case.recipe)
-    bounds = interval_of(case.recipe, found)
-    return card.required_bytes(device_bytes(found), None if bounds is None else bounds.device_high_bytes) - card.usable_bytes
+    lacks = missing_bytes(case.recipe, card, found)
+    assert (lacks <= 0) == (render(case, found)["fit"]["verdict"] == "fits")
+    return lacks
 
 
 def check_plan(request: dict[str, Any]) -> bool:
@@ -101,7 +102,7 @@ def check_plan(request: dict[str, Any]) -> bool:
     longest = found["longest_max_length"]
     sizes = {name: found[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     assert missing(asked(request, **sizes, max_length=longest)) <= 0
-    limit, _ = positions(prepare(read_estimate(asked(request, **sizes))).inventory)
+    limit = prepare(read_estimate(asked(request, **sizes))).inventory.num_positions
     longer = (longest // 64 + 1) * 64
     assert longer > (limit or longer) or missing(asked(request, **sizes, max_length=longer)) > 0
     return True

@@ -43,8 +43,7 @@ def test_cards_of_one_class_take_the_same_but_for_their_context(method: str) -> 
     classes: dict[tuple[bool, int], int] = {}
     for gpu in all_gpus():
         found = estimate(model(LLAMA), on(gpu, training(2, 1024, method=method)))
-        assert found.device_bytes is not None
-        beside = found.device_bytes - context_bytes(gpu.num_sms)
+        beside = found.quick_device_bytes - context_bytes(gpu.num_sms)
         assert classes.setdefault(kernel_class(gpu), beside) == beside
     assert len(classes) == 3
 

@@ -59,12 +59,13 @@ def at(recipe: Recipe, batch: int, length: int, steps: int) -> Recipe:
 def alone(name: str, recipe: Recipe) -> tuple[int, int, int]:
     """Allocated, device and required bytes as a single estimate gives them."""
     found = estimate(model(name), recipe)
-    assert found.device_bytes is not None
-    bounds = interval(recipe=recipe, kernels=found.kernels, allocated_bytes=found.peak.allocated_bytes, device_bytes=found.device_bytes)
+    bounds = interval(
+        recipe=recipe, kernels=found.kernels, allocated_bytes=found.peak.allocated_bytes, device_bytes=found.quick_device_bytes
+    )
     return (
         found.peak.allocated_bytes,
-        found.device_bytes,
-        required_bytes(found.device_bytes, None if bounds is None else bounds.device_high_bytes),
+        found.quick_device_bytes,
+        required_bytes(found.quick_device_bytes, None if bounds is None else bounds.device_high_bytes),
     )
 
 
