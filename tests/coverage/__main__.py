@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
                 break
             if records.results[name]["built"]:
                 _trace(architectures.architecture(name), chosen, records, retry=options.retry)
-    text = table.markdown(records.results)
+    text = table.markdown(records.results, of_other_code=records.of_other_code)
     if not options.only:
         table.FILE.write_text(text)
     print(table.summary(records.results))

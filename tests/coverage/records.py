@@ -35,10 +35,17 @@ class Records:
 
     def __init__(self, file: Path = FILE, *, any_stamp: bool = False) -> None:
         self.file = file
-        self.results: dict[str, Any] = {key: value for key, mark, value in _lines(file) if any_stamp or mark == stamp()}
+        kept = [line for line in _lines(file) if any_stamp or line[1] == stamp()]
+        self.results: dict[str, Any] = {key: value for key, _, value in kept}
+        self._stamps = {key: mark for key, mark, _ in kept}
+
+    @property
+    def of_other_code(self) -> int:
+        """How many results another version of our own code or of a library gave."""
+        return sum(mark != stamp() for mark in self._stamps.values())
 
     def add(self, key: str, value: Any) -> None:
-        self.results[key] = value
+        self.results[key], self._stamps[key] = value, stamp()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as lines:
             lines.write(json.dumps([key, stamp(), value]) + "\n")

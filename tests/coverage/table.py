@@ -104,8 +104,12 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
-def markdown(results: Results) -> str:
-    """The document."""
+def markdown(results: Results, *, of_other_code: int = 0) -> str:
+    """The document.
+
+    Args:
+        of_other_code: how many results an earlier version of the code gave.
+    """
     table = list(rows(results))
     versions = ", ".join(" ".join(pair) for pair in library_versions(("torch", "transformers", "peft", "bitsandbytes", "accelerate")))
     parts = [
@@ -115,6 +119,7 @@ def markdown(results: Results) -> str:
         "autocast, eager attention and sdpa as far as the class has them, checkpointing on and off.",
         f"Versions: {versions}.",
         summary(results),
+        "\n".join(_limits(table, of_other_code)),
         "Recipes: traced of tried. Lengths: what one program holds for. Splice: few layers against all, batch "
         f"{ODD_BATCH}, length {ODD_LENGTH}, the phase that differs most. Closed form: against the trace, batch {BATCH}, length {LONGEST}, "
         "the recipe and phase that differ most. A model with fewer positions is traced at a length that fits. Routing: how much the peak "
@@ -128,6 +133,21 @@ def markdown(results: Results) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _limits(table: Sequence[Row], of_other_code: int) -> Iterator[str]:
+    yield "What this shows and what it does not:"
+    yield ""
+    yield (
+        f"- *Traced* means that the real step ran to its end on fake tensors at one size (batch {BATCH}) with a few layers of each "
+        "kind; the figure itself is held to real runs in tests/estimator/test_trace.py, for the architectures named there, and not here."
+    )
+    yield "- *Closed form* compares two engines of ours; an error that both make does not show."
+    if of_other_code:
+        yield f"- {of_other_code} recipes were traced by an earlier version of the code or of a library and were not run again since."
+    for name, found in (("lengths", sum(bool(row.reach) for row in table)), ("splice", sum(bool(row.splice) for row in table))):
+        if found < len(table):
+            yield f"- *{name.capitalize()}* was tried for {found} of {len(table)} architectures; an empty cell is one that was not."
 
 
 def _table(table: Sequence[Row]) -> Iterator[str]:
