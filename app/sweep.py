@@ -17,6 +17,7 @@ from app.service import Case, prepare
 from app.training import check_length
 from estimator.device import context_bytes
 from estimator.errors import RequestError
+from estimator.phases import Basis
 from estimator.recipe import Recipe
 from estimator.sweep import Sweep
 from estimator.sweep import sweep as swept
@@ -125,6 +126,7 @@ def answer_sweep(found: Swept) -> Json:
     card = found.card
     return {
         "schema_version": SCHEMA_VERSION,
+        "reserved_basis": Basis.MODELLED.value,
         "model": found.case.model_json(),
         "gpu": None if card is None else card.id,
         "usable_bytes": None if card is None else card.usable_bytes,

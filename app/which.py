@@ -1,4 +1,7 @@
-"""Which cards a run fits: every card of the catalogue, with the best plan on each and its price."""
+"""Which cards a run fits: every card of the catalogue, with the best plan on each and its price.
+
+Hundreds of plans are asked for at once: what the allocator caches is modelled here, and replayed in the plan for a card of one's choice.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +21,7 @@ from estimator.grid import Evaluator
 from estimator.inventory import Inventory
 from estimator.offers import Offer, cheapest
 from estimator.parallelism.options import Parallel, Strategy
+from estimator.phases import Basis
 from estimator.planner import Goal
 from estimator.recipe import Recipe
 from estimator.throughput import StepWork, step_work, time_of
@@ -67,7 +71,7 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         for offer in (cheapest_of(choice, wanted),)
     ]
     rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
-    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
+    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows, "reserved_basis": Basis.MODELLED.value}
 
 
 def _cards(wanted: GpuFilter) -> Iterator[Gpu]:

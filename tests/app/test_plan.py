@@ -149,7 +149,8 @@ SHORT_OF_MEMORY: dict[str, dict[str, Any]] = {
     },
 }
 OFFERED = {
-    "full": {"training.gradient_checkpointing", "training.optim", "training.use_liger_kernel", "dtype", "peft", "training.max_length"},
+    # not Liger's loss: it holds the gradients of head and rows while logits of the stock loss take less
+    "full": {"training.gradient_checkpointing", "training.optim", "dtype", "peft", "training.max_length"},
     "full on a card without bfloat16": {"training.gradient_checkpointing", "training.optim", "peft"},
     "LoRA": {"training.gradient_checkpointing", "attn_implementation", "quantization", "training.max_length"},
     "prepared QLoRA": {"training.use_liger_kernel", "prepare_model_for_kbit_training", "training.max_length"},

@@ -10,7 +10,7 @@ from app.answer import device_bytes
 from app.card import card_of
 from app.plan import plan
 from app.reading import read_estimate
-from app.service import prepare
+from app.service import prepare, render
 from app.settings import applied, joined
 from app.shortfall import missing_bytes
 from estimator.errors import RequestError
@@ -132,8 +132,8 @@ def check_shortfall(request: dict[str, Any], shortfall: dict[str, Any], lacks: i
 
 
 def test_plans_and_changes_of_random_jobs_are_what_single_questions_give() -> None:
-    planned = [check_plan(request) for request in jobs(40, seed=11)]
-    assert 8 < sum(planned) < 36
+    planned = [check_plan(request) for request in jobs(8, seed=11)]
+    assert 0 < sum(planned) < 8
 
 
 @pytest.mark.slow

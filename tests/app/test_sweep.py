@@ -9,7 +9,8 @@ import pytest
 
 from app import examples
 from app.heatmap import draw
-from app.service import answer
+from app.reading import read_estimate
+from app.service import prepare
 from app.sweep import answer_sweep, axis, csv_of, svg_of, sweep
 from estimator.errors import RequestError
 
@@ -28,10 +29,11 @@ def test_every_point_is_the_estimate_of_that_run() -> None:
         for row, batch in enumerate(found["per_device_train_batch_size"]):
             for column, length in enumerate(found["max_length"]):
                 training = {**examples.QLORA["training"], "per_device_train_batch_size": batch, "max_length": length}
-                alone = answer({**examples.QLORA, "training": training, "peft": {**examples.QLORA["peft"], "r": grid["r"]}})
-                assert grid["allocated_bytes"][row][column] == alone["peak"]["allocated_bytes"]
-                assert grid["device_bytes"][row][column] == alone["peak"]["device_bytes"]
-                assert grid["verdicts"][row][column] == alone["fit"]["verdict"]
+                asked = {**examples.QLORA, "training": training, "peft": {**examples.QLORA["peft"], "r": grid["r"]}}
+                case = prepare(read_estimate(asked))
+                alone = case.answerer.estimate(case.recipe)
+                assert grid["allocated_bytes"][row][column] == alone.peak.allocated_bytes
+                assert grid["device_bytes"][row][column] == alone.quick_device_bytes
 
 
 def test_the_border_is_the_largest_batch_that_fits_at_each_length() -> None:
