@@ -70,7 +70,7 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
         UnknownNameError: if there is no such GPU in the catalogue.
     """
     if hardware is not None and hardware.nvidia_smi is not None:
-        card = emptiest(pasted_cards(hardware.nvidia_smi))
+        card = limiting(pasted_cards(hardware.nvidia_smi), hardware.num_gpus)
         return replace(card, headroom_bytes=headroom_bytes(hardware.headroom, card.capacity_bytes))
     if hardware is None or (hardware.gpu is None and hardware.capacity_gib is None):
         return None
@@ -157,7 +157,16 @@ def _pasted(found: FoundCard) -> Card:
     )
 
 
-def emptiest(cards: tuple[Card, ...]) -> Card:
-    """The card with the most memory that nobody uses, the first of several; the others are named beside it."""
-    chosen = max(range(len(cards)), key=lambda index: (cards[index].usable_bytes, -index))
+def limiting(cards: tuple[Card, ...], number: int = 1) -> Card:
+    """Of the cards with the most memory that nobody uses, as many as are asked for, the one with the least: every rank must fit on its own.
+
+    Raises:
+        RequestError: if there are fewer.
+    """
+    if number > len(cards):
+        raise RequestError(
+            f"hardware.num_gpus: {number} of {len(cards)} pasted cards; accepted: 1 to {len(cards)}", field="hardware.num_gpus"
+        )
+    order = sorted(range(len(cards)), key=lambda index: (-cards[index].usable_bytes, index))
+    chosen = order[number - 1]
     return replace(cards[chosen], beside=tuple(card.name for index, card in enumerate(cards) if index != chosen))

@@ -70,7 +70,7 @@ def levers(request: Request, recipe: Recipe, inventory: Inventory, payload: Mapp
         *_weights(recipe, payload),
         *_adapters(recipe, inventory),
         *_lengths(recipe),
-        *_machines(request),
+        *_machines(request, recipe, global_batch),
     ]
     return sorted(found, key=lambda lever: lever.cost.rank)
 
@@ -175,16 +175,22 @@ def shorter(length: int) -> Lever:
     return _lever("length", Cost.DATA, "longer samples are cut", {"training.max_length": length})
 
 
-def _machines(request: Request) -> Iterator[Lever]:
+def _machines(request: Request, recipe: Recipe, global_batch: int) -> Iterator[Lever]:
+    """More cards, which share the samples of an optimizer step evenly: where they cannot, that number is not offered."""
+    assert recipe.training is not None
     hardware = request.hardware
     if hardware is None or hardware.num_gpus > 1 or hardware.strategy != "single":
         return
     for number in _NUM_CARDS:
+        steps, rest = divmod(global_batch, recipe.training.micro_batch_size * number)
+        if rest:
+            continue
+        sizes = {} if steps == recipe.training.gradient_accumulation_steps else {"training.gradient_accumulation_steps": steps}
         yield _lever(
             "num_gpus",
             Cost.MONEY,
-            f"{number} cards that share weights and states, and as many times the samples per step",
-            {"hardware.num_gpus": number, "hardware.strategy": "fsdp"},
+            f"{number} cards that share weights, states and the samples of a step",
+            {"hardware.num_gpus": number, "hardware.strategy": "fsdp", **sizes},
         )
 
 

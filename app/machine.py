@@ -16,10 +16,15 @@ def _in_use(a: Answered) -> Iterable[str]:
         )
 
 
+def _rank(a: Answered) -> str:
+    number = a.recipe.parallel.num_gpus
+    return "most" if number == 1 else f"least of the {number} with the most"
+
+
 def _other_cards(a: Answered) -> Iterable[str]:
     if a.card is not None and a.card.beside:
         yield (
-            f"nvidia-smi shows {1 + len(a.card.beside)} cards; this is the answer for {a.card.name}, which has the most free memory. "
+            f"nvidia-smi shows {1 + len(a.card.beside)} cards; this is the answer for {a.card.name}, which has the {_rank(a)} free memory. "
             f"Beside it: {', '.join(a.card.beside)}."
         )
 

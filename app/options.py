@@ -219,9 +219,13 @@ def model_argument(model: str) -> str | Json:
     return {"config": dict(read_config(path / "config.json" if path.is_dir() else path))}
 
 
+# Ways to name a card, of which a request has one.
+_CARDS = frozenset(("gpu", "capacity_gib", "nvidia_smi"))
+
+
 def merged(base: Json, over: Json) -> Json:
-    """`base` with the fields of `over` set on top, section by section."""
-    result = dict(base)
+    """`base` with the fields of `over` set on top, section by section; a card that is named one way replaces one named another way."""
+    result = {key: value for key, value in base.items() if key not in _CARDS or not _CARDS & over.keys()}
     for key, value in over.items():
         known = result.get(key)
         result[key] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value

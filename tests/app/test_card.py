@@ -110,3 +110,16 @@ def test_headroom_is_what_the_verdict_keeps_free() -> None:
     card = card_of(hardware)
     assert card is not None
     assert card.usable_bytes == card.capacity_bytes - round(card.capacity_bytes / 10)
+
+
+def test_of_several_ranks_the_card_with_the_least_free_memory_decides() -> None:
+    busy, free = pasted_cards(PASTE)
+    poorest = min((busy, free), key=lambda card: card.usable_bytes)
+    card = card_of(HardwareFields(nvidia_smi=PASTE, num_gpus=2, strategy="ddp"))
+    assert card is not None
+    assert card.usable_bytes == poorest.usable_bytes
+
+
+def test_more_ranks_than_pasted_cards_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"hardware\.num_gpus: 3 of 2 pasted cards; accepted: 1 to 2"):
+        card_of(HardwareFields(nvidia_smi=PASTE, num_gpus=3, strategy="ddp"))

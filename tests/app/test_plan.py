@@ -243,3 +243,9 @@ def test_where_no_single_change_does_several_together_are_offered() -> None:
     assert together
     assert all(len(change["parts"]) > 1 for change in together)
     assert any(len(change["parts"]) == 1 and not change["fits"] for change in changes)
+
+
+def test_more_cards_are_offered_only_where_they_share_the_global_batch() -> None:
+    asked = request(global_batch_size=7, hardware={"gpu": "t4"})
+    changes = plan(asked)["shortfall"]["changes"]
+    assert not [change for change in changes if "hardware.num_gpus" in change["set"]]
