@@ -23,7 +23,7 @@ from calibration.case import Case
 from calibration.comparison import Comparison, rows_of
 from calibration.comparison import compare as compared
 from calibration.models import config_of
-from calibration.record import Environment, Figures, Outcome, Record, RecordFile, allocator_config, package_version
+from calibration.record import Figures, Outcome, Record, RecordFile, environment_here
 from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
 from estimator.errors import RequestError, VramplanError
 from estimator.fitted import dumped
@@ -134,7 +134,7 @@ def _runner(device: Device, gpu: int, timeout: float) -> Runner:
 def _run_campaign(
     campaign: campaigns.Campaign, runner: Runner, records: RecordFile, console: Console, *, minutes: float | None, again: bool
 ) -> None:
-    key = own_key(card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None)
+    key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
     done = frozenset() if again else schedule.answered(records, runner.kind, key)
     cases = campaign.cases()
     costs = {case.hash: _cost(case) for case in cases}
@@ -167,22 +167,6 @@ def _cost(case: Case) -> float:
 
 def _named(case: Case) -> str:
     return f"{escape(case.model or str(case.config.get('model_type')))} {case.batch_size} × {case.sequence_length}"
-
-
-def own_key(gpu: str | None) -> tuple[str | None, ...]:
-    """`Environment.key` of what would run here now."""
-    versions = {name: package_version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "trl")}
-    return Environment(
-        gpu=gpu,
-        torch=versions["torch"] or "",
-        transformers=versions["transformers"] or "",
-        peft=versions["peft"],
-        bitsandbytes=versions["bitsandbytes"],
-        trl=versions["trl"],
-        python="",
-        system="",
-        allocator_config=allocator_config(),
-    ).key
 
 
 def _comparison(files: Sequence[Path]) -> Comparison:

@@ -82,22 +82,27 @@ class _Search:
     def answer(self) -> Json:
         evaluator = evaluator_of(self.case, self.case.recipe, self.case.answerer.estimate(self.case.recipe))
         assert self.case.card is not None
-        found = self.confirmed(search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes))
+        found = self.found(evaluator)
         if found is None:
             return {"plan": None, "shortfall": shortfall(self.shortage(self.goal.smallest()))}
         return {"plan": self.rendered(evaluator, found), "shortfall": None}
 
-    def confirmed(self, found: Sizes | None) -> Sizes | None:
-        """What fits with the allocator replayed, found from what fits with its cache modelled: the two lie close together."""
-        if self.goal.objective is PlanObjective.MOST_MARGIN:
-            return found if found is not None and self.fits(found) else None
+    def found(self, evaluator: Evaluator) -> Sizes | None:
+        """The best size that fits with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
         candidates = self.goal.candidates()
-        places = range(len(candidates))
-        start = -1 if found is None else _place(candidates, found)
-        if self.goal.keeps_global_batch:  # few, and unlike each other
-            place = next((place for place in reversed(places) if self.fits(candidates.at([place]))), None)
-        else:
-            place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
+        if self.goal.objective is not PlanObjective.MOST_MARGIN and self.goal.keeps_global_batch:  # few, and unlike each other
+            place = next((place for place in reversed(range(len(candidates))) if self.fits(candidates.at([place]))), None)
+            return None if place is None else candidates.at([place])
+        assert self.case.card is not None
+        guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
+        if self.goal.objective is PlanObjective.MOST_MARGIN:
+            return guess if guess is not None and self.fits(guess) else None
+        return self.near(candidates, guess)
+
+    def near(self, candidates: Sizes, guess: Sizes | None) -> Sizes | None:
+        """The last candidate that fits with the allocator replayed, looked for around a guess."""
+        start = -1 if guess is None else _place(candidates, guess)
+        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
         return None if place is None else candidates.at([place])
 
     def fits(self, sizes: Sizes) -> bool:
@@ -173,10 +178,8 @@ class _Search:
         if not evaluator.is_quick:
             return None
         candidates = lengths(training.micro_batch_size, training.gradient_accumulation_steps, self.goal.length_limit)
-        found = largest(evaluator, candidates, self.case.card.usable_bytes, self.context_bytes)
-        start = -1 if found is None else _place(candidates, found)
-        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
-        return training.sequence_length if place is None else max(training.sequence_length, int(candidates.length[place]))
+        found = self.near(candidates, largest(evaluator, candidates, self.case.card.usable_bytes, self.context_bytes))
+        return training.sequence_length if found is None else max(training.sequence_length, int(found.length[0]))
 
     def policy(self, interval: Json | None) -> Json:
         """What "fits" asks for."""

@@ -235,7 +235,7 @@ def _has_part_that_fits(shortage: Shortage, used: list[Lever]) -> bool:
 
 def _advice(estimate: Estimate) -> Iterable[Json]:
     """What is no field of a request: settings of PyTorch's allocator."""
-    idle = (estimate.reserved_bytes or 0) - estimate.peak.allocated_bytes
+    idle = estimate.reserved_bytes - estimate.peak.allocated_bytes
     if idle >= MIB:
         yield {
             "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},

@@ -5,21 +5,18 @@ without a GPU. Its records are marked as traced and enter no fit of measurements
 """
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 
 from app.prediction import payload_of
 from app.trace import TracedRun, trace
 from calibration.case import Case
-from calibration.record import Environment, Figures, PhasePeak, package_version
+from calibration.record import Figures, PhasePeak, environment_here
 from calibration.report import WorkerReport
 from estimator.device import context_bytes, library_bytes
 from estimator.errors import VramplanError
-from estimator.phases import Item, Phase
+from estimator.phases import LOADED, Phase
 from estimator.replay import Replay
-
-_STORED = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(case: Case) -> WorkerReport:
     """The case's figures as traced, or what kept it from being traced."""
-    environment = _environment()
+    environment = environment_here()
     try:
         traced = trace(payload_of(case, engine="trace"), all_layers=True)
     except VramplanError as error:
@@ -64,7 +61,7 @@ def figures_of(traced: TracedRun) -> Figures:
             )
     whole = _peak(replay, last, len(timeline.events))
     context = context_bytes(traced.case.recipe.num_multiprocessors)
-    loaded = sum(a.allocated_bytes for a in timeline.alive(starts[0] - 1) if a.item in _STORED)
+    loaded = sum(a.allocated_bytes for a in timeline.alive(starts[0] - 1) if a.item in LOADED)
     return Figures(
         context_bytes=context,
         loaded_bytes=loaded,
@@ -82,19 +79,6 @@ def figures_of(traced: TracedRun) -> Figures:
 def _peak(replay: Replay, start: int, end: int) -> PhasePeak:
     reserved = max(replay.reserved_bytes[start:end], default=replay.at(start - 1).reserved_bytes)
     return PhasePeak(allocated_bytes=replay.peak(start, end).allocated_bytes, reserved_bytes=reserved)
-
-
-def _environment() -> Environment:
-    return Environment(
-        torch=package_version("torch") or "",
-        transformers=package_version("transformers") or "",
-        peft=package_version("peft"),
-        bitsandbytes=package_version("bitsandbytes"),
-        accelerate=package_version("accelerate"),
-        trl=package_version("trl"),
-        python=platform.python_version(),
-        system=platform.platform(),
-    )
 
 
 if __name__ == "__main__":

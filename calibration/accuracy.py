@@ -83,7 +83,7 @@ def compare(run: Run) -> Comparison:
         figures["resting"] = Pair(measured=row.resting_bytes, predicted=estimated.steady_state_bytes)
     if row.allocated_bytes is not None and (estimated.steady_state_bytes is not None or run.recipe.inference is not None):
         figures["allocated"] = Pair(measured=row.allocated_bytes, predicted=_peak(run, estimated))
-    if row.device_bytes is not None and estimated.device_bytes is not None:
+    if row.device_bytes is not None:
         figures["device"] = Pair(measured=row.device_bytes, predicted=estimated.device_bytes)
     residual_class = correction.class_of(run.recipe, estimated.kernels)
     return Comparison(run=run, figures=MappingProxyType(figures), residual_class=residual_class)

@@ -8,10 +8,8 @@ from calibration.record import Environment
 from estimator.correction import class_of
 from estimator.estimate import Estimate, PhaseEstimate
 from estimator.fitted import Term, bytes_of, is_correctable
-from estimator.phases import Item, Phase
+from estimator.phases import LOADED, Item, Phase
 from estimator.recipe import Recipe
-
-_STORED = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,7 @@ class Prediction:
     def loaded_bytes(self) -> int:
         """Allocated once model and adapters stand [bytes]."""
         load = self.phase(Phase.LOAD)
-        return 0 if load is None else sum(bytes_of(load, item) for item in _STORED)
+        return 0 if load is None else sum(bytes_of(load, item) for item in LOADED)
 
     @property
     def steady_state_bytes(self) -> int:

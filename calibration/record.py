@@ -5,11 +5,12 @@ Schema version 1. All figures are bytes, named as in the answer of the service; 
 
 import fcntl
 import os
+import platform
 from collections.abc import Iterator
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
@@ -108,6 +109,26 @@ class Environment(_Frozen):
 def allocator_config() -> str:
     """The allocator's options of this process, as PyTorch reads them."""
     return os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+
+
+def environment_here(**card: Any) -> Environment:
+    """This machine and its libraries; records made here and the search for them agree on it.
+
+    Args:
+        card: the fields of `Environment` that say what the card is; none where no card is used.
+    """
+    return Environment(
+        **card,
+        torch=package_version("torch") or "",
+        transformers=package_version("transformers") or "",
+        peft=package_version("peft"),
+        bitsandbytes=package_version("bitsandbytes"),
+        accelerate=package_version("accelerate"),
+        trl=package_version("trl"),
+        python=platform.python_version(),
+        system=platform.platform(),
+        allocator_config=allocator_config(),
+    )
 
 
 def package_version(name: str) -> str | None:

@@ -33,6 +33,21 @@ class Rule:
 # Each was read in the wheels named, on both sides of the boundary.
 RULES: tuple[Rule, ...] = (
     Rule(
+        name="idle share of the allocator, full logits: searches, lists of cards, generation; no figure of a published row",
+        origin=Origin.ROWS,
+        source="median over the rows",
+        agreeing=tuple(
+            f"fms-accel-{n}"
+            for n in ["0125", "0127", "0137", "0139", "0145", "0147", "0214", "0216", "0250", "0252", "0262", "0264", "0274", "0276"]
+        ),
+    ),
+    Rule(
+        name="idle share of the allocator, fused loss: as above",
+        origin=Origin.ROWS,
+        source="median over the rows",
+        agreeing=tuple(f"fms-accel-{n}" for n in ["0561", "0562", "0563", "0569", "0570", "0571"]),
+    ),
+    Rule(
         name="keys and values repeated before flash attention until 4.47",
         origin=Origin.SOURCE,
         source="transformers 4.45.2, 4.46.3, 4.47.1: models/mistral/modeling_mistral.py, MistralFlashAttention2.forward calls repeat_kv; "

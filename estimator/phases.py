@@ -41,3 +41,7 @@ class Basis(StrEnum):
     TRACED = "traced"
     REPLAYED = "replayed"
     FITTED = "fitted"
+
+
+LOADED = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
+"""What stays from loading on."""

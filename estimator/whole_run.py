@@ -11,7 +11,7 @@ from estimator.device import workspace_bytes
 from estimator.inventory import Inventory
 from estimator.loading import IN_FULL, REFERENCE, one_by_one, placements
 from estimator.optimizers import states_in_order, step_lists, weight_decay_groups
-from estimator.phases import Item, Phase
+from estimator.phases import LOADED, Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.storage import StoredTensor
@@ -20,7 +20,7 @@ from estimator.timeline import Allocation, Mark, Segment, Timeline
 NUM_STEPS = 2
 """Optimizer states exist from the second step on."""
 
-_STORED = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS, Item.GRADIENTS)
+_STORED = (*LOADED, Item.GRADIENTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,32 +1,21 @@
 """The machine and the libraries a case ran with."""
 
-import platform
-
 import torch
-import transformers
 
-from calibration.record import Environment, allocator_config, package_version
+from calibration.record import Environment, environment_here
 
 
 def environment(device: torch.device) -> Environment:
     """Facts of this process; the parent adds the driver."""
-    on_card = device.type == "cuda"
-    card = torch.cuda.get_device_properties(device) if on_card else None
-    return Environment(
-        gpu=card.name if card else None,
-        compute_capability=f"{card.major}.{card.minor}" if card else None,
-        num_multiprocessors=card.multi_processor_count if card else None,
-        total_bytes=card.total_memory if card else None,
+    if device.type != "cuda":
+        return environment_here()
+    card = torch.cuda.get_device_properties(device)
+    return environment_here(
+        gpu=card.name,
+        compute_capability=f"{card.major}.{card.minor}",
+        num_multiprocessors=card.multi_processor_count,
+        total_bytes=card.total_memory,
         cuda=torch.version.cuda,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        peft=package_version("peft"),
-        bitsandbytes=package_version("bitsandbytes"),
-        accelerate=package_version("accelerate"),
-        trl=package_version("trl"),
-        python=platform.python_version(),
-        system=platform.platform(),
-        allocator_config=allocator_config(),
     )
 
 

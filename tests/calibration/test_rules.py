@@ -1,16 +1,35 @@
 """Where constants and rules come from."""
 
 import re
+import statistics
 from pathlib import Path
+
+import pytest
 
 import estimator
 from calibration.published import CONSTANTS, rows
 from calibration.rules import Origin, all_rules, ranges
+from estimator.allocator import IDLE_SHARE, Head
+from estimator.device import context_bytes, library_bytes
+from estimator.gpus import find_gpu
 
 
 def test_every_constant_that_rows_set_is_listed_with_them() -> None:
     listed = {rule.agreeing for rule in all_rules() if rule.origin is Origin.ROWS}
-    assert listed == {ids for constants in CONSTANTS.values() for ids in constants.values()}
+    assert listed.issuperset(ids for constants in CONSTANTS.values() for ids in constants.values())
+
+
+@pytest.mark.parametrize(("head", "named"), [(Head.FULL_LOGITS, "full logits"), (Head.FUSED, "fused loss")])
+def test_the_idle_share_is_the_median_of_the_rows_it_names(head: Head, named: str) -> None:
+    (rule,) = (rule for rule in all_rules() if rule.origin is Origin.ROWS and named in rule.name)
+    outside = context_bytes(find_gpu("a100-80").num_sms) + library_bytes()
+    of = {row.id: row for row in rows()}
+    shares = []
+    for one in rule.agreeing:
+        device, peak, resting = of[one].device_bytes, of[one].allocated_bytes, of[one].resting_bytes
+        assert device is not None and peak is not None and resting is not None
+        shares.append((device - outside - peak) / (peak - resting))
+    assert round(statistics.median(shares), 2) == IDLE_SHARE[head]
 
 
 def test_rows_named_by_rules_exist() -> None:
