@@ -27,7 +27,9 @@ def test_the_idle_share_is_the_median_of_the_rows_it_names(head: Head, named: st
     shares = []
     for one in rule.agreeing:
         device, peak, resting = of[one].device_bytes, of[one].allocated_bytes, of[one].resting_bytes
-        assert device is not None and peak is not None and resting is not None
+        assert device is not None
+        assert peak is not None
+        assert resting is not None
         shares.append((device - outside - peak) / (peak - resting))
     assert round(statistics.median(shares), 2) == IDLE_SHARE[head]
 
