@@ -12,6 +12,7 @@ Source: torch 2.13.0, c10/cuda/CUDACachingAllocator.cpp, DeviceCachingAllocator;
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from estimator.allocator import SEGMENT_GRANULARITY_BYTES, SMALL_REQUEST_BYTES, SMALL_SEGMENT_BYTES, UNSPLIT_REMAINDER_BYTES, segment_bytes
 from estimator.allocator_settings import AllocatorSettings
@@ -21,6 +22,18 @@ _GRANULARITY = ALLOCATION_GRANULARITY_BYTES
 _FIRST_ADDRESS = 0x7000_0000_0000
 # A card without a limit: its expandable segments get this many addresses.
 _UNLIMITED_BYTES = 2**50
+
+Taken = TypeVar("Taken")
+
+
+class Allocator(Protocol[Taken]):
+    """What a program does with an allocator; `Taken` is a block that it has been given."""
+
+    max_reserved_bytes: int
+
+    def allocate(self, num_bytes: int, /) -> Taken | None: ...
+
+    def free(self, block: Taken, /) -> None: ...
 
 
 class _Pool:

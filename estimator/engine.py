@@ -421,8 +421,9 @@ class _Held:
         limit = self.device.usable_bytes
         if limit is not None:
             limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
-        pressed = None if limit is None or free <= limit else replay(capacity_bytes=limit)
         least = reserved_loaded_bytes(peak_bytes)
+        # What is allocated at the peak does not shrink under pressure.
+        pressed = replay(capacity_bytes=limit) if limit is not None and least <= limit < free else None
         held = free if pressed is None else pressed
         return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from estimator.allocator import SMALL_REQUEST_BYTES
-from estimator.caching_allocator import Block, CachingAllocator
+from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
 from estimator.patterns import copies, in_order
@@ -115,7 +115,7 @@ class NoRoomError(Exception):
     """The card cannot hold what is asked for."""
 
 
-def place(allocator: CachingAllocator, num_bytes: int) -> Block:
+def place(allocator: Allocator[Taken], num_bytes: int) -> Taken:
     """A block for a tensor of at least one byte.
 
     Raises:

@@ -5,10 +5,12 @@ Nothing here is fitted: sizes and order come from the program, the rules from th
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Generic
 
 from estimator.allocator_settings import AllocatorSettings
-from estimator.caching_allocator import Block, CachingAllocator
+from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
 from estimator.device import workspace_bytes
+from estimator.free_ranges import FreeRanges
 from estimator.inventory import Inventory
 from estimator.loading import NoRoomError, place, placements, put
 from estimator.optimizers import states_in_order, step_lists, weight_decay_groups
@@ -54,25 +56,23 @@ def _reservation(
     capacity_bytes: int | None,
 ) -> int | None:
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    run = _Run(allocator, static_memory(inventory, recipe), recipe)
+    static = static_memory(inventory, recipe)
     try:
         blocks: dict[str, Block] = {}
         for name, num_bytes in placements(inventory, recipe):
             put(allocator, blocks, name, num_bytes)
         # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
         allocator.empty_cache()
-        for number in range(MAX_STEPS):
-            before = allocator.max_reserved_bytes
-            run.step(schedule, inputs)
-            if number > 0 and allocator.max_reserved_bytes == before:
-                break
+        if allocator.settings == AllocatorSettings():
+            # The model stays where it is, so that only what is free matters from here on.
+            return _Run(FreeRanges.following(allocator, capacity_bytes), static, recipe).most_reserved_bytes(schedule, inputs)
+        return _Run(allocator, static, recipe).most_reserved_bytes(schedule, inputs)
     except NoRoomError:
         return None
-    return allocator.max_reserved_bytes
 
 
-class _Run:
-    def __init__(self, allocator: CachingAllocator, static: StaticMemory, recipe: Recipe) -> None:
+class _Run(Generic[Taken]):
+    def __init__(self, allocator: Allocator[Taken], static: StaticMemory, recipe: Recipe) -> None:
         assert recipe.training is not None
         self.allocator = allocator
         self.recipe = recipe
@@ -81,6 +81,19 @@ class _Run:
         self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
+
+    def most_reserved_bytes(self, schedule: Schedule, inputs: Sequence[int]) -> int:
+        """Steps until one adds nothing.
+
+        Raises:
+            NoRoomError: if the card has too little.
+        """
+        for number in range(MAX_STEPS):
+            before = self.allocator.max_reserved_bytes
+            self.step(schedule, inputs)
+            if number > 0 and self.allocator.max_reserved_bytes == before:
+                break
+        return self.allocator.max_reserved_bytes
 
     # -- steps ----------------------------------------------------------------------------------------------------------------------------
 
@@ -103,14 +116,14 @@ class _Run:
         for block in (*gradients, *batches):
             self._free(block)
 
-    def _micro_batch(self, part: MicroBatch) -> list[Block | None]:
+    def _micro_batch(self, part: MicroBatch) -> list[Taken | None]:
         """Forward and backward pass; the gradients.
 
         The first matrix product of each of both threads takes a workspace for good.
         """
         allocator = self.allocator
         sizes, events = self._unpacked(part)
-        blocks: dict[int, Block] = {}
+        blocks: dict[int, Taken] = {}
         workspaces = () if self.has_workspaces else (0, part.backward)
         self.has_workspaces = True
         for position, event in enumerate(events):
@@ -142,7 +155,7 @@ class _Run:
             for state in states_in_order(self.training.optimizer, dict(self.training.optimizer_arguments), self.trained):
                 self._make(state.raw_bytes)
         for group in weight_decay_groups(self.trained):
-            former: list[Block | None] = []
+            former: list[Taken | None] = []
             for sizes in step_lists(self.training.optimizer, group):
                 made = [self._make(size) for size in sizes]
                 for block in former:
@@ -151,9 +164,9 @@ class _Run:
             for block in former:
                 self._free(block)
 
-    def _make(self, num_bytes: int) -> Block | None:
+    def _make(self, num_bytes: int) -> Taken | None:
         return place(self.allocator, num_bytes) if num_bytes else None
 
-    def _free(self, block: Block | None) -> None:
+    def _free(self, block: Taken | None) -> None:
         if block is not None:
             self.allocator.free(block)
