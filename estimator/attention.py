@@ -6,6 +6,7 @@ Legend: B micro-batch, S sequence length, T = B·S tokens, a heads, k key/value 
 from dataclasses import dataclass, replace
 
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.kernels import Kernel
 from estimator.operators import (
     add,
@@ -20,7 +21,7 @@ from estimator.operators import (
     scale,
     softmax,
 )
-from estimator.tape import Extent, Gradients, Node, Tape, Value
+from estimator.tape import Gradients, Node, Tape, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from estimator.blocks.families import FAMILIES
 from estimator.device import context_bytes, device_bytes, workspaces_bytes
 from estimator.errors import RequestError
 from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate, RankEstimate
+from estimator.extent import Snapshot
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import passing_bytes, unsplit_bytes
@@ -25,7 +26,6 @@ from estimator.schedule import Schedule
 from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.storage import StoredTensor
-from estimator.tape import Snapshot
 from estimator.units import allocated
 
 INDEX_BYTES = 8  # token ids, labels and masks are int64

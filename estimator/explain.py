@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from estimator.engine import Instant, largest, weights_growth_bytes, why_not_modelled, worst_instants
+from estimator.extent import Extent, Polynomial, Size
 from estimator.inventory import Inventory
 from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
@@ -15,7 +16,6 @@ from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program
 from estimator.storage import StoredTensor
-from estimator.tape import Extent, Polynomial, Size
 from estimator.units import gib
 
 _LARGEST_SHOWN = 6

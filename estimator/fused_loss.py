@@ -9,6 +9,7 @@ Legend: T = B·S tokens, N = B·(S - 1) scored positions, V vocabulary, h hidden
 from dataclasses import dataclass
 
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.loss import label_logits
 from estimator.operators import (
     add,
@@ -26,7 +27,7 @@ from estimator.operators import (
     transposed,
 )
 from estimator.phases import Item
-from estimator.tape import Extent, Gradients, Node, Parameter, Value
+from estimator.tape import Gradients, Node, Parameter, Value
 from estimator.units import ceil_div
 
 # Source: trl, kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE; trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE.

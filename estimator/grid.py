@@ -20,13 +20,13 @@ from estimator.correction import margin_without_interval, radii
 from estimator.device import device_bytes
 from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, parts
 from estimator.estimate import Estimate
+from estimator.extent import Polynomial, Size, Snapshot
 from estimator.fused_loss import CHUNK_ROWS, TILE_ROWS
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Strategy
 from estimator.phases import Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.step import Program
-from estimator.tape import Polynomial, Size, Snapshot
 from estimator.units import allocated, ceil_div
 
 Ints = NDArray[np.int64]

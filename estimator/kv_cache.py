@@ -6,9 +6,9 @@ Legend: P prompt length, N new tokens, W window, K keys that attention looks at,
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from estimator.extent import Extent
 from estimator.inventory import Inventory
 from estimator.recipe import CacheKind, Inference, Recipe
-from estimator.tape import Extent
 
 QUERIES = Extent(1, 0, 1)
 KEYS = Extent(1, keys=1)

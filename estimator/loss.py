@@ -6,10 +6,11 @@ Legend: T = B·S tokens, V vocabulary, h hidden size.
 from collections.abc import Sequence
 
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.modules import Modules
 from estimator.operators import cast, full_precision, saving_output, scale
 from estimator.phases import Item
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Gradients, Node, Value
 
 
 def label_logits(value: Value) -> Value:

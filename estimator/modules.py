@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.inventory import ModuleKind
 from estimator.operators import (
     add,
@@ -29,7 +30,7 @@ from estimator.operators import (
 )
 from estimator.recipe import Quantization, QuantizationKind, Recipe
 from estimator.storage import StoredTensor
-from estimator.tape import Extent, Gradients, Node, Parameter, Tape, Value
+from estimator.tape import Gradients, Node, Parameter, Tape, Value
 from estimator.units import ceil_div
 
 # Multiplies by its transposed weight and then adds the bias. Source: transformers, models/falcon/modeling_falcon.py, FalconLinear.forward.

@@ -9,8 +9,9 @@ Legend: B micro-batch, S sequence length, T = B·S tokens, d head size.
 from collections.abc import Sequence
 
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.phases import Item
-from estimator.tape import Backward, Extent, Gradients, Leaf, Node, Value
+from estimator.tape import Backward, Gradients, Leaf, Node, Value
 
 _WIDTH_ORDER = (DType.BOOL, DType.INT64, DType.BFLOAT16, DType.FLOAT16, DType.FLOAT32, DType.FLOAT64)
 

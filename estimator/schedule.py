@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from estimator.tape import Extent, Polynomial, Size
+from estimator.extent import Extent, Polynomial, Size
 
 _CODE = "i"
 
@@ -34,9 +34,15 @@ class MicroBatch:
     @classmethod
     def of(cls, sizes: Iterable[Size], events: Sequence[int], *, backward: int, kept: Sequence[int]) -> "MicroBatch":
         """From the size of every storage, and `i` where storage `i` is made, `~i` where it is released."""
-        known: dict[Size, int] = {}
-        kinds = [known.setdefault(size, len(known)) for size in sizes]
-        return cls(sizes=tuple(known), packed_kinds=_packed(kinds), packed_events=_packed(events), backward=backward, kept=tuple(kept))
+        known, kinds = told_apart(sizes)
+        return cls.made_of(known, kinds, events, backward=backward, kept=kept)
+
+    @classmethod
+    def made_of(
+        cls, sizes: Sequence[Size], kinds: Sequence[int], events: Sequence[int], *, backward: int, kept: Sequence[int]
+    ) -> "MicroBatch":
+        """From the sizes that occur, which of them every storage has, and events."""
+        return cls(sizes=tuple(sizes), packed_kinds=_packed(kinds), packed_events=_packed(events), backward=backward, kept=tuple(kept))
 
     @property
     def kinds(self) -> Sequence[int]:
@@ -55,6 +61,13 @@ class Schedule:
 
     first: MicroBatch
     later: MicroBatch
+
+
+def told_apart(sizes: Iterable[Size]) -> tuple[list[Size], list[int]]:
+    """The sizes that occur, and for every one which of them it is."""
+    known: dict[Size, int] = {}
+    kinds = [known.setdefault(size, len(known)) for size in sizes]
+    return list(known), kinds
 
 
 def _packed(numbers: Sequence[int]) -> bytes:

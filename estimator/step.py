@@ -6,24 +6,28 @@ same and what is alive changes by a constant from one to the next.
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from estimator.blocks.families import FAMILIES, Family, Frame
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.dtypes import DType
+from estimator.extent import Extent, Snapshot
 from estimator.fused_loss import Head, chunked_loss, liger_loss, tiled_loss
 from estimator.inventory import Inventory
 from estimator.kernels import Kernel
 from estimator.kv_cache import KEYS, Span, Spans, decode_spans, layer_types, num_keys, prefill_spans
+from estimator.log import Log
 from estimator.loss import head_logits, label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, CacheKind, Loss, Recipe
-from estimator.schedule import MicroBatch, Schedule
+from estimator.repetition import IrregularError, repeated, sample
+from estimator.schedule import MicroBatch, Schedule, told_apart
 from estimator.scoring import Rows, rows_of
 from estimator.storage import StoredTensor
-from estimator.tape import AccumulateGrad, Extent, Gradients, Held, Log, Node, Snapshot, Tape, Value
+from estimator.tape import AccumulateGrad, Gradients, Held, Node, Tape, Value
 from estimator.units import allocated
 
 
@@ -90,7 +94,7 @@ def run_step(
 
 
 def schedule_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime) -> Schedule:
-    """Run the step with every layer, and write down what is made and released, one storage after the other.
+    """The step of every layer, with what is made and released, one storage after the other. Layers that repeat are run a few times.
 
     Raises:
         as `run_step`.
@@ -98,19 +102,34 @@ def schedule_step(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTens
     training = recipe.training
     assert training is not None
     first = replace(recipe, training=replace(training, gradient_accumulation_steps=1))
-    begun = _logged(_Step(inventory, first, stored, regime, True, False, log=Log()))
+    begun = _micro_batch(inventory, first, stored, regime)
     if training.gradient_accumulation_steps == 1:
         return Schedule(first=begun, later=begun)
-    return Schedule(first=begun, later=_logged(_Step(inventory, recipe, stored, regime, True, False, log=Log())))
+    return Schedule(first=begun, later=_micro_batch(inventory, recipe, stored, regime))
 
 
-def _logged(step: "_Step") -> MicroBatch:
+def _micro_batch(inventory: Inventory, recipe: Recipe, stored: tuple[StoredTensor, ...], regime: Regime) -> MicroBatch:
+    step = _Step(inventory, recipe, stored, regime, True, False, log=Log())
+    picked = sample(tuple(step.kinds.values()))
+    if picked is not None and len(step.kinds) == inventory.num_layers:
+        step.kinds = {index: step.kinds[index] for index in picked.layers}
+        log, kept = _logged(step)
+        sizes, kinds = told_apart(log.sizes)
+        with suppress(IrregularError):
+            found = repeated(log, kinds, picked, kept)
+            return MicroBatch.made_of(sizes, found.kinds, found.events, backward=found.backward, kept=found.kept)
+        step = _Step(inventory, recipe, stored, regime, True, False, log=Log())
+    log, kept = _logged(step)
+    return MicroBatch.of(log.sizes, log.events, backward=log.backward, kept=kept)
+
+
+def _logged(step: "_Step") -> tuple[Log, list[int]]:
+    """What happened in a step, and which storages stay after it."""
     log = step.tape.log
     assert log is not None
     step.run()
     gradients = [v.storage for v in step.tape.gradients.values() if v.storage is not None]
-    kept = [storage.number for storage in gradients if storage.item is Item.GRADIENTS]
-    return MicroBatch.of(log.sizes, tuple(log.events), backward=log.backward, kept=kept)
+    return log, [storage.number for storage in gradients if storage.item is Item.GRADIENTS]
 
 
 def run_generation(
@@ -192,6 +211,9 @@ class _Step:
         )
         self.layer_types = layer_types(inventory)
         self.layers, self.outside = layer_tensors(inventory, stored)
+        # Layers that lie on another card have no tensors here.
+        self.kinds = {i: self._kind(i) for i in range(inventory.num_layers) if self.layers[i]}
+        """Of the layers to run: those of one kind do the same."""
         decoder = (inventory.layers_prefix or "").rpartition(".")[0]
         beside = {name.removeprefix(f"{decoder}."): tensor for name, tensor in self.outside.items()}
         padded = needs_mask(recipe)
@@ -415,14 +437,15 @@ class _Step:
     # -- layers ---------------------------------------------------------------------------------------------------------------------
 
     def _run_layers(self, hidden: Value, around: Surroundings) -> Value:
-        # Layers that lie on another card have no tensors here.
-        kinds = {i: self._kind(i) for i in range(self.inventory.num_layers) if self.layers[i]}
+        kinds, log = self.kinds, self.tape.log
         last = {kind: i for i, kind in kinds.items()}
         first = min(kinds, default=0)
         seen: dict[object, _Copy] = {}
         for index, kind in kinds.items():
             entry = (kind, hidden.dtype, hidden.requires_grad)
-            if self.tape.log is None and entry in seen and index != last[kind]:
+            if log is not None:
+                log.enter_layer(index, self.tape.sequence)
+            elif entry in seen and index != last[kind]:
                 self.caches[index].clear()
                 hidden = seen[entry].stand_in(self.tape, hidden)
                 self.handed_out_by_copies += seen[entry].until_outputs_go
@@ -435,8 +458,10 @@ class _Step:
             if self.spans is not None and kind not in self.rows:
                 self.rows[kind] = self._rows(index)
             # The first layer is no model for the others: the embedding that enters it outlives it.
-            if self.tape.log is None and index > first and entry not in seen:
+            if log is None and index > first and entry not in seen:
                 seen[entry] = _Copy.of(self.tape, before, cached, self.layers[index], (self.handed_out or [])[num_handed_out:])
+        if log is not None:
+            log.leave_layers(self.tape.sequence)
         return hidden
 
     def _kind(self, index: int) -> object:

@@ -12,105 +12,17 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from sys import _getframe, getrefcount
 from types import FrameType
-from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 from estimator.dtypes import DType
+from estimator.extent import POWER_INDEX, POWERS, Extent, Snapshot
 from estimator.kernels import Kernel
+from estimator.log import Log
 from estimator.phases import Item, Phase
-from estimator.units import allocated
 
-
-class Extent(NamedTuple):
-    """`coefficient · B^batch · (S + shift)^sequence · (K + offset)^keys` elements (of a tensor) or bytes (of a storage)."""
-
-    coefficient: int
-    batch: int = 0
-    sequence: int = 0
-    label: str = ""
-    """What the tensor is, on a tape that names its tensors."""
-    keys: int = 0
-    """0 or 1."""
-    offset: int = 0
-    """How many keys more than K, where there is a power of it."""
-    shift: int = 0
-    """How many positions more than S, where there is one power of it."""
-
-    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
-        size = self.coefficient * int(batch**self.batch) * int((sequence + self.shift) ** self.sequence)
-        return size * (keys + self.offset) if self.keys else size
-
-    def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
-        """The same with the coefficient multiplied by a fraction that leaves it whole."""
-        scaled, rest = divmod(self.coefficient * numerator, denominator)
-        assert rest == 0, (self, numerator, denominator)
-        return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset, self.shift)
-
-    def times(self, other: "Extent") -> "Extent":
-        """The product of two extents, of which one at most knows K."""
-        assert not (self.keys and other.keys), (self, other)
-        assert (self.shift, other.shift) == (0, 0), (self, other)
-        keyed = other if other.keys else self
-        batch, sequence = self.batch + other.batch, self.sequence + other.sequence
-        return Extent(self.coefficient * other.coefficient, batch, sequence, "", keyed.keys, keyed.offset)
-
-    def totals(self) -> list[int]:
-        """The coefficient in the order of `POWERS`."""
-        return Polynomial((self,)).totals()
-
-
-# Powers of (B, S, K) that occur, in the order of a snapshot's totals.
-POWERS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (1, 2, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1))
-_POWER_INDEX = {power: i for i, power in enumerate(POWERS)}
-
-
-class Polynomial(NamedTuple):
-    """A size that is a sum of extents: `8·B·S + 8·B` for labels with one position more."""
-
-    terms: tuple[Extent, ...]
-    label: str = ""
-
-    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
-        return sum(term.at(batch, sequence, keys) for term in self.terms)
-
-    def totals(self) -> list[int]:
-        """Coefficients in the order of `POWERS`."""
-        sums = [0] * len(POWERS)
-        for term in self.terms:
-            sums[_POWER_INDEX[term.batch, term.sequence, 0]] += term.coefficient
-            if term.shift:
-                sums[_POWER_INDEX[term.batch, 0, 0]] += term.coefficient * term.shift
-        return sums
-
-
-Size = Extent | Polynomial
 Held = tuple[Item, Extent]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What was alive at one instant: each kind of storage and how many of it."""
-
-    totals: tuple[int, ...]
-    """Bytes per power of (B, S, K), in the order of `POWERS`."""
-    held: tuple[tuple[tuple[Item, Size], int], ...]
-
-    def at(self, batch: int, sequence: int, keys: int = 0) -> int:
-        """Bytes before rounding [bytes]."""
-        c, b, s, bs, ss, bss, k, bk, sk, bsk = self.totals
-        tokens = batch * sequence
-        alone = c + b * batch + s * sequence + tokens * (bs + bss * sequence) + ss * sequence * sequence
-        return alone + keys * (k + bk * batch + sk * sequence + bsk * tokens) if keys else alone
-
-    def items(self, batch: int, sequence: int, keys: int = 0) -> dict[Item, int]:
-        """Bytes per item, each storage rounded up as the allocator does [bytes]."""
-        sums: dict[Item, int] = {}
-        for (item, extent), number in self.held:
-            sums[item] = sums.get(item, 0) + number * allocated(extent.at(batch, sequence, keys))
-        return sums
 
 
 class Storage:
@@ -293,28 +205,6 @@ class Recomputable:
         return self.frame.recomputed.pop(self.index)
 
 
-class Log:
-    """Every storage in the order in which it is made and released."""
-
-    __slots__ = ("backward", "events", "sizes")
-
-    def __init__(self) -> None:
-        self.backward = 0
-        """Index of the event at which the backward pass begins."""
-        self.sizes: list[Extent] = []
-        self.events: list[int] = []
-        """`i` when storage `i` is made, `~i` when it is released."""
-
-    def make(self, size: Extent) -> int:
-        number = len(self.sizes)
-        self.sizes.append(size)
-        self.events.append(number)
-        return number
-
-    def release(self, number: int) -> None:
-        self.events.append(~number)
-
-
 class Tape:
     """Adds up what is alive, keeps the instants that can be the peak, and runs the backward pass."""
 
@@ -362,7 +252,8 @@ class Tape:
         self.recast: dict[str, DType] = {}
         """Stored tensors that a forward pass gives another type for good, by name pattern."""
         self._rising = False
-        self._sequence = 0
+        self.sequence = 0
+        """Number of the last node."""
 
     # -- what is alive ------------------------------------------------------------------------------------------------------------
 
@@ -383,11 +274,11 @@ class Tape:
 
     def _count(self, size: Extent, number: int) -> None:
         _, batch, sequence, _, keys, offset, shift = size
-        self.totals[_POWER_INDEX[batch, sequence, keys]] += number * size.coefficient
+        self.totals[POWER_INDEX[batch, sequence, keys]] += number * size.coefficient
         if offset:
-            self.totals[_POWER_INDEX[batch, sequence, 0]] += number * size.coefficient * offset
+            self.totals[POWER_INDEX[batch, sequence, 0]] += number * size.coefficient * offset
         if shift:
-            self.totals[_POWER_INDEX[batch, 0, keys]] += number * size.coefficient * shift
+            self.totals[POWER_INDEX[batch, 0, keys]] += number * size.coefficient * shift
 
     def move(self, source: Item, target: Item, size: Extent) -> None:
         """A storage changes its name, not its size."""
@@ -411,7 +302,7 @@ class Tape:
     def enter(self, phase: Phase) -> None:
         """What follows belongs to `phase`."""
         if self.log is not None and phase is Phase.BACKWARD:
-            self.log.backward = len(self.log.events)
+            self.log.begin_backward()
         self.note_peak()
         self.phase = phase
         self._rising = True
@@ -434,8 +325,8 @@ class Tape:
         operator."""
         if not self.grad_enabled or all(v.node is None for v in inputs):
             return None
-        self._sequence += 1
-        return Node(self._sequence, inputs, [self.pack(v) for v in saved], backward)
+        self.sequence += 1
+        return Node(self.sequence, inputs, [self.pack(v) for v in saved], backward)
 
     def save_output(self, node: Node | None, output: Value) -> None:
         """Save a result after the operator ran."""
@@ -552,6 +443,8 @@ class Tape:
         ties = 0
         while ready:
             _, _, node = heapq.heappop(ready)
+            if self.log is not None:
+                self.log.visit(node.sequence)
             gradient = buffers.pop(node)
             results = list(node.backward(node, gradient))
             for position, (following, extent, dtype) in enumerate(node.inputs):

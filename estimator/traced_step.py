@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from estimator.extent import POWERS, Extent, Polynomial, Size, Snapshot
 from estimator.kernels import Kernel
 from estimator.phases import Item, Phase
 from estimator.schedule import MicroBatch, Schedule, decode_schedule, encode_schedule
 from estimator.splice import spliced
 from estimator.step import Program
-from estimator.tape import POWERS, Extent, Polynomial, Size, Snapshot
 from estimator.timeline import Mark, Timeline
 
 Point = tuple[int, int]

@@ -12,9 +12,10 @@ from estimator.attention import Heads, flash, memory_efficient, written_out
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import activated, rotated
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.operators import add, add_in_place, contiguous_copy, dropout, gathered, part
 from estimator.recipe import Attention
-from estimator.tape import Extent, Value
+from estimator.tape import Value
 
 
 def refuses(config: Mapping[str, object]) -> str | None:

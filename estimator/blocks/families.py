@@ -7,11 +7,12 @@ from estimator.blocks import cohere, deepseek, falcon, gemma, gpt2, gpt_oss, lla
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import rotary_width
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.kv_cache import QUERIES, Spans
 from estimator.modules import Modules
 from estimator.operators import add, dropout
 from estimator.recipe import Attention
-from estimator.tape import Extent, Tape, Value
+from estimator.tape import Tape, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

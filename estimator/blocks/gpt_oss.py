@@ -8,6 +8,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.moe import adapted, experts_copied, experts_per_token, grouped_product, num_experts, summed_over_choices, top
 from estimator.blocks.olmo import rms_norm
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.kernels import Kernel
 from estimator.modules import add_number
 from estimator.operators import (
@@ -30,7 +31,7 @@ from estimator.operators import (
     subtract,
 )
 from estimator.recipe import Attention
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Gradients, Node, Value
 
 
 def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:

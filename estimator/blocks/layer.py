@@ -6,12 +6,13 @@ from typing import assert_never
 
 from estimator.attention import Heads, eager, expanded, flash, scaled_dot_product
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.kv_cache import QUERIES, Span, Update
 from estimator.modules import Modules
 from estimator.operators import clone
 from estimator.phases import Item
 from estimator.recipe import Attention
-from estimator.tape import Extent, Value
+from estimator.tape import Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

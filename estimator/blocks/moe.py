@@ -14,6 +14,7 @@ from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp, rotated
 from estimator.dtypes import DType
+from estimator.extent import Extent
 from estimator.kernels import Kernel
 from estimator.modules import Modules
 from estimator.operators import (
@@ -30,7 +31,7 @@ from estimator.operators import (
     softmax,
     split,
 )
-from estimator.tape import Extent, Gradients, Node, Value
+from estimator.tape import Gradients, Node, Value
 
 
 def experts_per_token(config: Mapping[str, object]) -> int:
