@@ -106,7 +106,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("hardware.headroom", "str", "what is kept free: 512MiB, or 5%"),
         _option("hardware.nvidia_smi", "file", "what nvidia-smi printed, from a file; - for standard input"),
         _option("hardware.num_gpus", "int", "how many of them"),
-        _option("hardware.strategy", "str", "single, ddp, zero1, zero2, zero3, fsdp or device_map"),
+        _option("hardware.strategy", "str", "single, ddp, zero1, zero2, zero3, fsdp, device_map or tensor_parallel"),
         _option("stack", "names", "versions to answer for: transformers=4.57,trl=0.25"),
         _option("engine", "str", "auto, analytic or trace"),
     ),

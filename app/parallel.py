@@ -22,7 +22,10 @@ def resolve_parallel(request: Request, inventory: Inventory) -> Parallel:
         accepted = ", ".join(s.value for s in Strategy if s is not Strategy.SINGLE)
         raise RequestError(f"{_FIELD}: 'single' is for one GPU, not for {hardware.num_gpus}; accepted: {accepted}", field=_FIELD)
     if strategy.is_data_parallel and request.training is None:
-        raise RequestError(f"{_FIELD}: {strategy.value!r} is for training; accepted for inference: single, device_map", field=_FIELD)
+        accepted = ", ".join(s.value for s in Strategy if not s.is_data_parallel)
+        raise RequestError(f"{_FIELD}: {strategy.value!r} is for training; accepted for inference: {accepted}", field=_FIELD)
+    if strategy is Strategy.TENSOR_PARALLEL:
+        _check_tensor_parallel(request)
     stage = hardware.deepspeed.zero_optimization.stage
     if stage is not None and stage != strategy.zero_stage:
         field = "hardware.deepspeed.zero_optimization.stage"
@@ -43,6 +46,15 @@ def resolve_parallel(request: Request, inventory: Inventory) -> Parallel:
         zero=_zero(hardware, inventory),
         fsdp=Fsdp(reshard_after_forward=fsdp.reshard_after_forward, offload_params=fsdp.cpu_offload),
     )
+
+
+def _check_tensor_parallel(request: Request) -> None:
+    """What is not modelled of it: a training step, and packed weights."""
+    if request.training is not None:
+        accepted = ", ".join(s.value for s in Strategy if s is not Strategy.TENSOR_PARALLEL)
+        raise RequestError(f"{_FIELD}: 'tensor_parallel' is not modelled for training; accepted: {accepted}", field=_FIELD)
+    if request.quantization is not None:
+        raise RequestError(f"{_FIELD}: 'tensor_parallel' is not modelled with quantization; accepted: device_map", field=_FIELD)
 
 
 def _zero(hardware: HardwareFields, inventory: Inventory) -> Zero:

@@ -197,7 +197,7 @@ class HardwareFields(Border):
     nvidia_smi: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)] | None = None
     """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
-    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"] = "single"
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map", "tensor_parallel"] = "single"
     ddp: DdpFields = DdpFields()
     deepspeed: DeepSpeedFields = DeepSpeedFields()
     fsdp_config: FsdpFields = FsdpFields()

@@ -15,7 +15,9 @@ from estimator.extent import Snapshot
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import passing_bytes, unsplit_bytes
+from estimator.parallelism import tensor
 from estimator.parallelism.cards import Card, cards
+from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
 from estimator.parallelism.shares import share_of
@@ -98,6 +100,8 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
     """
     if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.DEVICE_MAP:
         return _over_cards(inventory, recipe, traced, device)
+    if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.TENSOR_PARALLEL:
+        return _in_slices(inventory, recipe, device)
     return _on_one_card(inventory, recipe, traced, device, replays=not recipe.parallel.is_spread)
 
 
@@ -215,24 +219,60 @@ def _with_returned_logits(answer: Estimate, inventory: Inventory, recipe: Recipe
     logits = batch * length * vocabulary
     widths = (recipe.dtype.itemsize,) if training.autocast_dtype is None else (training.autocast_dtype.itemsize, 4)
     returned = sum(allocated(logits * width) for width in widths)
-    item = LineItem(item=Item.COMMUNICATION, num_bytes=returned, basis=Basis.MODELLED)
-    phases = tuple(replace(p, items=(*p.items, item)) if p.phase is Phase.LOSS else p for p in answer.phases)
+    return _with_exchange(answer, {Phase.LOSS: returned})
+
+
+def _with_exchange(answer: Estimate, exchanged: Mapping[Phase, int], outside_bytes: int = 0) -> Estimate:
+    """With what cards give each other beside the work of one.
+
+    Args:
+        exchanged: by phase [bytes].
+        outside_bytes: outside torch's allocator [bytes].
+    """
+
+    def item(num_bytes: int) -> LineItem:
+        return LineItem(item=Item.COMMUNICATION, num_bytes=num_bytes, basis=Basis.MODELLED)
+
+    phases = tuple(replace(p, items=(*p.items, item(exchanged[p.phase]))) if p.phase in exchanged else p for p in answer.phases)
     # What the new peak exceeds the former one by is held by the allocator, and seen from outside.
     more = max(p.allocated_bytes for p in phases) - answer.peak.allocated_bytes
+    seen = more + outside_bytes
     held = answer.holding.get()
     holding = replace(
         held,
         reserved_bytes=held.reserved_bytes + more,
-        device_bytes=held.device_bytes + more,
-        without_pressure_bytes=held.without_pressure_bytes + more,
+        device_bytes=held.device_bytes + seen,
+        without_pressure_bytes=held.without_pressure_bytes + seen,
     )
     return replace(
         answer,
         phases=phases,
         holding=Deferred.of(holding),
-        quick_device_bytes=answer.quick_device_bytes + more,
-        least_device_bytes=answer.least_device_bytes + more,
+        quick_device_bytes=answer.quick_device_bytes + seen,
+        least_device_bytes=answer.least_device_bytes + seen,
     )
+
+
+_OTHER_PLAN = Notice(
+    code="plan_of_other_version",
+    message=f"layers are cut as transformers {'.'.join(map(str, tensor.TRANSFORMERS))} cuts them; other versions may keep some whole",
+)
+
+
+def _in_slices(inventory: Inventory, recipe: Recipe, device: Device) -> Estimate:
+    """The first rank of tensor parallelism, which has the largest slices."""
+    num_gpus = recipe.parallel.num_gpus
+    alone = replace(recipe, parallel=Parallel())
+    answer = _on_one_card(tensor.rank(inventory, num_gpus), alone, None, device, replays=False)
+    exchanged = {}
+    if recipe.inference is not None:
+        gathered = tensor.gathered_bytes(inventory, recipe.inference.batch_size, recipe.dtype.itemsize)
+        exchanged = dict.fromkeys((Phase.PREFILL, Phase.DECODE), gathered)
+    # Parameters are counted over all cards.
+    parameters = static_memory(inventory, alone).parameters
+    other = () if recipe.stack.transformers[:2] == tensor.TRANSFORMERS else (_OTHER_PLAN,)
+    spread = _with_exchange(answer, exchanged, communicator_bytes(num_gpus))
+    return replace(spread, parameters=parameters, notices=(*answer.notices, *other))
 
 
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------

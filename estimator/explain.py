@@ -10,6 +10,7 @@ from estimator.extent import Extent, Polynomial, Size
 from estimator.inventory import Inventory
 from estimator.loading import unsplit_bytes
 from estimator.optimizers import Residence
+from estimator.parallelism import tensor
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
@@ -71,8 +72,11 @@ def explain(inventory: Inventory, recipe: Recipe, traced: Program | None = None)
 @lru_cache(maxsize=64)
 def _of_closed_forms(inventory: Inventory, recipe: Recipe) -> Explanations:
     modelled = why_not_modelled(inventory, recipe) is None
-    # On each card of a device map the step is that of the whole model with fewer layers.
-    run = replace(recipe, parallel=Parallel()) if recipe.parallel.strategy is Strategy.DEVICE_MAP else recipe
+    # On each card of a device map the step is that of the whole model with fewer layers; a rank of tensor parallelism has a narrower one.
+    alone = recipe.parallel.strategy in (Strategy.DEVICE_MAP, Strategy.TENSOR_PARALLEL)
+    run = replace(recipe, parallel=Parallel()) if alone else recipe
+    if recipe.parallel.is_spread and recipe.parallel.strategy is Strategy.TENSOR_PARALLEL:
+        inventory = tensor.rank(inventory, recipe.parallel.num_gpus)
     instants: Mapping[Phase, Instant] = {}
     if modelled:
         try:
@@ -104,6 +108,7 @@ _COMMUNICATION: Mapping[Strategy, str] = {
     Strategy.ZERO2: "buckets of reduce_bucket_size elements in which gradients are reduced",
     Strategy.ZERO3: "gathered parameters, at most stage3_max_live_parameters of them; a bucket of reduce_bucket_size elements",
     Strategy.FSDP: "the gathered unit, the flat tensors in which units arrive and gradients leave, whole gradients of one unit",
+    Strategy.TENSOR_PARALLEL: "logits of the last position from all ranks: as they arrive, and put together",
     Strategy.DEVICE_MAP: "logits that return to the card of the inputs, and their float32 copy",
 }
 

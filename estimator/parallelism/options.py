@@ -16,11 +16,12 @@ class Strategy(StrEnum):
     ZERO3 = "zero3"  # and parameters
     FSDP = "fsdp"  # torch's fully_shard (FSDP2), as accelerate applies it
     DEVICE_MAP = "device_map"  # layers placed on cards by accelerate, one process
+    TENSOR_PARALLEL = "tensor_parallel"  # every layer cut along its width by transformers, `tp_plan="auto"`
 
     @property
     def is_data_parallel(self) -> bool:
         """Whether each rank reads samples of its own."""
-        return self not in (Strategy.SINGLE, Strategy.DEVICE_MAP)
+        return self not in (Strategy.SINGLE, Strategy.DEVICE_MAP, Strategy.TENSOR_PARALLEL)
 
     @property
     def zero_stage(self) -> int:

@@ -28,6 +28,7 @@ CONFIG: Mapping[str, Any] = {
 }
 RANK = 8
 BUCKET_CAP_MB = 1
+PROMPT = 8
 
 
 def run(what: str, directory: Path) -> list[dict[str, Any]]:
@@ -48,12 +49,12 @@ def _play(what: str, rank: int, store: str, output: Path) -> None:
     import torch
     from torch import distributed
 
-    if what == "zero":
+    if what in ("zero", "tensor"):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS)
-    record = {"ddp": _ddp, "fsdp": _fsdp, "zero": _zero}[what]()
+    record = {"ddp": _ddp, "fsdp": _fsdp, "zero": _zero, "tensor": _tensor}[what]()
     output.write_text(json.dumps(record), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()
@@ -68,6 +69,49 @@ def _model(config: Mapping[str, Any], *, adapter: bool) -> Any:
     if adapter:
         model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear"))
     return model
+
+
+# Two ranks divide heads and the width of experts; the rest leaves one more for the first.
+SLICED: Mapping[str, Mapping[str, Any]] = {
+    "llama": {**CONFIG, "num_key_value_heads": 2},
+    "mixtral": {
+        **CONFIG,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,  # grouped products take multiples of 8
+        "num_local_experts": 3,
+    },
+}
+
+
+def _tensor() -> dict[str, Any]:
+    """Slices of models loaded with `tp_plan="auto"`, and of their caches after a prompt."""
+    return {name: _slices(config) for name, config in SLICED.items()}
+
+
+def _slices(config: Mapping[str, Any]) -> dict[str, Any]:
+    import tempfile
+
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        # `save_pretrained` writes on the first rank only.
+        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+        whole.config.save_pretrained(directory)
+        save_file(whole.state_dict(), Path(directory) / "model.safetensors", metadata={"format": "pt"})
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto", dtype=torch.bfloat16)
+    with torch.no_grad():
+        answer = model(input_ids=torch.ones((1, PROMPT), dtype=torch.long), use_cache=True, logits_to_keep=1)
+    layer = answer.past_key_values.layers[0]
+    return {
+        "shapes": {name: list(p.to_local().shape if hasattr(p, "to_local") else p.shape) for name, p in model.named_parameters()},
+        "keys": list(layer.keys.shape),
+        "logits": list(answer.logits.shape),
+    }
 
 
 def _step(model: Any) -> None:
