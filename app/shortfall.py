@@ -11,8 +11,9 @@ from app.evaluation import evaluator_of
 from app.levers import Cost, Lever, another_card, larger_cards, levers, shorter
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
-from app.service import Case, interval_of, render
+from app.service import Case, render
 from app.settings import applied, joined, spelled
+from estimator.correction import interval
 from estimator.device import context_bytes
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate
@@ -46,6 +47,25 @@ class Outcome:
             return missing_bytes(self.recipe, self.card, self.estimate)
         return max(1, self.card.required_bytes(self.estimate.quick_device_bytes) - self.card.usable_bytes)
 
+    def required_unpressed_bytes(self, enough_bytes: int | None = None) -> int:
+        """What must be usable for a verdict of `fits` where the allocator keeps all that it caches, as that of one that fits does [bytes].
+
+        Args:
+            enough_bytes: see `Estimate.without_pressure_bytes` [bytes].
+        """
+        device = max(self.estimate.without_pressure_bytes(enough_bytes), self.estimate.peak.allocated_bytes)
+        return self.card.required_bytes(device, high_bytes(self.recipe, self.estimate, device))
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing: settled without the card's limit, by a replay that ends where too much is held, or by none."""
+        usable = self.card.usable_bytes
+        if not self.may_fit:
+            return False
+        at_limit = self.card.required_bytes(usable, high_bytes(self.recipe, self.estimate, usable))
+        # What must be usable grows at least in proportion: what is held beyond this share of the limit is too much.
+        return self.required_unpressed_bytes(usable * usable // at_limit + 1) <= usable
+
 
 def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
     """What a card lacks for a verdict of `fits`; negative when it fits [bytes]."""
@@ -54,9 +74,15 @@ def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
 
 def required_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
     """What must be usable for a verdict of `fits` [bytes]."""
-    bounds = interval_of(recipe, estimate)
-    required = card.required_bytes(device_bytes(estimate), bounds.device_high_bytes if bounds is not None else None)
-    return max(required, estimate.holding.get().without_pressure_bytes)
+    device = device_bytes(estimate)
+    return max(card.required_bytes(device, high_bytes(recipe, estimate, device)), estimate.holding.get().without_pressure_bytes)
+
+
+def high_bytes(recipe: Recipe, estimate: Estimate, device_bytes: int) -> int | None:
+    """The upper end of the interval around what the card must hold; None where there is none [bytes]."""
+    allocated = estimate.peak.allocated_bytes
+    bounds = interval(recipe=recipe, kernels=estimate.kernels, allocated_bytes=allocated, device_bytes=device_bytes)
+    return bounds.device_high_bytes if bounds is not None and is_modelled(estimate) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
