@@ -79,8 +79,8 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     assert hardware.gpu is not None
     if not hardware.gpu.strip():
         raise RequestError(
-            f"hardware.gpu: {hardware.gpu!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 23.5GiB (`vramplan gpus` lists "
-            "those known), or null",
+            f"hardware.gpu: {hardware.gpu!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 23.5GiB (`vramplan gpus` lists those "
+            "known), or null",
             field="hardware.gpu",
         )
     size = _SIZE.fullmatch(hardware.gpu.strip())
@@ -139,7 +139,9 @@ def headroom_bytes(asked: int | str | None, capacity_bytes: int) -> int:
     number, unit = float(match[1]), (match[2] or "B").lower()
     kept = round(capacity_bytes * number / 100) if unit == "%" else round(number * _UNITS[unit])
     if kept >= capacity_bytes:
-        raise RequestError(f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes", field="hardware.headroom")
+        raise RequestError(
+            f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes; expected less", field="hardware.headroom"
+        )
     return kept
 
 

@@ -95,7 +95,9 @@ def _nothing_left(text: str | None, wanted: GpuFilter, global_batch: int | None)
         )
     words = split_words(text or "")
     alone = [word for word in words if not any(_meets(gpu, word, wanted) for gpu in all_gpus() if gpu.vendor is Vendor.NVIDIA)]
-    reason = f"no card of CUDA meets {' or '.join(map(repr, alone))}" if alone else f"no card of CUDA meets all of {', '.join(words)} at once"
+    reason = (
+        f"no card of CUDA meets {' or '.join(map(repr, alone))}" if alone else f"no card of CUDA meets all of {', '.join(words)} at once"
+    )
     return RequestError(f"hardware.filter: {text!r} leaves no card: {reason}; `vramplan gpus` lists what there is", field="hardware.filter")
 
 

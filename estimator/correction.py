@@ -101,7 +101,7 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     """The class whose residuals speak for a recipe; None for inference, of whose device memory nothing was compared yet.
 
     Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
-    kernels that ran, whether layers are checkpointed, whether batches carry padding, whose card it is, and whether one of NVIDIA has compute
+    kernels that ran, whether layers are checkpointed, whether batches carry padding, whose card it is, and whether NVIDIA's has compute
     capability 8.0.
 
     Library versions are not part of it. They do change the formulas (bytes per logit, keys and values repeated or not), minor by minor,
