@@ -79,8 +79,8 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     assert hardware.gpu is not None
     if not hardware.gpu.strip():
         raise RequestError(
-            f"hardware.gpu: {hardware.gpu!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 23.5GiB (`vramplan gpus` lists those "
-            "known), or null",
+            f"hardware.gpu: {hardware.gpu!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 23.5GiB (`vramplan gpus` "
+            "lists those known), or null",
             field="hardware.gpu",
         )
     size = _SIZE.fullmatch(hardware.gpu.strip())
