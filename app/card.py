@@ -10,8 +10,8 @@ from estimator.gpus import Gpu, Vendor, find_gpu
 from estimator.nvidia_smi import FoundCard, identify, read_cards, usage_sentence
 from estimator.units import GIB, KIB, MIB
 
-# `23.5GiB` in place of a name.
-_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s?(GiB|GB|G|MiB|MB)", re.IGNORECASE)
+# `23.5GiB` in place of a name; what labels say in GB is looked for in the catalogue.
+_SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s?(GiB|MiB|MB)", re.IGNORECASE)
 
 # Kept free on purpose: what a driver update or a desktop may take from a card that was sized to the last byte.
 HEADROOM_BYTES = 256 * MIB
@@ -77,6 +77,12 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
     if hardware.capacity_gib is not None:
         return _card_of_size(hardware.capacity_gib, hardware.headroom)
     assert hardware.gpu is not None
+    if not hardware.gpu.strip():
+        raise RequestError(
+            f"hardware.gpu: {hardware.gpu!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 23.5GiB (`vramplan gpus` "
+            "lists those known), or null",
+            field="hardware.gpu",
+        )
     size = _SIZE.fullmatch(hardware.gpu.strip())
     if size is not None:
         return _card_of_size(_gib_of(float(size[1]), size[2].lower(), hardware.gpu), hardware.headroom)
@@ -84,10 +90,10 @@ def card_of(hardware: HardwareFields | None) -> Card | None:
 
 
 def _gib_of(number: float, unit: str, said: str) -> float:
-    """So many GiB, as CUDA reports them; labels in GB say more than there is."""
+    """So many GiB, as CUDA reports them."""
     if unit != "gib" or not 0 < number <= MAX_GIB:
         raise RequestError(
-            f"hardware.gpu: {said!r} is not accepted; labels in GB say more than CUDA gives: name the card, or give what "
+            f"hardware.gpu: {said!r} is not accepted; expected a card such as rtx4090, 'a100 40gb' or 24GB, or what "
             f"torch.cuda.get_device_properties(0).total_memory says in GiB, such as 23.5GiB (at most {MAX_GIB:,})",
             field="hardware.gpu",
         )
@@ -133,7 +139,9 @@ def headroom_bytes(asked: int | str | None, capacity_bytes: int) -> int:
     number, unit = float(match[1]), (match[2] or "B").lower()
     kept = round(capacity_bytes * number / 100) if unit == "%" else round(number * _UNITS[unit])
     if kept >= capacity_bytes:
-        raise RequestError(f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes", field="hardware.headroom")
+        raise RequestError(
+            f"hardware.headroom: {asked!r} leaves nothing of the card's {capacity_bytes:,} bytes; expected less", field="hardware.headroom"
+        )
     return kept
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
 from app.reading import read_estimate
 from app.service import prepare, render
-from app.shortfall import Shortage, changes, missing_bytes, required_bytes
+from app.shortfall import Shortage, missing_bytes, required_bytes, smallest_change
 from estimator.errors import RequestError
 
 
@@ -30,8 +30,7 @@ def check(payload: Mapping[str, Any]) -> Json:
     best: Json | None = None
     if missing > 0 and training is not None and is_modelled(estimate):
         global_batch = training.micro_batch_size * training.gradient_accumulation_steps
-        found = changes(Shortage(case=case, estimate=estimate, payload=dict(payload), global_batch=global_batch))
-        best = next((change for change in found if change["fits"]), None)
+        best = smallest_change(Shortage(case=case, estimate=estimate, payload=dict(payload), global_batch=global_batch))
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": "fits" if missing <= 0 else "tight" if needed <= card.usable_bytes else "does_not_fit",

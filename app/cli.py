@@ -9,7 +9,7 @@ import typer
 
 from app.answer import Json
 from app.options import OPTIONS, PLAN_OPTIONS, merged, model_argument, with_options
-from app.reading import MAX_BODY_BYTES, read_json
+from app.reading import MAX_BODY_BYTES, load_yaml, read_json
 from app.redaction import redacted
 from estimator.errors import RequestError, VramplanError
 
@@ -282,7 +282,7 @@ def _read_yaml(content: bytes) -> Json:
     import yaml
 
     try:
-        payload = yaml.safe_load(content)
+        payload = load_yaml(content)
     except (yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"request: not YAML: {str(error).splitlines()[0]}", field="request") from None
     if not isinstance(payload, dict):

@@ -1,20 +1,25 @@
 """Single changes to a request that can save memory: the fields to set, and what each costs."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from app.answer import Json
 from app.request import Request
+from estimator.allocator_settings import parse_settings
 from estimator.dtypes import DType
 from estimator.gpus import Gpu, Vendor, all_gpus
 from estimator.inventory import Inventory
 from estimator.liger import fuses_loss
 from estimator.offers import cheapest
+from estimator.phases import Item
 from estimator.planner import LENGTH_STEP, divisors
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Trainer
+from estimator.static_memory import static_memory
 from estimator.step import needs_mask
+from estimator.storage import StoredTensor
+from estimator.units import gib
 
 # Compute capability from which bfloat16 is not emulated.
 NATIVE_BFLOAT16 = (8, 0)
@@ -28,10 +33,12 @@ _NUM_CARDS = (2, 4, 8)
 class Cost(StrEnum):
     """What a change takes from the user, the smallest first."""
 
-    NONE = "none"  # the same training, as fast
-    PACKAGE = "package"  # the same training, with another package or trainer
-    THROUGHPUT = "throughput"
+    NONE = "none"  # a setting: the same training, as fast
+    STEPS = "steps"  # the same training in smaller pieces
+    PACKAGE = "package"  # the same training with a package more
+    THROUGHPUT = "throughput"  # the same training, slower
     PRECISION = "precision"
+    CODE = "code"  # another trainer, with defaults of its own
     QUALITY = "quality"  # another training
     DATA = "data"
     MONEY = "money"
@@ -63,11 +70,12 @@ def levers(request: Request, recipe: Recipe, inventory: Inventory, payload: Mapp
         global_batch: samples per optimizer step of one card, which changes of the micro-batch keep.
     """
     found = [
+        *_allocator(request, recipe),
         *_kernels(request, recipe),
         *_losses(recipe, inventory),
         *_batches(recipe, global_batch),
         *_recomputing(recipe),
-        *_weights(recipe, payload),
+        *_weights(recipe, inventory, payload),
         *_adapters(recipe, inventory),
         *_lengths(recipe),
         *_machines(request, recipe, global_batch),
@@ -79,6 +87,22 @@ def _lever(family: str, cost: Cost, costs: str, setting: Json) -> Lever:
     return Lever(set=setting, cost=cost, costs=costs, family=family)
 
 
+def _allocator(request: Request, recipe: Recipe) -> Iterator[Lever]:
+    """Segments that grow: blocks of any size are cut from them, so that less lies idle.
+
+    Source: torch, docs/source/notes/cuda.rst, `expandable_segments`; c10/cuda/CUDACachingAllocator.cpp (CUDA's virtual memory, Linux).
+    """
+    if recipe.vendor is not Vendor.NVIDIA or parse_settings(request.pytorch_cuda_alloc_conf).expandable_segments:
+        return
+    others = [part for part in request.pytorch_cuda_alloc_conf.split(",") if part and not part.strip().startswith("expandable_segments")]
+    yield _lever(
+        "expandable_segments",
+        Cost.NONE,
+        "an environment variable of the run; needs Linux",
+        {"pytorch_cuda_alloc_conf": ",".join((*others, "expandable_segments:True"))},
+    )
+
+
 def _kernels(request: Request, recipe: Recipe) -> Iterator[Lever]:
     training = recipe.training
     assert training is not None
@@ -88,7 +112,12 @@ def _kernels(request: Request, recipe: Recipe) -> Iterator[Lever]:
     if would_help and recipe.compute_capability >= NATIVE_BFLOAT16:
         yield _lever("flash_attention_2", Cost.PACKAGE, "needs flash-attn", {"attn_implementation": "flash_attention_2"})
     if training.padded and recipe.trainer is Trainer.TRL:
-        yield _lever("packing", Cost.NONE, "samples share rows instead of being padded", {"training.packing": True})
+        yield _lever(
+            "packing",
+            Cost.DATA,
+            "samples share rows instead of being padded: an optimizer step sees more of them",
+            {"training.packing": True},
+        )
         yield _lever("padding_free", Cost.NONE, "samples lie end to end instead of being padded", {"training.padding_free": True})
 
 
@@ -100,7 +129,7 @@ def _losses(recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:
     if fuses_loss(inventory):
         yield _lever("liger", Cost.PACKAGE, "needs liger-kernel", {"training.use_liger_kernel": True})
     if recipe.trainer is Trainer.TRANSFORMERS and (recipe.stack.sft_tiles_loss or recipe.stack.sft_chunks_loss_by_default):
-        yield _lever("trl", Cost.PACKAGE, "TRL's SFTTrainer with its fused loss, and its defaults for all else", {"trainer": "trl"})
+        yield _lever("trl", Cost.CODE, "TRL's SFTTrainer with its fused loss, and its defaults for all else", {"trainer": "trl"})
 
 
 def _batches(recipe: Recipe, global_batch: int) -> Iterator[Lever]:
@@ -110,7 +139,7 @@ def _batches(recipe: Recipe, global_batch: int) -> Iterator[Lever]:
         if size < training.micro_batch_size:
             yield _lever(
                 "micro_batch",
-                Cost.THROUGHPUT,
+                Cost.STEPS,
                 f"{global_batch // size} accumulation steps instead of {training.gradient_accumulation_steps}",
                 {"training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": global_batch // size},
             )
@@ -130,14 +159,20 @@ def _recomputing(recipe: Recipe) -> Iterator[Lever]:
         )
 
 
-def _weights(recipe: Recipe, payload: Mapping[str, Any]) -> Iterator[Lever]:
+def _weights(recipe: Recipe, inventory: Inventory, payload: Mapping[str, Any]) -> Iterator[Lever]:
     training, quantization = recipe.training, recipe.quantization
     assert training is not None
     half = DType.BFLOAT16 if recipe.compute_capability >= NATIVE_BFLOAT16 else DType.FLOAT16
+    if training.optimizer == "adamw_torch":
+        yield _lever(
+            "fused", Cost.NONE, "the same optimizer, all of a tensor's step in one kernel", {"training.optim": "adamw_torch_fused"}
+        )
     if "8bit" not in training.optimizer and "4bit" not in training.optimizer:
         yield _lever("optimizer", Cost.PRECISION, "8-bit optimizer states, which may be paged out", {"training.optim": "paged_adamw_8bit"})
     if recipe.prepare_for_kbit_training:
-        yield _lever("preparation", Cost.PRECISION, "norms and head stay in 16 bits", {"prepare_model_for_kbit_training": False})
+        kept = upcast_parts(inventory, recipe)
+        if kept:
+            yield _lever("preparation", Cost.PRECISION, f"{kept} stay in 16 bits", {"prepare_model_for_kbit_training": False})
     if not recipe.dtype.is_half and (recipe.adapter is not None or half is DType.BFLOAT16):  # trained float16 weights are refused
         yield _lever("dtype", Cost.PRECISION, "16-bit weights", {"dtype": half.value})
     nf4 = {"quantization": _nf4(half), **{name: None for name in ("load_in_4bit", "load_in_8bit") if payload.get(name) is not None}}
@@ -148,6 +183,32 @@ def _weights(recipe: Recipe, payload: Mapping[str, Any]) -> Iterator[Lever]:
         yield _lever("nf4", Cost.PRECISION, "slower steps, 4-bit base weights", nf4)
     elif not quantization.double_quant:
         yield _lever("double_quant", Cost.NONE, "the constants are quantized as well", {"quantization.bnb_4bit_use_double_quant": True})
+
+
+def upcast_parts(inventory: Inventory, recipe: Recipe) -> str:
+    """What the preparation for k-bit training turns into float32, the largest part first, with its size in 16 bits; empty: nothing.
+
+    Source: peft, utils/other.py, prepare_model_for_kbit_training: every 16-bit parameter but packed 4-bit weights, fused experts included.
+    """
+    unprepared = static_memory(inventory, replace(recipe, prepare_for_kbit_training=False)).tensors
+    sizes: dict[str, int] = {}
+    for tensor in unprepared:
+        if tensor.item is Item.WEIGHTS and tensor.dtype.is_half and tensor.quantization is None:
+            part = _part_of(tensor, inventory)
+            sizes[part] = sizes.get(part, 0) + tensor.num_copies * tensor.raw_bytes
+    named = [f"{part} ({gib(size)})" for part, size in sorted(sizes.items(), key=lambda pair: -pair[1])]
+    return ", ".join(named[:-1]) + (" and " if len(named) > 1 else "") + "".join(named[-1:])
+
+
+def _part_of(tensor: StoredTensor, inventory: Inventory) -> str:
+    name = f"{tensor.pattern}."
+    if "experts" in tensor.pattern:
+        return "experts"
+    if inventory.input_embedding is not None and name.startswith(f"{inventory.input_embedding}."):
+        return "embedding"
+    if inventory.output_embedding is not None and name.startswith(f"{inventory.output_embedding}."):
+        return "head"
+    return "norms" if "norm" in tensor.module_class.lower() or "norm" in tensor.pattern.lower() else "other layers"
 
 
 def _adapters(recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:

@@ -1,6 +1,6 @@
 """`plan`: the largest micro-batch, the longest sequence or the most margin on a card, or what is missing; without a card, which fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,26 +90,53 @@ class _Search:
     def found(self, evaluator: Evaluator) -> Sizes | None:
         """The best size that fits with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
         candidates = self.goal.candidates()
-        if self.goal.objective is not PlanObjective.MOST_MARGIN and self.goal.keeps_global_batch:  # few, and unlike each other
+        if self.goal.objective is PlanObjective.MOST_MARGIN:
+            return self.with_most_margin(evaluator, candidates)
+        if self.goal.keeps_global_batch:  # few, and unlike each other
             place = next((place for place in reversed(range(len(candidates))) if self.fits(candidates.at([place]))), None)
             return None if place is None else candidates.at([place])
-        assert self.case.card is not None
-        guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
-        if self.goal.objective is PlanObjective.MOST_MARGIN:
-            return guess if guess is not None and self.fits(guess) else None
-        return self.near(candidates, guess)
+        return self.near(evaluator, candidates, lambda usable: search(evaluator, self.goal, usable, self.context_bytes))
 
-    def near(self, candidates: Sizes, guess: Sizes | None) -> Sizes | None:
-        """The last candidate that fits with the allocator replayed, looked for around a guess."""
+    def with_most_margin(self, evaluator: Evaluator, candidates: Sizes) -> Sizes | None:
+        """The size that leaves most: of a given global batch each divisor is replayed, else the best with the cache modelled."""
+        assert self.case.card is not None
+        if not self.goal.keeps_global_batch:
+            guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
+            return guess if guess is not None and self.fits(guess) else None
+        asked = [(self.outcome(candidates.at([place])), place) for place in range(len(candidates))]
+        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if outcome.fits]
+        return candidates.at([-min(fitting)[1]]) if fitting else None
+
+    def near(
+        self, evaluator: Evaluator, candidates: Sizes, guessed: Callable[[int], Sizes | None], known: Sizes | None = None
+    ) -> Sizes | None:
+        """The last candidate that fits with the allocator replayed, looked for around a guess.
+
+        Args:
+            guessed: the last that fits so many bytes with the cache modelled.
+            known: a size whose replay tells how far the model is off; the first guess if None.
+        """
+        assert self.case.card is not None
+        usable = self.case.card.usable_bytes
+        guess = guessed(usable) if known is None else known
+        known = guess if guess is not None else candidates.at([0])
+        outcome = self.outcome(known)
+        if outcome.may_fit:
+            modelled = int(evaluator.memory(known).required_bytes(self.context_bytes)[0])
+            guess = guessed(usable * modelled // outcome.required_unpressed_bytes())
         start = -1 if guess is None else _place(candidates, guess)
         place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
         return None if place is None else candidates.at([place])
 
     def fits(self, sizes: Sizes) -> bool:
         """Whether one size fits, by its own estimate."""
+        return self.outcome(sizes).fits
+
+    def outcome(self, sizes: Sizes) -> Outcome:
+        """One size on the card."""
         assert self.case.card is not None
         recipe = self.recipe(sizes)
-        return Outcome(recipe=recipe, card=self.case.card, estimate=self.case.answerer.estimate(recipe)).missing_bytes <= 0
+        return Outcome(recipe=recipe, card=self.case.card, estimate=self.case.answerer.estimate(recipe))
 
     @property
     def context_bytes(self) -> int:
@@ -178,7 +205,8 @@ class _Search:
         if not evaluator.is_quick:
             return None
         candidates = lengths(training.micro_batch_size, training.gradient_accumulation_steps, self.goal.length_limit)
-        found = self.near(candidates, largest(evaluator, candidates, self.case.card.usable_bytes, self.context_bytes))
+        known = Sizes.of(training.micro_batch_size, training.sequence_length, training.gradient_accumulation_steps)
+        found = self.near(evaluator, candidates, lambda usable: largest(evaluator, candidates, usable, self.context_bytes), known)
         return training.sequence_length if found is None else max(training.sequence_length, int(found.length[0]))
 
     def policy(self, interval: Json | None) -> Json:

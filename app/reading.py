@@ -1,6 +1,7 @@
 """From bytes or a mapping to a checked request, or an error that names the field, the value and what would be accepted."""
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,18 @@ MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
 _SHOWN_ERRORS = 8
 _SHOWN_CHARACTERS = 80
+
+# What fields accept that may be of several kinds, of which pydantic would name the first only.
+_AXIS = "expected numbers from 1 on: one, a list, or first..last:step such as 512..8192:512"
+_EXPECTED: Mapping[str, str] = {
+    "global_batch_size": "expected a whole number of samples, 1 to 1,048,576, or null: as large as fits",
+    "hardware.gpu": "expected a card such as 'rtx4090', 'a100 40gb' or '23.5GiB'; `vramplan gpus` lists those known",
+    "hardware.headroom": "expected bytes, a size such as 512MiB, or a share such as 5%",
+    "sweep": "expected the axes per_device_train_batch_size, max_length and r",
+    "sweep.per_device_train_batch_size": _AXIS,
+    "sweep.max_length": _AXIS,
+    "sweep.r": _AXIS,
+}
 
 RequestT = TypeVar("RequestT", bound=Request)
 RequestT_co = TypeVar("RequestT_co", bound=Request, covariant=True)
@@ -44,7 +57,7 @@ class Question(Generic[RequestT_co]):
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """A JSON object of at most `MAX_BODY_BYTES`, without NaN or infinities.
+    """A JSON object of at most `MAX_BODY_BYTES`, without NaN or infinities, in which no key stands twice.
 
     Raises:
         RequestError: if it is anything else.
@@ -57,7 +70,51 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise RequestError(f"the request is not JSON: {redacted(str(error))}") from None
     if not isinstance(payload, dict):
         raise RequestError("the request must be a JSON object; see /docs for an example")
+    _check_keys(body)
     return payload
+
+
+def _check_keys(body: bytes) -> None:
+    """Refuses keys that stand twice in one object: which of both was meant cannot be known."""
+    try:
+        json.loads(body, object_pairs_hook=_unique, parse_int=str, parse_float=str)
+    except RecursionError:
+        raise RequestError(f"the request is nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise repeated_key(key)
+        found[key] = value
+    return found
+
+
+def repeated_key(key: object) -> RequestError:
+    """The error for a key that stands twice in one object."""
+    name = _shown(key)
+    return RequestError(f"{name}: is given twice in one object; give it once", field=name)
+
+
+def load_yaml(content: bytes) -> Any:
+    """What a YAML document holds, by safe rules, with no key twice in one mapping.
+
+    Raises:
+        RequestError: if a key stands twice.
+        yaml.YAMLError, RecursionError: if it is no YAML.
+    """
+    import yaml  # the web process reads none
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            for place, key in enumerate(keys):
+                if key in keys[:place]:
+                    raise repeated_key(key)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(content, Loader)
 
 
 def read_estimate(payload: Mapping[str, Any]) -> Question[Request]:
@@ -123,7 +180,8 @@ def _request_error(error: ValidationError, kind: type[Request]) -> RequestError:
     for detail in details:
         field = _location(detail["loc"])
         seen.setdefault(field, FieldError(field=field, message=_message(field, detail, kind)))
-    errors = list(seen.values())[:_SHOWN_ERRORS]
+    # Of a list, the element that is wrong says more than that a number would have been accepted as well.
+    errors = [e for e in seen.values() if not any(other.startswith(f"{e.field}.") for other in seen)][:_SHOWN_ERRORS]
     return RequestError("; ".join(e.message for e in errors), errors=errors)
 
 
@@ -143,8 +201,10 @@ def _message(field: str, detail: ErrorDetails, kind: type[BaseModel]) -> str:
         return f"{field}: not a known field{_suggestion(section, name, kind)}"
     if detail["type"] == "missing":
         return f"{field}: is required"
-    expected = redacted(detail["msg"])
-    return f"{field}: {_shown(detail['input'])} is not accepted; {expected[0].lower()}{expected[1:]}"
+    expected = _EXPECTED.get(re.sub(r"\.\d+$", "", field)) or redacted(detail["msg"])
+    given = detail["input"]
+    quoted = repr(_shown(given)) if isinstance(given, str) else _shown(given)
+    return f"{field}: {quoted} is not accepted; {expected[0].lower()}{expected[1:]}"
 
 
 def _suggestion(section: str, name: str, kind: type[BaseModel]) -> str:

@@ -188,7 +188,7 @@ class FsdpFields(Border):
 class HardwareFields(Border):
     """The card, how many of it, and how the run is spread over them."""
 
-    gpu: Name | None = None
+    gpu: Annotated[str, Field(max_length=512)] | None = None
     capacity_gib: Annotated[float, Field(gt=0, le=MAX_GIB)] | None = None
     filter: Annotated[str, Field(max_length=200)] | None = None
     """Which cards a plan looks at, instead of one: `24GB..80GB 1..8 bf16`."""

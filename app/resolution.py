@@ -11,6 +11,7 @@ from app.training import check_length, resolve_training
 from app.versions import stack_of
 from estimator.dtypes import DType, parse_dtype
 from estimator.errors import RequestError, UnknownNameError
+from estimator.gpus import Vendor
 from estimator.inventory import Inventory
 from estimator.recipe import Adapter, Attention, CacheKind, Inference, Quantization, QuantizationKind, Recipe, Trainer
 from estimator.stack import Stack
@@ -60,6 +61,7 @@ def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) ->
         training=resolve_training(request, inventory, stack, prepared=prepare) if request.training is not None else None,
         inference=_inference(request, inventory) if request.inference is not None else None,
         compute_capability=(card.compute_capability if card is not None else None) or DEFAULT_COMPUTE_CAPABILITY,
+        vendor=card.vendor if card is not None else Vendor.NVIDIA,
         num_multiprocessors=(card.num_multiprocessors if card is not None else None) or DEFAULT_NUM_MULTIPROCESSORS,
         parallel=resolve_parallel(request, inventory),
         stack=stack,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Any
 
 from app.answer import Json, device_bytes, is_modelled
@@ -11,11 +11,15 @@ from app.evaluation import evaluator_of
 from app.levers import Cost, Lever, another_card, larger_cards, levers, shorter
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
-from app.service import Case, interval_of, render
+from app.service import Case, render
 from app.settings import applied, joined, spelled
+from estimator.allocator_settings import VARIABLE, parse_settings
+from estimator.correction import interval
 from estimator.device import context_bytes
+from estimator.engine import Device
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate
+from estimator.phases import Basis
 from estimator.planner import largest, lengths
 from estimator.recipe import Recipe
 from estimator.shortfall import Chosen, minimal_sets, missing_by_phase
@@ -40,11 +44,30 @@ class Outcome:
 
     @property
     def missing_bytes(self) -> int:
-        """What the card lacks for a verdict of `fits`, for searches: with the allocator's cache modelled where the run surely does not fit;
-        negative when it fits [bytes]."""
-        if self.may_fit:
-            return missing_bytes(self.recipe, self.card, self.estimate)
+        """What the card lacks for a verdict of `fits`, for searches: with the allocator's cache modelled where the run does not fit, and
+        replayed, which is not above 0, where it does [bytes]."""
+        if self.fits:
+            return self.required_unpressed_bytes() - self.card.usable_bytes
         return max(1, self.card.required_bytes(self.estimate.quick_device_bytes) - self.card.usable_bytes)
+
+    def required_unpressed_bytes(self, enough_bytes: int | None = None) -> int:
+        """What must be usable for a verdict of `fits` where the allocator keeps all that it caches, as that of one that fits does [bytes].
+
+        Args:
+            enough_bytes: see `Estimate.without_pressure_bytes` [bytes].
+        """
+        device = max(self.estimate.without_pressure_bytes(enough_bytes), self.estimate.peak.allocated_bytes)
+        return self.card.required_bytes(device, high_bytes(self.recipe, self.estimate, device))
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing is missing: settled without the card's limit, by a replay that ends where too much is held, or by none."""
+        usable = self.card.usable_bytes
+        if not self.may_fit:
+            return False
+        at_limit = self.card.required_bytes(usable, high_bytes(self.recipe, self.estimate, usable))
+        # What must be usable grows at least in proportion: what is held beyond this share of the limit is too much.
+        return self.required_unpressed_bytes(usable * usable // at_limit + 1) <= usable
 
 
 def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
@@ -54,9 +77,15 @@ def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
 
 def required_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:
     """What must be usable for a verdict of `fits` [bytes]."""
-    bounds = interval_of(recipe, estimate)
-    required = card.required_bytes(device_bytes(estimate), bounds.device_high_bytes if bounds is not None else None)
-    return max(required, estimate.holding.get().without_pressure_bytes)
+    device = device_bytes(estimate)
+    return max(card.required_bytes(device, high_bytes(recipe, estimate, device)), estimate.holding.get().without_pressure_bytes)
+
+
+def high_bytes(recipe: Recipe, estimate: Estimate, device_bytes: int) -> int | None:
+    """The upper end of the interval around what the card must hold; None where there is none [bytes]."""
+    allocated = estimate.peak.allocated_bytes
+    bounds = interval(recipe=recipe, kernels=estimate.kernels, allocated_bytes=allocated, device_bytes=device_bytes)
+    return bounds.device_high_bytes if bounds is not None and is_modelled(estimate) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +119,18 @@ class Shortage:
             card = card_of(request.hardware)
             assert card is not None
             recipe = resolve_recipe(request, self.case.inventory, card)
-            if recipe == self.case.recipe and card == self.card:
+            device = Device(usable_bytes=card.usable_bytes, settings=parse_settings(request.pytorch_cuda_alloc_conf))
+            if recipe == self.case.recipe and card == self.card and device == self.case.answerer.device:
                 return None
-            estimate = self.case.answerer.estimate(recipe)
+            estimate = replace(self.case.answerer, device=device).estimate(recipe)
         except VramplanError:  # a change that this request, model or library does not allow is not offered
             return None
         return Outcome(recipe=recipe, card=card, estimate=estimate) if is_modelled(estimate) else None
+
+    def fits(self, lever: Lever) -> bool:
+        """Whether a change is enough."""
+        outcome = self.outcome(lever.set)
+        return outcome is not None and outcome.fits
 
     def all_levers(self) -> list[Lever]:
         """What could be changed, in the request's own spelling, the smallest cost first."""
@@ -137,19 +172,44 @@ def shortfall(shortage: Shortage) -> Json:
 
 
 def changes(shortage: Shortage) -> list[Json]:
-    """Single changes, and where none but money is enough, the smallest combinations; what fits first, then by what it costs."""
+    """Single changes, and the smallest combinations of such as cost less than any that is enough alone; what fits first, then by cost."""
     families = _families(shortage.all_levers())
-    best = {name: lever for name, family in families.items() if (lever := _best(shortage, family)) is not None}
-    singles = [_rendered(shortage, [lever]) for lever in [*best.values(), *_cards(shortage)]]
-    found = [change for change in singles if change["saves_bytes"] > 0 or change["fits"]]
-    if not any(change["fits"] and change["cost"] != Cost.MONEY for change in found):
-        strongest = [lever for lever in best.values() if lever.cost is not Cost.MONEY]
-        found += [_rendered(shortage, used) for used in _together(shortage, strongest, families)]
-    return sorted(found, key=lambda change: (not change["fits"], *(_effort(change) if change["fits"] else ()), -change["saves_bytes"]))
+    best = [lever for family in families.values() if (lever := _best(shortage, family)) is not None]
+    found = [_rendered(shortage, [lever]) for lever in [*best, *_cards(shortage)]]
+    found = [change for change in found if change["saves_bytes"] > 0 or change["fits"]]
+    return sorted([*found, *_combined(shortage, best, families)], key=_order)
+
+
+def smallest_change(shortage: Shortage) -> Json | None:
+    """The first of `changes` that makes the run fit, without asking what the others would save."""
+    families = _families(shortage.all_levers())
+    best: list[Lever] = []
+    enough: list[Lever] = []
+    for _, group in groupby(sorted(families.values(), key=_rank_of), key=_rank_of):
+        best += [lever for family in group if (lever := _best(shortage, family)) is not None]
+        enough = [lever for lever in best if shortage.fits(lever)]
+        if enough:
+            break
+    found = [_rendered(shortage, [lever]) for lever in enough or _cards(shortage)]
+    return min([*found, *_combined(shortage, best, families)], key=_order, default=None)
+
+
+def _combined(shortage: Shortage, best: list[Lever], families: Mapping[str, list[Lever]]) -> list[Json]:
+    bound = min((lever.cost.rank for lever in best if shortage.fits(lever)), default=Cost.MONEY.rank)
+    cheaper = [lever for lever in best if lever.cost.rank < min(bound, Cost.MONEY.rank)]
+    return [_rendered(shortage, used) for used in _together(shortage, cheaper, families)] if len(cheaper) > 1 else []
+
+
+def _rank_of(family: list[Lever]) -> int:
+    return family[0].cost.rank
+
+
+def _order(change: Json) -> tuple[object, ...]:
+    return not change["fits"], *(_effort(change) if change["fits"] else ()), -change["saves_bytes"]
 
 
 def _effort(change: Json) -> tuple[int, int]:
-    return len(change["parts"]), Cost(change["cost"]).rank
+    return Cost(change["cost"]).rank, len(change["parts"])
 
 
 def _rendered(shortage: Shortage, used: list[Lever]) -> Json:
@@ -158,10 +218,12 @@ def _rendered(shortage: Shortage, used: list[Lever]) -> Json:
     outcome = shortage.outcome(setting)
     assert outcome is not None
     lacks = missing_bytes(outcome.recipe, outcome.card, outcome.estimate)
+    is_other_card = outcome.card != shortage.card  # on which the run takes as much as before, but for the context
     return {
         "set": setting,
         "parts": [lever.set for lever in used],
-        "saves_bytes": device_bytes(shortage.estimate) - device_bytes(outcome.estimate),
+        "saves_bytes": 0 if is_other_card else device_bytes(shortage.estimate) - device_bytes(outcome.estimate),
+        "adds_bytes": outcome.card.usable_bytes - shortage.card.usable_bytes,
         "fits": lacks <= 0,
         "missing_bytes": max(lacks, 0),
         "cost": max((lever.cost for lever in used), key=lambda cost: cost.rank).value,
@@ -179,7 +241,7 @@ def _families(found: Iterable[Lever]) -> dict[str, list[Lever]]:
 def _best(shortage: Shortage, family: list[Lever]) -> Lever | None:
     """The mildest change of a family that is enough, else the one that lacks least; None where none is accepted."""
     answered = [(lever, outcome) for lever in family if (outcome := shortage.outcome(lever.set)) is not None]
-    enough = next((lever for lever, outcome in answered if outcome.missing_bytes <= 0), None)
+    enough = next((lever for lever, outcome in answered if outcome.fits), None)
     return enough or min(answered, key=lambda pair: pair[1].missing_bytes, default=(None, None))[0]
 
 
@@ -189,8 +251,7 @@ def _cards(shortage: Shortage) -> list[Lever]:
         return []
     for gpu in larger_cards(shortage.card.capacity_bytes):
         lever = another_card(gpu, shortage.payload)
-        outcome = shortage.outcome(lever.set)
-        if outcome is not None and outcome.missing_bytes <= 0:
+        if shortage.fits(lever):
             return [lever]
     return []
 
@@ -234,13 +295,15 @@ def _has_part_that_fits(shortage: Shortage, used: list[Lever]) -> bool:
 
 
 def _advice(estimate: Estimate) -> Iterable[Json]:
-    """What is no field of a request: settings of PyTorch's allocator."""
-    idle = estimate.reserved_bytes - estimate.peak.allocated_bytes
-    if idle >= MIB:
+    """What may help where it cannot be worked out: the allocator's settings, of runs whose allocations are not replayed."""
+    holding = estimate.holding.get()
+    idle = holding.reserved_bytes - estimate.peak.allocated_bytes
+    if holding.basis is Basis.MODELLED and idle >= MIB:
         yield {
-            "environment": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            "environment": {VARIABLE: "expandable_segments:True"},
             "saves_at_most_bytes": idle,
-            "costs": "nothing where the driver supports it; how much of the cached blocks' idle memory comes back is not modelled",
+            "costs": "an environment variable of the run; needs Linux; what this run caches is modelled and not replayed, so that how much "
+            "of it comes back is not known",
         }
 
 

@@ -55,8 +55,8 @@ def sweep(payload: Mapping[str, Any]) -> Swept:
     if request.training is None:
         raise RequestError("training: is required for a sweep", field="training")
     fields = request.sweep
-    batches = axis("sweep.per_device_train_batch_size", fields.per_device_train_batch_size or _DEFAULT_BATCHES, MAX_BATCH)
-    lengths = axis("sweep.max_length", fields.max_length or request.training.max_length or _DEFAULT_LENGTHS, MAX_LENGTH)
+    batches = axis("sweep.per_device_train_batch_size", _first(fields.per_device_train_batch_size, _DEFAULT_BATCHES), MAX_BATCH)
+    lengths = axis("sweep.max_length", _first(fields.max_length, request.training.max_length, _DEFAULT_LENGTHS), MAX_LENGTH)
     training = request.training.model_copy(update={"max_length": lengths[0]})
     case = prepare(replace(question, request=request.model_copy(update={"training": training})))
     if fields.max_length is None and request.training.max_length is None:
@@ -95,6 +95,11 @@ def _grid(case: Case, recipe: Recipe, batches: list[int], lengths: list[int]) ->
     return found
 
 
+def _first(*given: int | str | list[int] | None) -> int | str | list[int]:
+    """The first that is not absent: an empty list or text is given, and refused."""
+    return next(value for value in given if value is not None)
+
+
 def axis(field: str, asked: int | str | list[int], limit: int) -> list[int]:
     """The values of an axis: numbers in ascending order, or `first..last` with `:step` where it is not 1.
 
@@ -113,12 +118,14 @@ def axis(field: str, asked: int | str | list[int], limit: int) -> list[int]:
     elif re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", asked):
         values = sorted({int(part) for part in asked.split(",")})
     else:
-        raise RequestError(
-            f"{field}: {asked[:80]!r} is not accepted; expected numbers, or first..last:step such as 512..8192:512", field=field
-        )
+        raise RequestError(f"{field}: {asked[:80]!r} is not accepted; {_expected(limit)}", field=field)
     if not values or values[0] < 1 or values[-1] > limit:
-        raise RequestError(f"{field}: expected numbers from 1 to {limit:,}, at least one", field=field)
+        raise RequestError(f"{field}: {str(asked)[:80]} is not accepted; {_expected(limit)}", field=field)
     return values
+
+
+def _expected(limit: int) -> str:
+    return f"expected at least one number from 1 to {limit:,}: one, a list, or first..last:step such as 512..8192:512"
 
 
 def answer_sweep(found: Swept) -> Json:

@@ -53,6 +53,7 @@ def print_plan(console: Console, answer: Json) -> None:
         console.print("None of these changes is enough:", highlight=False)
     for change in shortfall["changes"]:
         saves = f"saves {gib(change['saves_bytes'])}" if change["saves_bytes"] > 0 else ""
+        saves = f"{gib(change['adds_bytes'])} more to use" if change["adds_bytes"] > 0 else saves
         mark = ", ".join((*(["[green]fits[/]"] if change["fits"] else []), *([saves] if saves else [])))
         console.print(f"  {mark}: {escape(setting_sentence(change['set']))} ({escape(change['costs'])})", highlight=False)
     for advice in shortfall["advice"]:

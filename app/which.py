@@ -15,7 +15,7 @@ from app.resolution import resolve_recipe
 from app.service import Case
 from estimator.choice import NEWER_KERNELS, Choice, Machine, choices
 from estimator.errors import RequestError
-from estimator.gpu_filter import GpuFilter
+from estimator.gpu_filter import GpuFilter, split_words
 from estimator.gpus import Gpu, Vendor, all_gpus
 from estimator.grid import Evaluator
 from estimator.inventory import Inventory
@@ -43,7 +43,7 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     """Every card that passes the filter, with the best size on it: what fits first, then as asked.
 
     Raises:
-        RequestError: if the filter cannot be read, or the step is not modelled.
+        RequestError: if the filter cannot be read or leaves no card, or the step is not modelled.
     """
     hardware = request.hardware
     wanted = GpuFilter.parse((hardware.filter if hardware is not None else None) or "", field="hardware.filter", book=current())
@@ -55,6 +55,8 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         for number in wanted.counts()
         if wanted.accepts(gpu, number) and not (request.global_batch_size or 0) % number
     ]
+    if not machines:
+        raise _nothing_left(hardware.filter if hardware is not None else None, wanted, request.global_batch_size)
     recipes: dict[tuple[object, ...], Recipe] = {}
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
@@ -79,6 +81,29 @@ def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
     for gpu in all_gpus():
         if gpu.vendor is Vendor.NVIDIA and (not gpu.is_modified or gpu.id in wanted.gpus):
             yield gpu
+
+
+def _nothing_left(text: str | None, wanted: GpuFilter, global_batch: int | None) -> RequestError:
+    """Why there is no machine to look at: what of the filter no card meets, or that none of its numbers of cards shares the batch."""
+    numbers = sorted({number for gpu in _cards(wanted) for number in wanted.counts() if wanted.accepts(gpu, number)})
+    if numbers:
+        counts = ", ".join(map(str, numbers))
+        return RequestError(
+            f"global_batch_size: {global_batch} is not shared evenly by any number of cards that the filter leaves ({counts}); expected a "
+            "multiple of one of them",
+            field="global_batch_size",
+        )
+    words = split_words(text or "")
+    alone = [word for word in words if not any(_meets(gpu, word, wanted) for gpu in all_gpus() if gpu.vendor is Vendor.NVIDIA)]
+    reason = (
+        f"no card of CUDA meets {' or '.join(map(repr, alone))}" if alone else f"no card of CUDA meets all of {', '.join(words)} at once"
+    )
+    return RequestError(f"hardware.filter: {text!r} leaves no card: {reason}; `vramplan gpus` lists what there is", field="hardware.filter")
+
+
+def _meets(gpu: Gpu, word: str, wanted: GpuFilter) -> bool:
+    one = GpuFilter.parse(word, field="hardware.filter", book=wanted.book)
+    return any(one.accepts(gpu, number) for number in one.counts())
 
 
 def _row(choice: Choice, strategy: Strategy, offer: Offer | None) -> Json:

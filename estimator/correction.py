@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from estimator.estimate import Interval
+from estimator.gpus import Vendor
 from estimator.kernels import Kernel
 from estimator.recipe import ObjectiveKind, Recipe
 from estimator.stack import Stack, Version
@@ -100,7 +101,8 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
     """The class whose residuals speak for a recipe; None for inference, of whose device memory nothing was compared yet.
 
     Runs of one class share what decides which formulas make their peak: the method, the width of the weights, how logits become a loss, the
-    kernels that ran, whether layers are checkpointed, whether batches carry padding, and whether the card has compute capability 8.0.
+    kernels that ran, whether layers are checkpointed, whether batches carry padding, whose card it is, and whether NVIDIA's has compute
+    capability 8.0.
 
     Library versions are not part of it. They do change the formulas (bytes per logit, keys and values repeated or not), minor by minor,
     and every such change is a rule of `stack` with its source; a residual is what is left after the rules of its own version. With versions
@@ -123,9 +125,16 @@ def class_of(recipe: Recipe, kernels: Collection[Kernel]) -> str | None:
             *([" and ".join(sorted(kernel.value for kernel in kernels))] if kernels else ["no kernels that stand apart"]),
             "checkpointing" if training.gradient_checkpointing else "no checkpointing",
             *(("padding",) if training.padded else ()),
-            f"compute capability {'8.0 or more' if recipe.compute_capability >= _NEWER_KERNELS else 'below 8.0'}",
+            _card(recipe),
         )
     )
+
+
+def _card(recipe: Recipe) -> str:
+    """No class reaches across vendors: allocator, libraries and kernels are others."""
+    if recipe.vendor is not Vendor.NVIDIA:
+        return f"cards of {recipe.vendor.value.upper()}"
+    return f"compute capability {'8.0 or more' if recipe.compute_capability >= _NEWER_KERNELS else 'below 8.0'}"
 
 
 def _method(recipe: Recipe) -> str:

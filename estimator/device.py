@@ -4,6 +4,8 @@ from estimator.units import KIB, MIB
 
 # Architectures whose matrix units want large workspaces.
 _LARGE_WORKSPACE_MAJORS = (9, 10, 12)
+# Compute capability from which the flash kernels run: see `attention.scaled_dot_product`.
+_FLASH_KERNELS = (8, 0)
 
 
 def context_bytes(num_sms: int) -> int:
@@ -43,6 +45,13 @@ def workspace_bytes(compute_capability: tuple[int, int]) -> int:
     if compute_capability[0] in _LARGE_WORKSPACE_MAJORS:
         return 32 * MIB
     return (2 * 4096 + 8 * 16) * KIB
+
+
+def same_kernels(compute_capability: tuple[int, int]) -> tuple[int, int]:
+    """One compute capability for all that run the same kernels with the same workspaces: what a step allocates is the same on them."""
+    if compute_capability[0] in _LARGE_WORKSPACE_MAJORS:
+        return 9, 0
+    return (8, 0) if compute_capability >= _FLASH_KERNELS else (7, 0)
 
 
 def workspaces_bytes(compute_capability: tuple[int, int], *, training: bool) -> int:

@@ -8,7 +8,7 @@ from typing import assert_never
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.allocator_settings import AllocatorSettings
 from estimator.blocks.families import FAMILIES
-from estimator.device import context_bytes, device_bytes, workspaces_bytes
+from estimator.device import context_bytes, device_bytes, same_kernels, workspaces_bytes
 from estimator.errors import RequestError
 from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, Notice, PhaseEstimate, RankEstimate
 from estimator.extent import Snapshot
@@ -23,7 +23,7 @@ from estimator.parallelism.share import Share, whole
 from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
-from estimator.reservation import reservation
+from estimator.reservation import held_without_limit, reservation
 from estimator.schedule import Schedule
 from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
@@ -120,7 +120,7 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
             regime = regime_of(recipe, inventory)
             program = _shared_program(inventory, structure, prepared, regime)
             keeping = _keeping_program(inventory, structure, prepared, regime)
-            schedule = partial(_step_schedule, inventory, structure, regime) if replays else _no_schedule
+            schedule = partial(_step_schedule, inventory, _on_any_card(structure), regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
             return _training(held, program, _BASIS, keeping)
         if recipe.inference is not None:
@@ -250,6 +250,7 @@ def _with_exchange(answer: Estimate, exchanged: Mapping[Phase, int], outside_byt
         holding=Deferred.of(holding),
         quick_device_bytes=answer.quick_device_bytes + seen,
         least_device_bytes=answer.least_device_bytes + seen,
+        unpressed=None,
     )
 
 
@@ -288,6 +289,11 @@ def _without_sizes(recipe: Recipe) -> Recipe:
     if inference is not None:
         inference = replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1)
     return replace(recipe, training=training, inference=inference)
+
+
+def _on_any_card(recipe: Recipe) -> Recipe:
+    """The recipe for all cards on which a step allocates the same: what is replayed for one of them is kept for all."""
+    return replace(recipe, compute_capability=same_kernels(recipe.compute_capability), num_multiprocessors=0)
 
 
 @lru_cache(maxsize=256)
@@ -444,28 +450,38 @@ class _Held:
         without a limit.
         """
         prepared, schedule = self.prepared, self.schedule()
-        training = self.recipe.training
-        assert training is not None
         if schedule is None:
             return self.modelled(peak_bytes, steady_bytes)
-        replay = partial(
-            reservation,
-            self.inventory,
-            self.recipe,
-            schedule,
-            [INDEX_BYTES * n for n in input_sizes(training, *training.shape)],
-            self.device.settings,
-        )
-        free = replay()
-        assert free is not None, "a card without a limit has room"
+        free = self._free(schedule)
         limit = self.device.usable_bytes
         if limit is not None:
             limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
         least = reserved_loaded_bytes(peak_bytes)
+        pressed = None
         # What is allocated at the peak does not shrink under pressure.
-        pressed = replay(capacity_bytes=limit) if limit is not None and least <= limit < free else None
+        if limit is not None and least <= limit < free:
+            recipe = _on_any_card(self.recipe)
+            pressed = reservation(self.inventory, recipe, schedule, self._inputs(), self.device.settings, limit)
         held = free if pressed is None else pressed
         return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
+
+    def unpressed_bytes(self, peak_bytes: int, steady_bytes: int, enough_bytes: int | None = None) -> int:
+        """`Holding.without_pressure_bytes` of the same, for which no limit matters; see `Estimate.without_pressure_bytes` [bytes]."""
+        schedule = self.schedule()
+        if schedule is None:
+            return self.modelled(peak_bytes, steady_bytes).without_pressure_bytes
+        beside = _holding(self.prepared, 0, Basis.REPLAYED).device_bytes
+        enough = None if enough_bytes is None else max(enough_bytes - beside, 0)
+        return beside + max(self._free(schedule, enough), reserved_loaded_bytes(peak_bytes))
+
+    def _free(self, schedule: Schedule, enough_bytes: int | None = None) -> int:
+        recipe = _on_any_card(self.recipe)
+        return held_without_limit(self.inventory, recipe, schedule, self._inputs(), self.device.settings, enough_bytes)
+
+    def _inputs(self) -> list[int]:
+        training = self.recipe.training
+        assert training is not None
+        return [INDEX_BYTES * n for n in input_sizes(training, *training.shape)]
 
 
 def _no_schedule() -> Schedule | None:
@@ -511,6 +527,7 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
         least_device_bytes=device_bytes(
             reserved_bytes=peak, context_bytes=prepared.context_bytes + share.outside_bytes, paged_bytes=share.paged_bytes
         ),
+        unpressed=partial(run.unpressed_bytes, peak, steady),
         paged_bytes=share.paged_bytes,
         host_bytes=share.host_bytes,
         notices=share.notices,

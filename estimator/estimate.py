@@ -132,6 +132,8 @@ class Estimate:
     """What nvidia-smi shows, with what the allocator caches modelled as a share of what comes and goes: for searches [bytes]."""
     least_device_bytes: int
     """What nvidia-smi shows at least: without anything cached [bytes]."""
+    unpressed: Callable[[int | None], int] | None = field(default=None, compare=False)
+    """See `without_pressure_bytes`; None where the holding says it as fast."""
     paged_bytes: int = 0
     """Managed memory of paged optimizers, outside allocated and reserved [bytes]."""
     notices: tuple[Notice, ...] = ()
@@ -154,6 +156,14 @@ class Estimate:
     def device_bytes(self) -> int:
         """What nvidia-smi shows at the peak [bytes]."""
         return self.holding.get().device_bytes
+
+    def without_pressure_bytes(self, enough_bytes: int | None = None) -> int:
+        """What nvidia-smi would show at the peak on a card with room for all that is cached [bytes].
+
+        Args:
+            enough_bytes: the answer may be too low where it is above this, and comes faster then [bytes].
+        """
+        return self.unpressed(enough_bytes) if self.unpressed is not None else self.holding.get().without_pressure_bytes
 
     @property
     def peak(self) -> PhaseEstimate:

@@ -69,7 +69,7 @@ class GpuFilter:
         values: dict[str, object] = {"book": book}
         providers: set[str] = set()
         gpus: set[str] = set()
-        for word in filter(None, _SEPARATORS.split(text.strip())):
+        for word in split_words(text):
             name, value = _word(word, field, book)
             if name == "providers":
                 providers.add(str(value))
@@ -151,6 +151,11 @@ class GpuFilter:
         if not known and self.usd_per_hour == _ANY:  # listed without a price: nothing is known of machines
             return True
         return any(o.count == count and o.usd_per_hour_min in self.usd_per_hour for o in known)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a filter."""
+    return list(filter(None, _SEPARATORS.split(text.strip())))
 
 
 def _word(word: str, field: str, book: OfferBook) -> tuple[str, object]:

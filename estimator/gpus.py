@@ -21,6 +21,13 @@ _FILLER = re.compile(r"nvidia|geforce|tesla|generation|amd|instinct")
 _APPLE = re.compile(r"(apple.*|mps|metal|macbook.*|mac(mini|studio|pro)|m[1-9](pro|max|ultra)?)(\d+gb)?")
 
 
+# A memory size on a label, alone (`24`, `24GB`) or behind a name (`a100 40gb`).
+_LABEL = re.compile(r"(?P<name>.*?)[\s_-]*?(?<![\d.])(?P<size>\d{1,3}(?:\.\d+)?)\s*(?P<unit>gb?)?", re.IGNORECASE)
+# How a card is built, which names may say beside its size: `a100-pcie-40gb`.
+_FORMS = re.compile(r"sxm|pcie|nvl")
+_FORM_WORDS = re.compile(r"sxm\d?|pcie|nvl|hbm\d?e?")
+
+
 class Vendor(StrEnum):
     """Whose card it is: bitsandbytes, flash-attn and this catalogue's memory facts are about CUDA first."""
 
@@ -145,7 +152,8 @@ def find_gpus(name: str) -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None = None) -> Gpu:
-    """The card of an id (`rtx4090`), an alias (`4090`) or an NVML name (`NVIDIA GeForce RTX 4090`).
+    """The card of an id (`rtx4090`), an alias (`4090`), an NVML name (`NVIDIA GeForce RTX 4090`), any of them with the size on its label
+    (`a100 40gb`), or of that size alone where one card has it (`11GB`).
 
     Args:
         name: case, blanks, hyphens and the words NVIDIA, GeForce and Tesla do not matter.
@@ -153,23 +161,51 @@ def find_gpu(name: str, *, field: str = "hardware.gpu", total_bytes: int | None 
         total_bytes: total memory that CUDA or nvidia-smi reports; decides between cards of one name [bytes].
 
     Raises:
-        UnknownNameError: if no card has this name, or several have and `total_bytes` is absent.
+        UnknownNameError: if no card has this name, or several have and `total_bytes` is absent; the message lists those.
         RequestError: if it is a chip of Apple.
     """
     exact = _by_id().get(name.strip().lower())
     if exact is not None and total_bytes is None:
         return exact
     candidates = _by_name().get(name_key(name), ())
+    if not candidates and _APPLE.fullmatch(name_key(name)):
+        raise RequestError(APPLE_ANSWER.format(field=field, name=name), field=field)
+    candidates = candidates or _by_label(name, field)
     if not candidates:
-        if _APPLE.fullmatch(name_key(name)):
-            raise RequestError(APPLE_ANSWER.format(field=field, name=name), field=field)
         raise UnknownNameError.of(field, name, _by_id())
     if total_bytes is not None:
         return min(candidates, key=lambda gpu: distance(gpu, total_bytes))
-    usual = [gpu for gpu in candidates if not gpu.is_modified]
+    usual = [gpu for gpu in candidates if not gpu.is_modified] if len(candidates) > 1 else candidates
     if len(usual) != 1:
-        raise _ambiguous(field, name, candidates)
+        raise _ambiguous(field, name, usual or candidates)
     return usual[0]
+
+
+def _by_label(name: str, field: str) -> tuple[Gpu, ...]:
+    """Cards of a name and the size on their label, or of a size alone.
+
+    Raises:
+        UnknownNameError: if there are cards of the name, and none of that size.
+    """
+    match = _LABEL.fullmatch(name.strip())
+    if match is None:
+        return _of_form(name)
+    size = float(match["size"])
+    if not match["name"]:
+        return tuple(gpu for gpu in all_gpus() if gpu.label_gb == size and not gpu.is_modified)
+    named = _by_name().get(name_key(match["name"]), ()) or _of_form(match["name"])
+    found = tuple(gpu for gpu in named if gpu.label_gb == size)
+    if named and not found:
+        raise UnknownNameError(f"{field}: {name!r} is not known with {size:g} GB; accepted: {_listed(named)}", field=field)
+    return found
+
+
+def _of_form(name: str) -> tuple[Gpu, ...]:
+    """Cards of a name that says how they are built."""
+    key = name_key(name)
+    forms = set(_FORMS.findall(key))
+    named = _by_name().get(_FORM_WORDS.sub("", key), ()) if forms else ()
+    return tuple(gpu for gpu in named if any(forms <= set(_FORMS.findall(name_key(one))) for one in gpu.names))
 
 
 def distance(gpu: Gpu, total_bytes: int) -> int:
@@ -186,5 +222,8 @@ APPLE_ANSWER = (
 
 
 def _ambiguous(field: str, name: str, candidates: Iterable[Gpu]) -> UnknownNameError:
-    listed = ", ".join(f"{gpu.id} ({gpu.label_gb:g} GB)" for gpu in candidates)
-    return UnknownNameError(f"{field}: {name!r} names more than one card; say which: {listed}", field=field)
+    return UnknownNameError(f"{field}: {name!r} names more than one card; say which: {_listed(candidates)}", field=field)
+
+
+def _listed(gpus: Iterable[Gpu]) -> str:
+    return ", ".join(f"{gpu.id} ({gpu.label_gb:g} GB)" for gpu in gpus)

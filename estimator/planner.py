@@ -54,11 +54,15 @@ class Goal:
     def __post_init__(self) -> None:
         total = self.global_batch_size
         if total is not None and total % self.num_gpus:
-            raise RequestError(f"global_batch_size: {total} is not a multiple of {self.num_gpus} GPUs", field="global_batch_size")
+            raise RequestError(
+                f"global_batch_size: {total} is not a multiple of {self.num_gpus} GPUs; {_near(total, self.num_gpus)}",
+                field="global_batch_size",
+            )
         if self.objective is PlanObjective.LONGEST_SEQUENCE and total is not None and total % (self.micro_batch_size * self.num_gpus):
             cards = f" × {self.num_gpus} GPUs" if self.num_gpus > 1 else ""
             raise RequestError(
-                f"global_batch_size: {total} is not a multiple of per_device_train_batch_size {self.micro_batch_size}{cards}",
+                f"global_batch_size: {total} is not a multiple of per_device_train_batch_size {self.micro_batch_size}{cards}; "
+                f"{_near(total, self.micro_batch_size * self.num_gpus)}",
                 field="global_batch_size",
             )
 
@@ -87,6 +91,12 @@ class Goal:
         """The size that a shortfall is told for."""
         batch = self.micro_batch_size if self.objective is PlanObjective.LONGEST_SEQUENCE else 1
         return Sizes.of(batch, self.sequence_length, self.steps(batch))
+
+
+def _near(total: int, factor: int) -> str:
+    """What would be accepted, for people."""
+    below = total // factor * factor
+    return f"expected {below} or {below + factor}" if below else f"expected {factor}, or a multiple of it"
 
 
 def lengths(batch: int, steps: int, limit: int) -> Sizes:

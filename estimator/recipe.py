@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from estimator.dtypes import DType
+from estimator.gpus import Vendor
 from estimator.parallelism.options import Parallel
 from estimator.stack import Stack
 
@@ -189,6 +190,8 @@ class Recipe:
     inference: Inference | None = None
     compute_capability: tuple[int, int] = (8, 0)
     """Of the card: kernels are chosen by it."""
+    vendor: Vendor = Vendor.NVIDIA
+    """Of the card: what was measured under CUDA says nothing of other drivers and libraries."""
     num_multiprocessors: int = 108
     """Of the card: the CUDA context grows with them. An A100 when no card is named."""
     parallel: Parallel = field(default_factory=Parallel)

@@ -3,8 +3,9 @@
 Nothing here is fitted: sizes and order come from the program, the rules from the allocator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Generic
 
 from estimator.allocator_settings import AllocatorSettings
@@ -43,32 +44,89 @@ def reservation(
     Returns:
         `max_memory_reserved` [bytes]; None where the card has too little.
     """
-    return _reservation(inventory, recipe, schedule, tuple(inputs), settings, capacity_bytes)
+    if capacity_bytes is None:
+        return held_without_limit(inventory, recipe, schedule, inputs, settings)
+    return _under_limit(inventory, recipe, schedule, tuple(inputs), settings, capacity_bytes)
+
+
+def held_without_limit(
+    inventory: Inventory,
+    recipe: Recipe,
+    schedule: Schedule,
+    inputs: Sequence[int],
+    settings: AllocatorSettings | None = None,
+    enough_bytes: int | None = None,
+) -> int:
+    """`max_memory_reserved` of a run on a card without a limit; see `reservation`.
+
+    Args:
+        enough_bytes: the answer may be too low where it is above this: a run that is too large is not played to its end [bytes].
+    """
+    return _unlimited(inventory, recipe, schedule, tuple(inputs), settings).max_reserved_bytes(enough_bytes)
+
+
+class _Unlimited:
+    """A run without a limit, played as far as somebody wanted to know: of a search most sizes are too large, and show it early."""
+
+    def __init__(self, stages: Iterator[int]) -> None:
+        self._stages: Iterator[int] | None = stages
+        self._reserved_bytes = 0
+        self._lock = Lock()
+
+    def max_reserved_bytes(self, enough_bytes: int | None) -> int:
+        with self._lock:
+            while self._stages is not None and (enough_bytes is None or self._reserved_bytes <= enough_bytes):
+                reserved = next(self._stages, None)
+                if reserved is None:
+                    self._stages = None
+                else:
+                    self._reserved_bytes = reserved
+            return self._reserved_bytes
+
+
+@lru_cache(maxsize=256)
+def _unlimited(
+    inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...], settings: AllocatorSettings | None
+) -> _Unlimited:
+    return _Unlimited(_stages(CachingAllocator(settings), inventory, recipe, schedule, inputs))
 
 
 @lru_cache(maxsize=1024)
-def _reservation(
+def _under_limit(
     inventory: Inventory,
     recipe: Recipe,
     schedule: Schedule,
     inputs: tuple[int, ...],
     settings: AllocatorSettings | None,
-    capacity_bytes: int | None,
+    capacity_bytes: int,
 ) -> int | None:
-    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    static = static_memory(inventory, recipe)
     try:
-        blocks: dict[str, Block] = {}
-        for name, num_bytes in placements(inventory, recipe):
-            put(allocator, blocks, name, num_bytes)
-        # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
-        allocator.empty_cache()
-        if allocator.settings == AllocatorSettings():
-            # The model stays where it is, so that only what is free matters from here on.
-            return _Run(FreeRanges.following(allocator, capacity_bytes), static, recipe).most_reserved_bytes(schedule, inputs)
-        return _Run(allocator, static, recipe).most_reserved_bytes(schedule, inputs)
+        return max(_stages(CachingAllocator(settings, capacity_bytes=capacity_bytes), inventory, recipe, schedule, inputs, capacity_bytes))
     except NoRoomError:
         return None
+
+
+def _stages(
+    allocator: CachingAllocator,
+    inventory: Inventory,
+    recipe: Recipe,
+    schedule: Schedule,
+    inputs: tuple[int, ...],
+    capacity_bytes: int | None = None,
+) -> Iterator[int]:
+    """A run, which yields what was reserved at most so far: after loading, and after every part of a step [bytes]."""
+    blocks: dict[str, Block] = {}
+    for name, num_bytes in placements(inventory, recipe):
+        put(allocator, blocks, name, num_bytes)
+    # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
+    allocator.empty_cache()
+    yield allocator.max_reserved_bytes
+    static = static_memory(inventory, recipe)
+    if allocator.settings == AllocatorSettings():
+        # The model stays where it is, so that only what is free matters from here on.
+        yield from _Run(FreeRanges.following(allocator, capacity_bytes), static, recipe).steps(schedule, inputs)
+    else:
+        yield from _Run(allocator, static, recipe).steps(schedule, inputs)
 
 
 class _Run(Generic[Taken]):
@@ -82,23 +140,18 @@ class _Run(Generic[Taken]):
         self.has_states = False
         self.has_workspaces = False
 
-    def most_reserved_bytes(self, schedule: Schedule, inputs: Sequence[int]) -> int:
-        """Steps until one adds nothing.
-
-        Raises:
-            NoRoomError: if the card has too little.
-        """
-        for number in range(MAX_STEPS):
-            before = self.allocator.max_reserved_bytes
-            self.step(schedule, inputs)
-            if number > 0 and self.allocator.max_reserved_bytes == before:
-                break
-        return self.allocator.max_reserved_bytes
-
     # -- steps ----------------------------------------------------------------------------------------------------------------------------
 
-    def step(self, schedule: Schedule, inputs: Sequence[int]) -> None:
-        """One optimizer step.
+    def steps(self, schedule: Schedule, inputs: Sequence[int]) -> Iterator[int]:
+        """Steps until one adds nothing; yields what was reserved at most so far [bytes]."""
+        for number in range(MAX_STEPS):
+            before = self.allocator.max_reserved_bytes
+            yield from self.step(schedule, inputs)
+            if number > 0 and self.allocator.max_reserved_bytes == before:
+                break
+
+    def step(self, schedule: Schedule, inputs: Sequence[int]) -> Iterator[int]:
+        """One optimizer step; yields what was reserved at most so far [bytes].
 
         Further micro-batches are played until one adds nothing.
 
@@ -107,14 +160,17 @@ class _Run(Generic[Taken]):
         accumulation = self.training.gradient_accumulation_steps
         batches = [self._make(size) for _ in range(accumulation) for size in inputs]
         gradients = self._micro_batch(schedule.first)
+        yield self.allocator.max_reserved_bytes
         for _ in range(accumulation - 1):
             before = self.allocator.max_reserved_bytes
             gradients += self._micro_batch(schedule.later)
+            yield self.allocator.max_reserved_bytes
             if self.allocator.max_reserved_bytes == before:
                 break
         self._update()
         for block in (*gradients, *batches):
             self._free(block)
+        yield self.allocator.max_reserved_bytes
 
     def _micro_batch(self, part: MicroBatch) -> list[Taken | None]:
         """Forward and backward pass; the gradients.

@@ -42,6 +42,12 @@ def test_a_card_may_be_given_by_an_alias() -> None:
     assert card.id == "rtx4090"
 
 
+@pytest.mark.parametrize("gpu", ["", "  "])
+def test_no_name_is_no_card_and_says_what_would_be(gpu: str) -> None:
+    with pytest.raises(RequestError, match=r"hardware\.gpu: '\s*' is not accepted; expected a card such as rtx4090"):
+        card_of(HardwareFields(gpu=gpu))
+
+
 def test_an_unknown_card_is_refused() -> None:
     with pytest.raises(UnknownNameError, match=r"hardware\.gpu"):
         card_of(HardwareFields(gpu="abacus"))

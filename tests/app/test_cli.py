@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from app import examples
+from app.cli import cli
 from app.options import all_options
 from app.request import HardwareFields, InferenceFields, PeftFields, PlanRequest, QuantizationFields, TrainingFields
+from estimator.errors import RequestError
 
 MODEL = "meta-llama/Llama-3.1-8B"
 QLORA = (
@@ -191,3 +194,10 @@ def test_a_sweep_writes_table_and_picture(tmp_path: Path) -> None:
     assert "largest batch that fits" in shown.stdout
     assert len(table.read_text().splitlines()) == 9
     assert picture.read_text().startswith("<svg ")
+
+
+@pytest.mark.parametrize("command", ["estimate", "plan", "check"])
+def test_a_key_that_stands_twice_is_refused_by_its_name(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "--request", "-"], input='{"model": "gpt2", "dtype": "bfloat16", "dtype": "float32"}')
+    assert isinstance(result.exception, RequestError)
+    assert "dtype: is given twice" in result.exception.message

@@ -208,3 +208,10 @@ def test_listing_gpus_asks_no_network(client: TestClient, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("app.prices.from_gpuhunt", refuse)
     assert client.get("/v1/gpus").status_code == 200
+
+
+def test_a_key_that_stands_twice_is_refused_by_its_name(client: TestClient) -> None:
+    body = b'{"model": "meta-llama/Llama-3.1-8B", "dtype": "bfloat16", "dtype": "float32"}'
+    for path in ("/v1/estimate", "/v1/plan", "/v1/check", "/v1/sweep"):
+        problem = assert_problem(client.post(path, content=body, headers={"content-type": "application/json"}), 422)
+        assert [error["field"] for error in problem["errors"]] == ["dtype"]

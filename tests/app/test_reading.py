@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.reading import MAX_BODY_BYTES, Question, read_estimate, read_json
+from app.reading import MAX_BODY_BYTES, Question, load_yaml, read_estimate, read_json, read_plan, read_sweep
 from app.request import Request
 from estimator.errors import RequestError
 
@@ -205,3 +205,63 @@ def test_deep_nesting_is_refused() -> None:
         nested = {"a": nested}
     with pytest.raises(RequestError, match="nested"):
         read_estimate({"model": {"config": nested}})
+
+
+# -- what is accepted ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headroom", [[], {}, -1, 1.5, True, "x" * 40, 2**60])
+def test_a_headroom_that_is_not_accepted_says_what_is(headroom: Any) -> None:
+    error = refusal(hardware={"gpu": "t4", "headroom": headroom})
+    assert [one.field for one in error.errors] == ["hardware.headroom"]
+    assert "bytes, a size such as 512MiB, or a share such as 5%" in error.message
+
+
+@pytest.mark.parametrize("number", [0, -1, "16", 1.5, True, 2**30, [16]])
+def test_a_global_batch_that_is_not_accepted_says_what_is(number: Any) -> None:
+    with pytest.raises(RequestError, match=r"expected a whole number of samples, 1 to 1,048,576, or null") as caught:
+        read_plan({"model": "gpt2", "global_batch_size": number})
+    assert [one.field for one in caught.value.errors] == ["global_batch_size"]
+
+
+def test_the_bounds_that_messages_name_are_those_of_the_fields() -> None:
+    assert read_plan({"model": "gpt2", "global_batch_size": 1_048_576}).request.global_batch_size == 1_048_576
+
+
+@pytest.mark.parametrize(
+    ("axis", "field"), [(0, "max_length"), (["512"], "max_length.0"), ([512, 0], "max_length.1"), (1.5, "max_length"), ({}, "max_length")]
+)
+def test_an_axis_that_is_not_accepted_names_its_element_and_says_what_is(axis: Any, field: str) -> None:
+    with pytest.raises(RequestError, match=r"one, a list, or first\.\.last:step such as 512\.\.8192:512") as caught:
+        read_sweep({"model": "gpt2", "sweep": {"max_length": axis}})
+    assert [one.field for one in caught.value.errors] == [f"sweep.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"model": "gpt2", "model": "t5"}', "model"),
+        (b'{"model": "gpt2", "training": {"max_length": 5, "optim": "sgd", "max_length": 6}}', "max_length"),
+        (b'{"model": {"config": {"layers": [{"a": 1, "\\u0061": 1}]}}}', "a"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_by_its_name(body: bytes, key: str) -> None:
+    with pytest.raises(RequestError, match=rf"^{key}: is given twice") as caught:
+        read_json(body)
+    assert [one.field for one in caught.value.errors] == [key]
+    with pytest.raises(RequestError, match=rf"^{key}: is given twice"):
+        load_yaml(body)
+
+
+def test_the_same_key_in_several_objects_is_no_repetition() -> None:
+    body = b'{"model": "gpt2", "peft": {"r": 8}, "sweep": {"r": 8}}'
+    assert read_json(body) == load_yaml(body)
+
+
+def test_a_merged_mapping_may_be_overridden() -> None:
+    assert load_yaml(b"base: &b {r: 8, bias: none}\npeft:\n  <<: *b\n  r: 16\n")["peft"] == {"r": 16, "bias": "none"}
+
+
+def test_nesting_that_python_cannot_follow_is_refused() -> None:
+    with pytest.raises(RequestError):
+        read_json(b'{"a":' * 1000 + b"1" + b"}" * 1000)

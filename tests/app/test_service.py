@@ -412,3 +412,9 @@ def test_an_amd_card_is_outside_bitsandbytes_cuda_path_and_16_bit_methods_do_not
     plain = answer(examples.SFT_LORA | {"hardware": {"gpu": "mi300x"}})
     assert "outside_cuda" in {warning["code"] for warning in quantized["warnings"]}
     assert "outside_cuda" not in {warning["code"] for warning in plain["warnings"]}
+
+
+def test_an_amd_card_has_no_interval_from_measurements_on_cards_of_cuda() -> None:
+    found = answer(examples.SFT_LORA | {"hardware": {"gpu": "mi300x"}})
+    assert found["peak"]["interval"] is None
+    assert any("cards of AMD" in warning["message"] for warning in found["warnings"] if warning["code"] == "interval_unavailable")

@@ -97,6 +97,9 @@ def test_what_is_no_axis_is_refused(asked: Any) -> None:
         ({"peft": None, "quantization": None, "prepare_model_for_kbit_training": None}, "sweep.r"),
         ({"sweep": {"per_device_train_batch_size": "1..1000", "max_length": "1..1000"}}, "sweep"),
         ({"sweep": {"rank": [8]}}, "sweep.rank"),
+        ({"sweep": {"max_length": []}}, "sweep.max_length"),
+        ({"sweep": {"max_length": ""}}, "sweep.max_length"),
+        ({"sweep": {"per_device_train_batch_size": []}}, "sweep.per_device_train_batch_size"),
         ({"sweep": {"per_device_train_batch_size": [65536], "max_length": [16777216]}, "attn_implementation": "eager"}, "sweep"),
     ],
 )

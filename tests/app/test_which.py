@@ -113,3 +113,18 @@ def test_only_a_plan_takes_a_filter() -> None:
 
     with pytest.raises(RequestError, match="only a plan"):
         answer({**examples.QLORA, "hardware": {"filter": "24GB"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"hardware": {"filter": "300GB..400GB bf16"}}, "hardware.filter", "no card of CUDA meets '300GB..400GB'"),
+        ({"hardware": {"filter": "t4 bf16"}}, "hardware.filter", "no card of CUDA meets all of t4, bf16 at once"),
+        ({"hardware": {"filter": "amd"}}, "hardware.filter", "no card of CUDA meets 'amd'"),
+        ({"hardware": {"filter": "2..4"}, "global_batch_size": 7}, "global_batch_size", r"not shared evenly .* \(2, 4\)"),
+    ],
+)
+def test_an_empty_list_says_what_left_nothing(changes: dict[str, Any], field: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        plan({**REQUEST, "hardware": None, **changes})
+    assert [error.field for error in caught.value.errors] == [field]

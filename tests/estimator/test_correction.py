@@ -10,6 +10,7 @@ import pytest
 from estimator.correction import MIN_RESIDUALS, ResidualClass, class_of, conformal_radius, interval, residual, shipped
 from estimator.dtypes import DType
 from estimator.engine import estimate
+from estimator.gpus import Vendor
 from estimator.kernels import Kernel
 from estimator.recipe import Adapter, Attention, Loss, Quantization, QuantizationKind, Recipe, Training
 from estimator.stack import Stack
@@ -190,3 +191,11 @@ def test_a_version_outside_the_measured_ones_is_named(stack: Stack, outside: str
     versions = {"transformers": ((4, 39), (4, 48)), "bitsandbytes": ((0, 43), (0, 43))}
     known = ResidualClass(name="x", allocated=(), device=(), evidence="made up", versions=versions)
     assert known.other_versions(stack) == outside
+
+
+def test_what_was_measured_on_cards_of_one_vendor_says_nothing_of_another_s() -> None:
+    recipe = replace(recipes.training(), compute_capability=(9, 4))
+    assert interval(recipe=recipe, kernels=FLASH, allocated_bytes=1000, device_bytes=1500) is not None
+    elsewhere = replace(recipe, vendor=Vendor.AMD)
+    assert interval(recipe=elsewhere, kernels=FLASH, allocated_bytes=1000, device_bytes=1500) is None
+    assert "AMD" in (class_of(elsewhere, FLASH) or "")

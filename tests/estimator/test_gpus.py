@@ -123,3 +123,54 @@ def test_the_formula_is_within_3_percent_of_every_measured_context() -> None:
     assert len(measured) == 4
     for gpu in measured:
         assert context_bytes(gpu.num_sms) == pytest.approx(gpu.context_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("a100 40gb", "a100-40"),
+        ("A100-SXM4-40GB", "a100-40"),
+        ("A100-PCIE-80GB", "a100-80"),
+        ("A100 80 G", "a100-80"),
+        ("h100 94gb", "h100-nvl"),
+        ("H100 SXM5 80GB", "h100-sxm"),
+        ("H100 PCIe 80GB", "h100-pcie"),
+        ("RTX 4060 Ti 8GB", "rtx4060ti-8"),
+        ("4060ti 16gb", "rtx4060ti-16"),
+        ("rtx 3060 12gb", "rtx3060-12"),
+        ("RTX 4090 24GB", "rtx4090"),
+        ("4090 48GB", "rtx4090-48"),
+        ("V100 32GB", "v100-32"),
+        ("T4 16GB", "t4"),
+        ("11GB", "rtx2080ti"),
+        ("94", "h100-nvl"),
+        ("10 gb", "rtx3080-10"),
+    ],
+)
+def test_a_name_with_the_size_on_its_label_is_one_card(name: str, gpu: str) -> None:
+    assert find_gpu(name).id == gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("24", ["rtx3090", "rtx4090", "l4"]),
+        ("24GB", ["rtx3090", "rtx4090", "a10g"]),
+        ("80 G", ["a100-80", "h100-sxm", "h100-pcie"]),
+        ("h100 80gb", ["h100-sxm", "h100-pcie"]),
+        ("a100 sxm4", ["a100-40", "a100-80"]),
+        ("a100 24gb", ["a100-40", "a100-80"]),
+    ],
+)
+def test_a_size_that_is_not_one_card_s_is_refused_with_the_candidates(name: str, ids: list[str]) -> None:
+    with pytest.raises(UnknownNameError) as error:
+        find_gpu(name)
+    assert error.value.message.startswith(f"hardware.gpu: {name!r}")
+    assert all(f"{one} (" in error.value.message for one in ids)
+    assert "rtx4090-48" not in error.value.message
+
+
+@pytest.mark.parametrize("name", ["", "  ", "gb", "999", "7GB", "rtx 9999 24gb"])
+def test_what_is_no_card_is_not_taken_for_one(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="is not known"):
+        find_gpu(name)
