@@ -97,7 +97,7 @@ def create_app() -> FastAPI:
     app.post(
         "/v1/convert",
         summary="Files of trainers as a request",
-        description="`files` holds axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate files, as text or as objects; "
+        description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or objects; "
         "every other route takes `files` beside its own fields too.",
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"examples": dict(examples.CONVERT)}}}},
     )(_convert)

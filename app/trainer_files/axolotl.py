@@ -6,7 +6,16 @@ Source: axolotl 0.19.0; files and functions are named where a fact is used.
 from collections.abc import Mapping
 
 from app import fields
-from app.trainer_files.axolotl_fields import ATTENTION_FLAGS, INERT, INERT_OF_PLUGINS, INERT_PLUGINS, LORA_KERNELS, PLUGINS, UNMODELLED
+from app.trainer_files.axolotl_fields import (
+    ADAPTER,
+    ATTENTION_FLAGS,
+    INERT,
+    INERT_OF_PLUGINS,
+    INERT_PLUGINS,
+    LORA_KERNELS,
+    PLUGINS,
+    UNMODELLED,
+)
 from app.trainer_files.deepspeed import read_named
 from app.trainer_files.fsdp import translate_fsdp
 from app.trainer_files.translation import Keys
@@ -61,7 +70,7 @@ def translate(keys: Keys, others: Mapping[str, Keys]) -> None:
         _adapter(keys, adapter)
     else:
         for key in keys.values:
-            if key.startswith(("lora_", "peft")):
+            if key in ADAPTER or (key in UNMODELLED and key.startswith(("lora_", "peft_"))):
                 keys.ignore(key)
     _batches(keys, attention)
     _optimizer(keys)
@@ -160,7 +169,7 @@ def _quantization(keys: Keys, adapter: str | None, dtype: str) -> None:
     keys.put("prepare_model_for_kbit_training", False, "adapter")
     if not _is_sharded(keys):
         keys.found.assumed.append(
-            f"{keys.named('adapter')}: axolotl prepares the model for k-bit training and turns embeddings, head and norms back into {dtype}. "
+            f"{keys.named('adapter')}: axolotl prepares the model for k-bit training, then turns embeddings, head and norms into {dtype} again. "
             f"What else stays unquantized (biases, fused experts) is float32 then and is counted as {dtype}."
         )
 
@@ -206,7 +215,7 @@ def _adapter(keys: Keys, adapter: str) -> None:
         keys.put(f"peft.{name}", keys.take(key), key)
     if keys.take("lora_model_dir"):
         keys.not_modelled("lora_model_dir", "the adapter there brings a rank and targets of its own; those of this file are counted")
-    if "peft_autocast_adapter_dtype" in keys and not keys.flag("peft_autocast_adapter_dtype"):
+    if not keys.flag("peft_autocast_adapter_dtype", default=True):
         keys.not_modelled("peft_autocast_adapter_dtype", "adapters keep the type of the weights; they are counted in float32")
     if keys.section("peft").take("loftq_config"):
         keys.not_modelled("peft", "LoftQ decomposes the weights when the adapter is made")
@@ -352,8 +361,7 @@ def _spread(keys: Keys, others: Mapping[str, Keys]) -> None:
 
 def _ddp(keys: Keys) -> None:
     keys.put("hardware.ddp.bucket_cap_mb", keys.integer("ddp_bucket_cap_mb"), "ddp_bucket_cap_mb")
-    if "ddp_find_unused_parameters" in keys:
-        keys.put("hardware.ddp.find_unused_parameters", keys.flag("ddp_find_unused_parameters"), "ddp_find_unused_parameters")
+    keys.put("hardware.ddp.find_unused_parameters", keys.take("ddp_find_unused_parameters"), "ddp_find_unused_parameters")
 
 
 def _plugins(keys: Keys, plugins: str) -> None:

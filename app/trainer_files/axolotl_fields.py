@@ -20,6 +20,13 @@ ATTENTION_FLAGS: Mapping[str, str] = {
 # Source: axolotl 0.19.0, utils/schemas/config.py, check_auto_enable_lora_kernels.
 LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
+# Keys that mean something with an adapter alone, beside those of the tables below.
+ADAPTER = frozenset(LORA_KERNELS) | names("""
+    lora_dropout lora_model_dir lora_modules_to_save lora_r lora_rank_pattern lora_target_linear lora_target_modules
+    lora_target_parameters peft peft_autocast_adapter_dtype peft_layers_pattern peft_layers_to_transform peft_trainable_token_indices
+    peft_use_dora peft_use_rslora
+""")
+
 INERT = names("""
     adam_beta1 adam_beta2 adam_beta3 adam_epsilon adam_epsilon2 added_tokens_overrides auto_resume_from_checkpoints
     axolotl_config_path bench_dataset bench_split center_rewards_coefficient chat_template chat_template_jinja

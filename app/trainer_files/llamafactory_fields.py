@@ -61,6 +61,7 @@ UNMODELLED: Mapping[str, str] = {
     "resize_vocab": "the embeddings grow by the added tokens",
     "rope_scaling": "it changes the positions of the model",
     "shift_attn": "shifted sparse attention keeps other tensors",
+    "train_from_scratch": "the weights are made in torch's default type and not in the checkpoint's",
     "upcast_layernorm": "norms are float32, so that what they put out is too",
     "upcast_lmhead_output": "the logits are turned into float32 once more",
     "use_adam_mini": _OPTIMIZER,

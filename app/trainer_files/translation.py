@@ -80,7 +80,7 @@ class Keys:
         value = self.take(key, default)
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
-        return self._checked(key, value, bool, "true or false")
+        return bool(self._checked(key, value, bool, "true or false"))
 
     def integer(self, key: str, default: int | None = None) -> int | None:
         """A whole number."""
@@ -104,7 +104,7 @@ class Keys:
 
     def dtype(self, key: str, alias: str) -> str | None:
         """A dtype under either of two names, put into the request."""
-        found = None
+        found: str | None = None
         for name in (key, alias):
             value = self.text(name)
             self.put("dtype", value, name)
