@@ -97,8 +97,8 @@ def create_app() -> FastAPI:
     app.post(
         "/v1/convert",
         summary="Files of trainers as a request",
-        description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or objects; "
-        "every other route takes `files` beside its own fields too.",
+        description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or as "
+        "objects; every other route takes `files` beside its own fields too.",
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"examples": dict(examples.CONVERT)}}}},
     )(_convert)
     app.get("/v1/models", summary="Bundled models")(_models)

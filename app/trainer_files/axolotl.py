@@ -81,7 +81,7 @@ def translate(keys: Keys, others: Mapping[str, Keys]) -> None:
         _full(keys, attention, dtype, cuts="cut_cross_entropy" in plugins)
     _ddp(keys)
     _plugins(keys, plugins)
-    keys.rest(inert=INERT | INERT_OF_PLUGINS, unmodelled=_unmodelled(keys), trainer=_TRAINER)
+    keys.rest(inert=INERT | INERT_OF_PLUGINS, unmodelled=_unmodelled(keys), trainer=_TRAINER, known=ADAPTER)
 
 
 def _check_class(keys: Keys) -> None:
@@ -169,7 +169,7 @@ def _quantization(keys: Keys, adapter: str | None, dtype: str) -> None:
     keys.put("prepare_model_for_kbit_training", False, "adapter")
     if not _is_sharded(keys):
         keys.found.assumed.append(
-            f"{keys.named('adapter')}: axolotl prepares the model for k-bit training, then turns embeddings, head and norms into {dtype} again. "
+            f"{keys.named('adapter')}: prepared for k-bit training, after which embeddings, head and norms are turned back into {dtype}. "
             f"What else stays unquantized (biases, fused experts) is float32 then and is counted as {dtype}."
         )
 

@@ -33,10 +33,11 @@ _UNMODELLED = {
     "tensor_parallel": "layers are cut over several processes",
 }
 _INERT_OF_ZERO = names("""
-    allgather_partitions elastic_checkpoint gather_16bit_weights_on_model_save ignore_unused_parameters legacy_stage1 load_from_fp32_weights
-    log_trace_cache_warnings memory_efficient_linear model_persistence_threshold module_granularity_threshold param_persistence_threshold
-    reduce_scatter round_robin_gradients stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
-    stage3_max_reuse_distance stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
+    allgather_bucket_size allgather_partitions elastic_checkpoint gather_16bit_weights_on_model_save ignore_unused_parameters
+    legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear model_persistence_threshold
+    module_granularity_threshold param_persistence_threshold reduce_scatter round_robin_gradients
+    stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save stage3_max_reuse_distance
+    stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
 """)
 _INERT_OF_OFFLOADING = names("buffer_count buffer_size fast_init max_in_cpu nvme_path pin_memory pipeline pipeline_read pipeline_write")
 _INERT_OF_PRECISION = names("""
@@ -54,6 +55,7 @@ _UNMODELLED_OF_ZERO = {
     "zero_quantized_weights": "weights are quantized on their way",
     "zenflow": "a part of the update runs on the host",
 }
+_DEFAULTS_OF_ZERO = {"mics_shard_size": -1, "zero_hpz_partition_size": 1}
 _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold")
 _AUTO = "auto"
 # Source: deepspeed, runtime/engine.py, DeepSpeedEngine._configure_basic_optimizer: FusedAdam, or DeepSpeedCPUAdam where it is offloaded.
@@ -137,10 +139,10 @@ def _zero(zero: Keys) -> None:
     for key in ("overlap_comm", "contiguous_gradients"):
         if key in zero:
             zero.put(f"{path}.{key}", zero.flag(key), key)
-    if zero.values.get("allgather_bucket_size") not in (None, _AUTO):
-        zero.ignore("allgather_bucket_size")
-    unmodelled = {key: effect for key, effect in _UNMODELLED_OF_ZERO.items() if zero.values.get(key) not in (1, -1)}
-    zero.rest(inert=_INERT_OF_ZERO | (_UNMODELLED_OF_ZERO.keys() - unmodelled.keys()), unmodelled=unmodelled, trainer=_TRAINER)
+    for key, default in _DEFAULTS_OF_ZERO.items():
+        if zero.values.get(key) == default:
+            zero.ignore(key)
+    zero.rest(inert=_INERT_OF_ZERO, unmodelled=_UNMODELLED_OF_ZERO, trainer=_TRAINER)
 
 
 def _size(zero: Keys, key: str) -> Any:

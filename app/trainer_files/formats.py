@@ -66,9 +66,10 @@ def format_of(name: str, values: Mapping[str, Any], given: object = None) -> For
         return Format.DEEPSPEED
     if keys & _ACCELERATE:
         return Format.ACCELERATE
-    if keys & llamafactory_fields.ONLY:
+    of_trl = (trl_fields.SCRIPT | trl_fields.MODEL | fields.SFT_CONFIG) - trl_fields.SHARED
+    if len(keys & llamafactory_fields.ONLY) > len(keys & of_trl - llamafactory_fields.KNOWN):
         return Format.LLAMA_FACTORY
-    if keys & (trl_fields.SCRIPT | trl_fields.MODEL | fields.SFT_CONFIG) - trl_fields.SHARED:
+    if keys & of_trl:
         return Format.TRL
     if keys & fields.TRAINING_ARGUMENTS:
         return Format.TRANSFORMERS

@@ -53,7 +53,7 @@ def translate(keys: Keys, others: Mapping[str, Keys]) -> None:
     _batches(keys, attention, pretrains=stage == "pt")
     if keys.flag("enable_liger_kernel"):
         keys.put("training.use_liger_kernel", True, "enable_liger_kernel")
-    keys.rest(inert=known.INERT, unmodelled=known.UNMODELLED, trainer=_TRAINER, refuses_unknown=True, known=known.TRAINING | known.ONLY)
+    keys.rest(inert=known.INERT, unmodelled=known.UNMODELLED, trainer=_TRAINER, refuses_unknown=True, known=known.KNOWN)
 
 
 def _only_training(keys: Keys) -> Keys:

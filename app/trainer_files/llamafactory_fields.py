@@ -80,3 +80,6 @@ UNMODELLED: Mapping[str, str] = {
     "use_unsloth_gc": "inputs of checkpointed layers are moved to the host",
     "use_v1_kernels": "fused kernels keep other tensors",
 }
+
+# All of its fields, some of which TRL has too.
+KNOWN = ONLY | INERT | UNMODELLED.keys() | TRAINING | names("lora_dropout packing quantization_type use_dora use_rslora")

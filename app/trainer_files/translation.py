@@ -100,7 +100,7 @@ class Keys:
     def text(self, key: str, default: str | None = None) -> str | None:
         """A string."""
         value = self.take(key, default)
-        return None if value is None else self._checked(key, value, str, "text")
+        return None if value is None else str(self._checked(key, value, str, "text"))
 
     def dtype(self, key: str, alias: str) -> str | None:
         """A dtype under either of two names, put into the request."""
@@ -135,9 +135,11 @@ class Keys:
         """
         value = self.take(key, default)
         names = list(accepted)
-        if value is not None and value not in names:
+        if value is None:
+            return None
+        if value not in names:
             raise UnknownNameError.of(self.named(key), value, names)
-        return value
+        return str(value)
 
     def refuse(self, key: str, what: str, accepted: str = "null", *, unless: tuple[object, ...] = ()) -> None:
         """Take a key whose value, if it is a true one, makes another run than any that is modelled.

@@ -62,8 +62,10 @@ def test_qlora_means_nf4_with_nested_constants_in_the_type_of_the_weights() -> N
 
 def test_packed_samples_lie_in_one_row_under_flash_attention_alone() -> None:
     flash, sdpa = _opened(QLORA), _opened({**QLORA, "attn_implementation": "sdpa"})
-    assert flash["training"]["padding_free"] and "padded" not in flash
-    assert "padding_free" not in sdpa["training"] and sdpa["padded"]
+    assert flash["training"]["padding_free"]
+    assert "padded" not in flash
+    assert "padding_free" not in sdpa["training"]
+    assert sdpa["padded"]
     assert "train.yaml: sdpa_varlen" in sdpa["set_aside"]["not_modelled"]
 
 
@@ -89,7 +91,8 @@ def test_defaults_are_those_of_the_schema() -> None:
     training = request["training"]
     assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"], training["max_length"]) == (1, 1, 512)
     assert (training["optim"], training["gradient_checkpointing"], training["bf16"]) == ("adamw_torch_fused", False, True)
-    assert "peft" not in request and "quantization" not in request
+    assert "peft" not in request
+    assert "quantization" not in request
 
 
 @pytest.mark.parametrize(
