@@ -51,7 +51,7 @@ def test_a_training_file_is_checked_with_the_file_it_points_to(folder: Path) -> 
     assert (code, found["verdict"]) == (0, "fits")
     code, found = _run("estimate", str(folder / "train.yaml"), "--gpu", "rtx4090", "--num-gpus", "2")
     assert code == 0
-    assert found["recipe"]["parallel"]["strategy"] == "zero2"
+    assert found["recipe"]["strategy"] == "zero2"
     assert f"{folder}/train.yaml: datasets" in found["ignored"]
     assert any(w["code"] == "field_not_modelled" and "lora_mlp_kernel" in w["message"] for w in found["warnings"])
 
@@ -62,10 +62,10 @@ def test_exit_code_3_says_that_a_file_does_not_fit(folder: Path) -> None:
 
 
 def test_options_and_a_model_stand_above_the_files(folder: Path) -> None:
-    _, found = _run("estimate", "HuggingFaceTB/SmolLM2-135M-Instruct", str(folder / "train.yaml"), "--max-length", "256", "--lora-r", "4")
-    assert found["model"]["id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert found["recipe"]["training"]["sequence_length"] == 256
-    assert found["recipe"]["adapter"]["r"] == 4
+    _, found = _run("estimate", "Qwen/Qwen2.5-0.5B-Instruct", str(folder / "train.yaml"), "--max-length", "256", "--lora-r", "4")
+    assert found["model"]["id"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert found["recipe"]["training"]["max_length"] == 256
+    assert found["recipe"]["peft"]["r"] == 4
 
 
 def test_plan_and_which_take_files_too(folder: Path) -> None:

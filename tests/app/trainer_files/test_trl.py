@@ -95,9 +95,9 @@ def test_a_type_that_cannot_be_computed_in_is_refused() -> None:
 
 
 def test_a_key_that_trl_passes_over_is_reported() -> None:
-    found = _opened({**LORA, "lora_rank": 8})["set_aside"]["not_modelled"]["sft.yaml: lora_rank"]
+    found = _opened({**LORA, "lora_dropuot": 0.1})["set_aside"]["not_modelled"]["sft.yaml: lora_dropuot"]
     assert "passes over" in found
-    assert "'lora_r'" in found
+    assert "'lora_dropout'" in found
 
 
 def test_training_arguments_need_a_length() -> None:
