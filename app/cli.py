@@ -259,6 +259,10 @@ def main() -> None:
 def _payload(model: str | None, request: str | None, options: Json) -> Json:
     """The request of a file, if one is given, with the options set on top."""
     payload = merged(_read(request) if request is not None else {}, options)
+    if "files" in payload:
+        from app.trainer_files.opening import opened
+
+        payload = opened(payload)
     if model is not None:
         payload["model"] = model_argument(model)
     if "trainer" in payload and "inference" not in payload:

@@ -74,5 +74,21 @@ SWEEP: dict[str, Json] = {
         "value": {**QLORA, "sweep": {"per_device_train_batch_size": "1..16", "max_length": "512..8192:512"}},
     },
 }
-
+CONVERT: dict[str, Json] = {
+    "axolotl": {
+        "summary": "A QLoRA of axolotl with a DeepSpeed JSON",
+        "value": {
+            "files": [
+                {
+                    "name": "train.yaml",
+                    "content": "base_model: meta-llama/Llama-3.1-8B\nadapter: qlora\nload_in_4bit: true\nlora_r: 16\n"
+                    "lora_target_linear: true\nsequence_len: 2048\nmicro_batch_size: 2\ngradient_checkpointing: true\n"
+                    "deepspeed: zero2.json\n",
+                },
+                {"name": "zero2.json", "content": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}},
+            ],
+            "hardware": {"num_gpus": 2},
+        },
+    },
+}
 TRACE: dict[str, Json] = {"qlora": ESTIMATE["qlora"], "full": ESTIMATE["full"]}

@@ -4,18 +4,19 @@ Only names are kept: what a field means stands where it is read. A name of these
 """
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
 # Source: transformers 4.45–5.23, utils/quantization_config.py, BitsAndBytesConfig; some are what to_dict writes.
-BITS_AND_BYTES_CONFIG = _names("""
+BITS_AND_BYTES_CONFIG = names("""
     load_in_8bit load_in_4bit llm_int8_threshold llm_int8_skip_modules llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight
     bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_quant_storage _load_in_8bit _load_in_4bit quant_method
 """)
 
 # Source: peft 0.12–0.21, tuners/lora/config.py, LoraConfig and its bases in config.py.
-LORA_CONFIG = _names("""
+LORA_CONFIG = names("""
     alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying
     eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config layer_replication layers_pattern
     layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save
@@ -24,7 +25,7 @@ LORA_CONFIG = _names("""
 """)
 
 # Source: transformers 4.45–5.23, training_args.py, TrainingArguments.
-TRAINING_ARGUMENTS = _names("""
+TRAINING_ARGUMENTS = names("""
     accelerator_config activation_checkpointing activation_checkpointing_kwargs adafactor adam_beta1 adam_beta2 adam_epsilon
     auto_find_batch_size average_tokens_across_devices batch_eval_metrics bf16 bf16_full_eval data_seed dataloader_drop_last
     dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
@@ -49,7 +50,7 @@ TRAINING_ARGUMENTS = _names("""
 """)
 
 # Source: trl 0.13–1.16, trainer/sft_config.py, SFTConfig beyond TrainingArguments.
-SFT_CONFIG = _names("""
+SFT_CONFIG = names("""
     activation_offloading assistant_only_loss chars_per_token chat_template_path completion_only_loss dataset_batch_size dataset_kwargs
     dataset_num_proc dataset_text_field eos_token eval_packing loss_type max_length max_seq_length model_init_kwargs num_of_sequences
     packing packing_strategy pad_to_multiple_of pad_token padding_free router_aux_loss_coef shuffle_dataset skip_prepare_dataset
@@ -59,7 +60,7 @@ SFT_CONFIG = _names("""
 TRAINING = TRAINING_ARGUMENTS | SFT_CONFIG
 
 # Source: transformers 4.45–5.23, generation/configuration_utils.py, GenerationConfig.
-GENERATION_CONFIG = _names("""
+GENERATION_CONFIG = names("""
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
     begin_suppress_tokens bos_token_id cache_config cache_implementation compile_config constraints continuous_batching_config
     decoder_start_token_id disable_compile diversity_penalty do_sample dola_layers early_stopping encoder_no_repeat_ngram_size
@@ -73,7 +74,7 @@ GENERATION_CONFIG = _names("""
 """)
 
 # Source: transformers 4.45–5.23, training_args.py, OptimizerNames (`adamw_hf` until 4.x, `adamw_apex_fused` until 5.0).
-OPTIMIZERS = _names("""
+OPTIMIZERS = names("""
     adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_apex_fused adamw_bnb_8bit adamw_hf adamw_torch adamw_torch_4bit
     adamw_torch_8bit adamw_torch_fused adamw_torch_npu_fused adamw_torch_xla ademamix ademamix_8bit apollo_adamw apollo_adamw_layerwise
     galore_adafactor galore_adafactor_layerwise galore_adamw galore_adamw_8bit galore_adamw_8bit_layerwise galore_adamw_layerwise

@@ -23,6 +23,7 @@ from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
+from app.trainer_files.opening import converted, opened
 from estimator.errors import FieldError, VramplanError
 from estimator.gpu_filter import GpuFilter
 
@@ -93,6 +94,13 @@ def create_app() -> FastAPI:
         description="`format`: `json`; `svg`, memory over time; `snapshot`, a pickle that pytorch.org/memory_viz opens.",
         openapi_extra=_documented(EstimateRequest, examples.TRACE),
     )(_trace)
+    app.post(
+        "/v1/convert",
+        summary="Files of trainers as a request",
+        description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or as "
+        "objects; every other route takes `files` beside its own fields too.",
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"examples": dict(examples.CONVERT)}}}},
+    )(_convert)
     app.get("/v1/models", summary="Bundled models")(_models)
     app.get("/v1/models/{model_id:path}", summary="One model, tensor by tensor")(_model)
     app.get(
@@ -117,8 +125,13 @@ async def _check(request: Request) -> Response:
     return await _answered(request, check)
 
 
-async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:
+async def _convert(request: Request) -> Response:
     payload = read_json(await body_of(request))
+    return Reply(await in_thread(request, partial(converted, payload)))
+
+
+async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:
+    payload = await _payload(request)
     match format:
         case "json":
             return Reply(await in_thread(request, lambda: sweep.answer_sweep(sweep.sweep(payload))))
@@ -131,7 +144,7 @@ async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json
 
 
 async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = "json", alloc_conf: str = "") -> Response:
-    payload = read_json(await body_of(request))
+    payload = await _payload(request)
     run = partial(trace, payload, settings=alloc_conf)
     match format:
         case "json":
@@ -184,8 +197,14 @@ async def _health() -> Response:
 
 
 async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
-    payload = read_json(await body_of(request))
+    payload = await _payload(request)
     return Reply(await in_thread(request, partial(ask, payload)))
+
+
+async def _payload(request: Request) -> Json:
+    """The request of a body, its files read."""
+    payload = read_json(await body_of(request))
+    return await in_thread(request, partial(opened, payload)) if "files" in payload else payload
 
 
 async def body_of(request: Request) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from app.answer import is_modelled
 from app.answered import Answered, Rule
+from app.redaction import redacted
 from app.unmodelled import effect
 from app.versions import shown
 from estimator.estimate import Engine
@@ -22,6 +23,15 @@ DEFAULT_ROUTER_COEFFICIENT = 0.001
 def _fields(a: Answered) -> Iterable[str]:
     for field in a.unmodelled:
         yield f"{field} is not modelled: {effect(field)}. The answer is for the run without it."
+
+
+def _of_files(a: Answered) -> Iterable[str]:
+    for key, meaning in a.request.set_aside.not_modelled.items():
+        yield f"{redacted(key)} is not modelled: {redacted(meaning)}. The answer is for the run without it."
+
+
+def _assumed(a: Answered) -> Iterable[str]:
+    yield from (redacted(sentence) for sentence in a.request.set_aside.assumed)
 
 
 def _distribution_loss(a: Answered) -> Iterable[str]:
@@ -153,6 +163,8 @@ def _liger_layers(a: Answered) -> Iterable[str]:
 
 RULES: tuple[tuple[Rule, str], ...] = (
     (_fields, "field_not_modelled"),
+    (_of_files, "field_not_modelled"),
+    (_assumed, "read_from_file"),
     (_distribution_loss, "field_not_modelled"),
     (_evaluation, "evaluation_not_modelled"),
     (_router_loss, "router_loss_not_modelled"),

@@ -136,14 +136,22 @@ def with_options(
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("model", "request", "as_json", "options")]
 
-    def called(model: str | None, request: str | None, as_json: bool, **values: Any) -> None:
+    def called(models: list[str] | None, request: str | None, as_json: bool, **values: Any) -> None:
         extra = {p.name: values.pop(p.name) for p in own}
         given = {options[name][1].path: value for name, value in values.items() if value is not None}
-        command(model, request, as_json, _nested(given, {o.path: o for _, o in options.values()}), **extra)
+        model, files = _models_and_files(models or [])
+        payload = _nested(given, {o.path: o for _, o in options.values()})
+        command(model, request, as_json, payload | ({"files": files} if files else {}), **extra)
 
     parameters = [
         _parameter(
-            "model", str, typer.Argument(metavar="[MODEL]", help="catalogue or Hub id, or path of a config.json", show_default=False)
+            "models",
+            list[str],
+            typer.Argument(
+                metavar="[MODEL] [FILE]...",
+                help="catalogue or Hub id, or path of a config.json; files of axolotl, LLaMA-Factory, TRL, DeepSpeed, accelerate, PEFT",
+                show_default=False,
+            ),
         ),
         _parameter(
             "request", str, typer.Option("--request", "-f", help="a JSON or YAML request, - for standard input", show_default=False)
@@ -162,6 +170,16 @@ def with_options(
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
+
+
+def _models_and_files(arguments: list[str]) -> tuple[str | None, list[Json]]:
+    from app.trainer_files.disk import gathered, is_file
+
+    files = [argument for argument in arguments if is_file(argument)]
+    models = [argument for argument in arguments if argument not in files]
+    if len(models) > 1:
+        raise typer.BadParameter(f"{models[1]!r} is a second model, or not a file that is read; accepted: one model, and files")
+    return models[0] if models else None, gathered(files) if files else []
 
 
 def _parameter(name: str, kind: type, declaration: Any, default: object = None) -> inspect.Parameter:

@@ -203,6 +203,17 @@ class HardwareFields(Border):
     fsdp_config: FsdpFields = FsdpFields()
 
 
+class SetAside(Border):
+    """What files held that is no part of the request made of them, each key by its file and name."""
+
+    ignored: Names = []
+    """Keys without a bearing on memory."""
+    not_modelled: dict[Name, Annotated[str, Field(max_length=1024)]] = {}
+    """Keys that change memory by no formula, and what each does."""
+    assumed: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
+    """Sentences on what the files leave open."""
+
+
 class StackFields(Border):
     """Versions to answer for."""
 
@@ -233,6 +244,7 @@ class Request(Border):
     """The environment variable of the run."""
     stack: StackFields = StackFields()
     engine: Literal["auto", "analytic", "trace"] = "auto"
+    set_aside: SetAside = SetAside()
 
 
 class PlanRequest(Request):

@@ -113,7 +113,7 @@ def render(case: Case, estimate: Estimate) -> Json:
                 with_reentry=_with_reentry(case, estimate),
             )
         ),
-        ignored=sorted({*question.ignored, *question.unmodelled} - {*unmodelled}),
+        ignored=sorted({*question.ignored, *question.unmodelled, *question.request.set_aside.ignored} - {*unmodelled}),
     )
 
 

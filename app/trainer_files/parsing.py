@@ -1,0 +1,58 @@
+"""Text of a file as a mapping: JSON or YAML, with bounds, since files come from strangers."""
+
+import re
+from typing import Any
+
+import yaml
+
+from app.redaction import redacted
+from estimator.errors import RequestError
+
+MAX_CHARACTERS = 1 << 20
+MAX_NODES = 20_000
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def parse(name: str, text: str) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        RequestError: if it holds anything else, or more than `MAX_NODES` values with its aliases written out.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"{name}: longer than {MAX_CHARACTERS:,} characters", field=name)
+    loader = yaml.SafeLoader(text)  # JSON is read as the YAML that it is
+    try:
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}, ()) > MAX_NODES:
+            raise RequestError(f"{name}: holds more than {MAX_NODES:,} values", field=name)
+        content = loader.construct_document(node) if node is not None else None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"{name}: neither JSON nor YAML: {redacted(reason)}", field=name) from None
+    finally:
+        loader.dispose()
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RequestError(f"{name}: expected a mapping of names to values", field=name)
+    return content
+
+
+def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """Values under a node, each alias counted as often as it is used."""
+    if id(node) in above:
+        raise yaml.YAMLError("an alias stands inside what it repeats")
+    if id(node) not in known:
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_size(child, known, (*above, id(node))) for child in children)
+    return known[id(node)]
+
+
+def parse_number(value: Any) -> Any:
+    """Text that reads as a number in the notation that YAML takes for text, `1e-4`, as that number; all else as it stands."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
