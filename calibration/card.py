@@ -21,6 +21,12 @@ def used_bytes(card: str) -> int | None:
     return int(answer) * MIB if answer is not None and answer.isdigit() else None
 
 
+def total_bytes(card: str) -> int | None:
+    """Memory of a card as nvidia-smi has it: more than CUDA gives [bytes]."""
+    answer = _query("memory.total", card)
+    return int(answer) * MIB if answer is not None and answer.isdigit() else None
+
+
 def card_name(card: str) -> str | None:
     """Its name, as torch has it too."""
     return _query("name", card)

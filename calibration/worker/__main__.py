@@ -43,7 +43,7 @@ def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
         return WorkerReport(outcome="refused", error=missing)
     device = torch.device(device_name)
     surroundings: Environment = environment(device)
-    meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes)
+    meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes, case.cap_bytes)
     figures: Figures | None
     try:
         seconds = train(case, build(case, device), meter, on_cpu=on_cpu)

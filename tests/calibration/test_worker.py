@@ -88,6 +88,7 @@ class _Allocator:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.top = self.reserved = 0
         self.outside = 500
+        self.fractions: list[float] = []
         for name, answer in {
             "synchronize": lambda: None,
             "empty_cache": lambda: None,
@@ -98,6 +99,7 @@ class _Allocator:
             "reset_peak_memory_stats": self._reset,
             "mem_get_info": lambda: (10_000 - self.outside - self.reserved, 10_000),
             "memory_stats": lambda: {"num_alloc_retries": 0, "segment.all.current": 3},
+            "set_per_process_memory_fraction": self.fractions.append,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
@@ -140,6 +142,30 @@ def test_peaks_are_kept_apart_by_phase_and_come_from_the_last_step(monkeypatch: 
     assert (figures.peak_allocated_bytes, figures.peak_reserved_bytes, figures.run_allocated_bytes) == (1964, 2014, 1964)
     assert figures.device_bytes == 400 + 2014
     assert (figures.num_parameters, figures.num_trainable) == (9, 9)
+
+
+def test_a_cap_leaves_the_allocator_what_context_and_libraries_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 bytes of which others use 100: of a cap of 4,000 the context takes 400, and libraries 200 more in the first step."""
+    allocator = _Allocator(monkeypatch)
+    meter = CudaMeter(foreign_bytes=100, cap_bytes=4000)
+    allocator.use(top=1000, now=800)
+    meter.loaded(torch.nn.Linear(2, 3))
+    meter.begin_step()
+    allocator.outside += 200
+    meter.close("forward")
+    meter.close("optimizer_step")
+    assert allocator.fractions == [0.36, 0.36, 0.34]
+    allocator.outside += 1000  # managed memory of a paged optimizer, which a full card would push out
+    meter.close("forward")
+    assert len(allocator.fractions) == 3
+
+
+def test_a_card_without_a_cap_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = _Allocator(monkeypatch)
+    meter = CudaMeter(foreign_bytes=100)
+    meter.loaded(torch.nn.Linear(2, 3))
+    meter.close("forward")
+    assert allocator.fractions == []
 
 
 def test_a_dry_run_runs_the_step_in_a_process_of_its_own() -> None:
