@@ -13,13 +13,15 @@ from calibration.worker.meter import BACKWARD_HEAD, BACKWARD_LAYERS, Meter
 from calibration.worker.model import adapted, lora_config
 
 
-class _Borders(TrainerCallback):  # type: ignore[misc]  # the framework's base class is untyped
+class Borders(TrainerCallback):  # type: ignore[misc]  # the framework's base class is untyped
     """Tells the meter where the trainer's loop is."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.step_seconds = 0.0
         self.head_seen = False
+        self.is_watching = True
+        """Whether what the model does belongs to a step."""
         self._started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -48,18 +50,18 @@ def train(case: Case, model: Any, meter: Meter, *, on_cpu: bool) -> float:
     Returns:
         Wall time of the last step [s].
     """
-    borders = _Borders(meter)
+    borders = Borders(meter)
     with tempfile.TemporaryDirectory(prefix="vramplan-output-") as folder:
         arguments = _arguments(case, folder, on_cpu=on_cpu)
         make = _sft_trainer if case.trainer == "trl" else _trainer
         trainer = make(case, model, arguments, borders)
-        _watch_decoder(trainer.model, borders)
+        watch_decoder(trainer.model, borders)
         meter.loaded(trainer.model)
         trainer.train()
     return borders.step_seconds
 
 
-def _trainer(case: Case, model: Any, arguments: JsonObject, borders: _Borders) -> Any:
+def _trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders) -> Any:
     dataset = _Sequences(case)
     trainer_class = _with_loss_border(Trainer, borders)
     return trainer_class(
@@ -67,7 +69,7 @@ def _trainer(case: Case, model: Any, arguments: JsonObject, borders: _Borders) -
     )
 
 
-def _sft_trainer(case: Case, model: Any, arguments: JsonObject, borders: _Borders) -> Any:
+def _sft_trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders) -> Any:
     """TRL adapts the model itself and wants tokens and a tokenizer in its own wrappers."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -104,7 +106,7 @@ def _arguments(case: Case, folder: str, *, on_cpu: bool) -> JsonObject:
     return {**own, **quiet}
 
 
-def _with_loss_border(trainer_class: Any, borders: _Borders) -> Any:
+def _with_loss_border(trainer_class: Any, borders: Borders) -> Any:
     """The trainer's class, which tells the meter when the loss stands."""
 
     class Measured(trainer_class):  # type: ignore[misc]
@@ -116,24 +118,27 @@ def _with_loss_border(trainer_class: Any, borders: _Borders) -> Any:
     return Measured
 
 
-def _watch_decoder(model: Any, borders: _Borders) -> None:
+def watch_decoder(model: Any, borders: Borders) -> Any:
     """Puts a border between layers and head, on the way there and on the way back.
 
-    Models without a separable decoder keep one span for forward and loss, and one for backward.
+    Returns:
+        What removes it; None for models without a separable decoder, which keep one span for forward and loss, and one for backward.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     if decoder is base:
-        return
+        return None
 
     def at_head(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if not borders.is_watching:
+            return
         borders.head_seen = True
         borders.meter.close("forward")
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if hidden.requires_grad:
             hidden.register_hook(lambda _gradient: borders.meter.close(BACKWARD_HEAD))
 
-    decoder.register_forward_hook(at_head)
+    return decoder.register_forward_hook(at_head)
 
 
 class _Sequences:
