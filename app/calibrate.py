@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from app import caps as capped
 from app.prediction import predict
 from calibration import campaign as campaigns
 from calibration import schedule
+from calibration.accuracy import compare_all
 from calibration.caps import Proof, proofs
 from calibration.caps import sentence as caps_sentence
 from calibration.card import card_id, card_name
@@ -141,6 +143,29 @@ def caps(
             case, told = step.record.case, "planned" if step.record.case.batch_size == step.proof.planned else "beside it"
             console.print(f"{step.proof.card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
         show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
+
+
+@app.command()
+def report(
+    files: RecordFiles,
+    out: Annotated[Path, typer.Option(help="The page: one HTML file that carries everything.")],
+    svg: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for the pictures as files, too.")] = None,
+    published: Annotated[bool, typer.Option(help="Whether rows published by others stand beside the records.")] = True,
+) -> None:
+    """A page of predicted beside observed memory: scatter, terms, coverage, caps, worst cases, and what each row rests on."""
+    from app.calibration_page import report as page
+
+    with _errors():
+        records = schedule.merged(RecordFile(path) for path in files)
+        others, not_modelled = compare_all() if published else ((), ())
+        today = datetime.now(UTC).date().isoformat()
+        found = page(compared(*rows_of(records, predict), date=today), records, others, not_modelled, date=today)
+        out.write_text(found.html, encoding="utf-8")
+        if svg is not None:
+            svg.mkdir(parents=True, exist_ok=True)
+            for name, picture in found.pictures.items():
+                (svg / f"{name}.svg").write_text(picture, encoding="utf-8")
+        Console().print(f"written: {escape(str(out))}", highlight=False)
 
 
 def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:

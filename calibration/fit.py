@@ -92,16 +92,21 @@ def usable(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def observations(rows: Iterable[Row]) -> Iterator[Observation]:
-    """What complete rows show of each term."""
+    """What complete rows that a fit may use show of each term."""
     for row in usable(rows):
-        if not row.is_complete:
-            continue
-        for term, measured in _measured(row).items():
-            modelled = row.prediction.modelled_bytes(term)
-            if modelled > 0 and measured is not None and measured >= 0:
-                yield Observation(
-                    term=term, group=group_of(row.prediction.recipe), model=row.model, modelled_bytes=modelled, measured_bytes=measured
-                )
+        yield from terms_of(row)
+
+
+def terms_of(row: Row) -> Iterator[Observation]:
+    """What a row shows of each term, whatever it rests on; nothing of a run that did not come to its end."""
+    if not row.is_complete:
+        return
+    for term, measured in _measured(row).items():
+        modelled = row.prediction.modelled_bytes(term)
+        if modelled > 0 and measured is not None and measured >= 0:
+            yield Observation(
+                term=term, group=group_of(row.prediction.recipe), model=row.model, modelled_bytes=modelled, measured_bytes=measured
+            )
 
 
 def _measured(row: Row) -> dict[Term, int | None]:
@@ -115,7 +120,8 @@ def _measured(row: Row) -> dict[Term, int | None]:
         Term.FORWARD_TEMPORARIES: _temporaries(row, Phase.FORWARD, Term.FORWARD_TEMPORARIES),
         Term.BACKWARD_TEMPORARIES: _temporaries(row, Phase.BACKWARD, Term.BACKWARD_TEMPORARIES),
         Term.SLACK: None if squeezed or allocated is None or reserved is None else reserved - allocated,
-        Term.CONTEXT: None if device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes,
+        # segments given back under pressure are missing from what is held at the end
+        Term.CONTEXT: None if squeezed or device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes,
     }
 
 
