@@ -115,13 +115,16 @@ def _measured(row: Row) -> dict[Term, int | None]:
         return {}
     allocated, reserved, device = figures.peak_allocated_bytes, figures.peak_reserved_bytes, figures.device_bytes
     squeezed = bool(figures.num_allocation_retries)
+    # segments given back under pressure are missing from what is held at the end
+    context = None if squeezed or device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes
+    if not row.record.case.is_training:
+        return {Term.CONTEXT: context}  # of generation temporaries and slack are modelled in another way
     return {
         Term.WORKSPACE: figures.steady_state_bytes - (prediction.steady_state_bytes - prediction.workspace_bytes),
         Term.FORWARD_TEMPORARIES: _temporaries(row, Phase.FORWARD, Term.FORWARD_TEMPORARIES),
         Term.BACKWARD_TEMPORARIES: _temporaries(row, Phase.BACKWARD, Term.BACKWARD_TEMPORARIES),
         Term.SLACK: None if squeezed or allocated is None or reserved is None else reserved - allocated,
-        # segments given back under pressure are missing from what is held at the end
-        Term.CONTEXT: None if squeezed or device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes,
+        Term.CONTEXT: context,
     }
 
 
@@ -153,7 +156,7 @@ def bugs(rows: Iterable[Row]) -> Iterator[Bug]:
             ("loaded", figures.loaded_bytes, row.prediction.loaded_bytes, True),
             ("steady_state without workspace", figures.steady_state_bytes, exact_steady, False),
         ):
-            if measured is None:
+            if measured is None or (term != "loaded" and not row.record.case.is_training):
                 continue
             tolerated = max(_UNSPLIT_BYTES, round(_UNSPLIT_SHARE * predicted))
             if measured < predicted or (bounded and measured > predicted + tolerated):

@@ -9,17 +9,17 @@ from calibration.record import Figures, PhasePeak
 
 BACKWARD_HEAD = "backward_head"
 BACKWARD_LAYERS = "backward_layers"
-_TRAINING_PHASES = ("forward", "loss", "backward", "optimizer_step")
+_PHASES = ("forward", "loss", "backward", "optimizer_step", "prefill", "decode")
 
 
 class Meter(Protocol):
-    """What the training loop tells: where it is."""
+    """What a run tells: where it is."""
 
     def loaded(self, model: torch.nn.Module) -> None:
         """The model and its adapters stand."""
 
     def begin_step(self) -> None:
-        """An optimizer step begins."""
+        """An optimizer step begins, or a call of `generate`."""
 
     def close(self, span: str) -> None:
         """A span ends here, and the next one begins."""
@@ -67,13 +67,15 @@ class _Spans:
 class CudaMeter:
     """Peaks by span of the step that runs now; reading one resets torch's own counters."""
 
-    def __init__(self, foreign_bytes: int, cap_bytes: int | None = None) -> None:
+    def __init__(self, foreign_bytes: int, cap_bytes: int | None = None, *, is_training: bool = True) -> None:
         """Creates the CUDA context.
 
         Args:
             foreign_bytes: what others used on the card before this process came [bytes].
             cap_bytes: what this process may have of the card, context and libraries included; None for all of it [bytes].
+            is_training: whether a trainer runs, which gives back what loading left in the allocator's cache.
         """
+        self._is_training = is_training
         self._foreign_bytes = foreign_bytes
         self._cap_bytes = cap_bytes
         self._num_updates = 0
@@ -92,7 +94,8 @@ class CudaMeter:
 
     def loaded(self, model: torch.nn.Module) -> None:
         self._read("load", self._load)
-        torch.cuda.empty_cache()  # a training run starts from segments in use, not from what quantization left behind
+        if self._is_training:
+            torch.cuda.empty_cache()  # it starts from segments in use, not from what quantization left behind
         self._loaded_bytes = torch.cuda.memory_allocated()
         self._num_parameters, self._num_trainable = count_parameters(model)
         self._hold_to_cap()
@@ -117,7 +120,7 @@ class CudaMeter:
             # what ran since the last border, so that an out-of-memory ending shows how far it came
             self._run_allocated_bytes = max(self._run_allocated_bytes, torch.cuda.max_memory_allocated())
         phases = {"load": self._load.peak(["load"])}
-        for phase in _TRAINING_PHASES:
+        for phase in _PHASES:
             spans = [phase, BACKWARD_HEAD, BACKWARD_LAYERS] if phase == "backward" else [phase]
             phases[phase] = self._step.peak(spans)
         whole = self._step.peak(list(self._step.allocated))

@@ -62,7 +62,7 @@ def train(case: Case, model: Any, meter: Meter, *, on_cpu: bool) -> float:
 
 
 def _trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders) -> Any:
-    dataset = _Sequences(case)
+    dataset = Sequences(case, case.sequence_length)
     trainer_class = _with_loss_border(Trainer, borders)
     return trainer_class(
         model=adapted(case, model), args=TrainingArguments(**arguments), train_dataset=dataset, data_collator=_stack, callbacks=[borders]
@@ -74,7 +74,7 @@ def _sft_trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    dataset = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in _Sequences(case)])
+    dataset = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in Sequences(case, case.sequence_length)])
     trainer_class = _with_loss_border(SFTTrainer, borders)
     return trainer_class(
         model=model,
@@ -141,14 +141,14 @@ def watch_decoder(model: Any, borders: Borders) -> Any:
     return decoder.register_forward_hook(at_head)
 
 
-class _Sequences:
-    """Enough random full-length sequences for the whole run."""
+class Sequences:
+    """Enough random sequences of full length for the whole run."""
 
-    def __init__(self, case: Case) -> None:
-        accumulation = case.training.get("gradient_accumulation_steps") or 1
+    def __init__(self, case: Case, length: int) -> None:
+        accumulation = (case.training.get("gradient_accumulation_steps") if case.is_training else None) or 1
         assert isinstance(accumulation, int)
         self._num = case.batch_size * accumulation * case.num_steps
-        self._length = case.sequence_length
+        self._length = length
         self._padded = bool(case.request.get("padded"))
         text = case.config.get("text_config")
         vocabulary = (text if isinstance(text, dict) else case.config).get("vocab_size")
