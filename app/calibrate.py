@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -15,15 +16,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from app import caps as capped
 from app.prediction import predict
 from calibration import campaign as campaigns
 from calibration import schedule
+from calibration.accuracy import compare_all
+from calibration.caps import Proof, proofs
+from calibration.caps import sentence as caps_sentence
 from calibration.card import card_id, card_name
 from calibration.case import Case
 from calibration.comparison import Comparison, rows_of
 from calibration.comparison import compare as compared
 from calibration.models import config_of
-from calibration.record import Figures, Outcome, Record, RecordFile, environment_here
+from calibration.record import Figures, Kind, Outcome, Record, RecordFile, environment_here
 from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
 from estimator.errors import RequestError, VramplanError
 from estimator.fitted import dumped
@@ -113,6 +118,67 @@ def compare(files: RecordFiles) -> None:
     """Measured beside predicted, record by record, for the versions of each record."""
     with _errors():
         _show_comparison(_comparison(files), Console())
+
+
+@app.command()
+def caps(
+    out: Annotated[Path, typer.Option(help="JSONL file that records are appended to; what it has already is not run again.")],
+    campaign: Annotated[str, typer.Option(help="What to run: a campaign with cards; its batches are the planner's.")] = "caps",
+    cards: Annotated[str | None, typer.Option(help="Cards whose memory to imitate, by comma, instead of the campaign's.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget, instead of the campaign's.")] = None,
+    device: Annotated[Device, typer.Option(help="trace is a dry run: the allocator is simulated.")] = Device.CUDA,
+    gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
+) -> None:
+    """Hold this card to the memory of smaller ones: the planner's batch must run there, and the next larger one should not."""
+    console = Console()
+    with _errors():
+        declared = campaigns.read(campaign)
+        runner, records = _runner(device, gpu, timeout), RecordFile(out)
+        at_hand = capped.card_at_hand(runner)
+        smaller = capped.smaller_cards(declared.cards if cards is None else [name.strip() for name in cards.split(",")], at_hand)
+        wanted = capped.trials(declared.cases(), smaller, at_hand)
+        budget = 60 * (minutes if minutes is not None else declared.budget_minutes)
+        for step in capped.run(wanted, runner, records, budget_seconds=budget):
+            case, told = step.record.case, "planned" if step.record.case.batch_size == step.proof.planned else "beside it"
+            console.print(f"{step.proof.card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
+        show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
+
+
+@app.command()
+def report(
+    files: RecordFiles,
+    out: Annotated[Path, typer.Option(help="The page: one HTML file that carries everything.")],
+    svg: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for the pictures as files, too.")] = None,
+    published: Annotated[bool, typer.Option(help="Whether rows published by others stand beside the records.")] = True,
+) -> None:
+    """A page of predicted beside observed memory: scatter, terms, coverage, caps, worst cases, and what each row rests on."""
+    from app.calibration_page import report as page
+
+    with _errors():
+        records = schedule.merged(RecordFile(path) for path in files)
+        others, not_modelled = compare_all() if published else ((), ())
+        today = datetime.now(UTC).date().isoformat()
+        found = page(compared(*rows_of(records, predict), date=today), records, others, not_modelled, date=today)
+        out.write_text(found.html, encoding="utf-8")
+        if svg is not None:
+            svg.mkdir(parents=True, exist_ok=True)
+            for name, picture in found.pictures.items():
+                (svg / f"{name}.svg").write_text(picture, encoding="utf-8")
+        Console().print(f"written: {escape(str(out))}", highlight=False)
+
+
+def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:
+    """Every recommendation with what the runs under its cap showed, and all of them in a sentence."""
+    table = Table("card", "case", "planned", "true maximum", "planned / maximum", "verdict", box=None, pad_edge=False)
+    for proof in found:
+        largest = f"{max(proof.ran, default=0)} or more" if proof.largest is None and not proof.ran_out else str(proof.largest or 0)
+        share = "" if proof.tightness is None else f"{proof.tightness:.0%}"
+        verdict = proof.verdict.value if proof.planned else "none fits"
+        name = escape(proof.case.model or str(proof.case.config.get("model_type")))
+        table.add_row(proof.card, f"{name} × {proof.case.sequence_length}", str(proof.planned), largest, share, verdict)
+    console.print(table)
+    console.print(caps_sentence(found, kind), highlight=False)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def predict(case: Case, environment: Environment | None, *, engine: str = "auto"
     answered = prepare(read_estimate(payload_of(case, environment, engine=engine)))
     recipe = _on(environment, answered.recipe)
     estimate = answered.answerer.estimate(recipe)
-    if not is_modelled(estimate) or recipe.training is None:
+    if not is_modelled(estimate):
         raise RequestError(f"model: the step of {answered.inventory.model_class} is not modelled", field="model")
     return Prediction(recipe=recipe, estimate=estimate)
 

@@ -15,6 +15,7 @@ from app.reading import read_estimate
 from app.service import Case, prepare
 from app.timeline_chart import Column, chart, columns_of
 from estimator.allocator_settings import parse_settings
+from estimator.device import context_bytes, library_bytes
 from estimator.errors import RequestError
 from estimator.memory_snapshot import memory_snapshot
 from estimator.phases import Phase
@@ -42,13 +43,14 @@ class TracedRun:
         return columns_of(self.timeline)
 
 
-def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = False) -> TracedRun:
+def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = False, usable_bytes: int | None = None) -> TracedRun:
     """Trace the run of a request.
 
     Args:
         payload: a request of the contract, with `training`.
         settings: content of `PYTORCH_CUDA_ALLOC_CONF`; what the request says if empty.
         all_layers: whether every layer is run, instead of a few of each kind.
+        usable_bytes: what the process may have, context and libraries included; None for a card without a limit [bytes].
 
     Raises:
         VramplanError: if the request cannot be answered for, or the step not be traced.
@@ -61,7 +63,9 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
     case.answerer.check_traceable(case.recipe)
     step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers)
     run = whole_run(step, case.inventory, case.recipe)
-    replayed = replay(run.timeline, options, cache_emptied_after=[run.cache_emptied_after])
+    outside = context_bytes(case.recipe.num_multiprocessors) + library_bytes()
+    capacity = None if usable_bytes is None else max(0, usable_bytes - outside)
+    replayed = replay(run.timeline, options, capacity_bytes=capacity, cache_emptied_after=[run.cache_emptied_after])
     return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings)
 
 

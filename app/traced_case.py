@@ -38,9 +38,13 @@ def run(case: Case) -> WorkerReport:
     """The case's figures as traced, or what kept it from being traced."""
     environment = environment_here()
     try:
-        traced = trace(payload_of(case, engine="trace"), all_layers=True)
-    except VramplanError as error:
-        return WorkerReport(outcome="failed", environment=environment, error=error.message)
+        traced = trace(payload_of(case, engine="trace"), all_layers=True, usable_bytes=case.cap_bytes)
+    except VramplanError as refused:
+        return WorkerReport(outcome="failed", environment=environment, error=refused.message)
+    if (failed := traced.replay.out_of_memory) is not None:
+        figures = Figures(run_allocated_bytes=max(traced.replay.allocated_bytes, default=0))
+        error = f"{failed.requested_bytes:,} bytes found no room beside {failed.before.reserved_bytes:,}"
+        return WorkerReport(outcome="oom", figures=figures, environment=environment, error=error)
     return WorkerReport(outcome="ok", figures=figures_of(traced), environment=environment)
 
 

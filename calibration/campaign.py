@@ -40,6 +40,8 @@ class Campaign(BaseModel):
     budget_minutes: float = Field(gt=0)
     num_steps: int = Field(default=2, ge=2, le=16)
     grids: list[Grid] = Field(min_length=1)
+    cards: list[str] = []
+    """Cards of the catalogue whose memory `calibrate caps` holds the cases to; the batch of its cases is the planner's."""
 
     def cases(self, find_config: Callable[[JsonObject], JsonObject] = config_of) -> tuple[Case, ...]:
         """All cases, each once.

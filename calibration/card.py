@@ -4,7 +4,10 @@ import os
 import shutil
 import subprocess
 
+from estimator.nvidia_smi import SmiProcess
 from estimator.units import MIB
+
+_PROCESS_FIELDS = "pid,used_memory,process_name"
 
 
 def card_id(gpu: int) -> str:
@@ -21,6 +24,12 @@ def used_bytes(card: str) -> int | None:
     return int(answer) * MIB if answer is not None and answer.isdigit() else None
 
 
+def total_bytes(card: str) -> int | None:
+    """Memory of a card as nvidia-smi has it: more than CUDA gives [bytes]."""
+    answer = _query("memory.total", card)
+    return int(answer) * MIB if answer is not None and answer.isdigit() else None
+
+
 def card_name(card: str) -> str | None:
     """Its name, as torch has it too."""
     return _query("name", card)
@@ -30,13 +39,30 @@ def driver_version(card: str) -> str | None:
     return _query("driver_version", card)
 
 
+def processes(card: str) -> tuple[SmiProcess, ...] | None:
+    """Who computes on a card; None where nvidia-smi is missing or does not tell. In a container others may be hidden."""
+    answer = _ask(f"--query-compute-apps={_PROCESS_FIELDS}", card)
+    if answer is None:
+        return None
+    rows = (line.split(",", 2) for line in answer.splitlines() if line.count(",") >= 2)
+    return tuple(
+        SmiProcess(pid=int(pid), name=name.strip(), used_bytes=int(used) * MIB if used.strip().isdigit() else None)
+        for pid, used, name in rows
+        if pid.strip().isdigit()
+    )
+
+
 def _query(field: str, card: str) -> str | None:
+    return _ask(f"--query-gpu={field}", card) or None
+
+
+def _ask(query: str, card: str) -> str | None:
     program = shutil.which("nvidia-smi")
     if program is None or not card:
         return None
-    command = [program, f"--id={card}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    command = [program, f"--id={card}", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()

@@ -36,7 +36,7 @@ def _without_nulls(value: JsonValue) -> JsonValue:
 
 
 class Case(BaseModel):
-    """One training run to measure: full-length batches of synthetic tokens, `num_steps` optimizer steps."""
+    """One run to measure, `num_steps` times: optimizer steps over full-length batches of synthetic tokens, or calls of `generate`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -47,17 +47,20 @@ class Case(BaseModel):
     request: JsonObject
     """The request's fields that decide the run, under the names of the contract; length and batch are in `training`."""
     num_steps: int = Field(default=2, ge=2, le=16)
-    """Optimizer steps; the last one is reported, when optimizer states exist."""
+    """Optimizer steps, or calls of `generate`; the last one is reported, when optimizer states exist."""
+    cap_bytes: int | None = Field(default=None, gt=0)
+    """What the process may have of the card, context included, so that the card is as full as a smaller one [bytes]."""
 
     @model_validator(mode="after")
-    def _is_a_training_run(self) -> Self:
-        training = self.request.get("training")
-        if not isinstance(training, dict):
-            raise ValueError("training: required; inference is not measured yet")
-        for name in ("per_device_train_batch_size", "max_length"):
-            value = training.get(name)
+    def _is_one_run(self) -> Self:
+        section, sizes = self._sizes
+        fields = self.request.get(section)
+        if not isinstance(fields, dict) or (section == "training" and self.request.get("inference") is not None):
+            raise ValueError("training: either training or inference is required to measure a case")
+        for name in sizes:
+            value = fields.get(name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"training.{name}: a positive integer is required to measure a case; got {value!r}")
+                raise ValueError(f"{section}.{name}: a positive integer is required to measure a case; got {value!r}")
         if self.config.get("model_type") is None:
             raise ValueError("config.model_type: required")
         if self.request.get("trainer", "transformers") not in ("transformers", "trl"):
@@ -81,11 +84,30 @@ class Case(BaseModel):
             raise RequestError(_first_message(error)) from error
 
     @property
+    def is_training(self) -> bool:
+        return self.request.get("training") is not None
+
+    @property
+    def _sizes(self) -> tuple[str, tuple[str, ...]]:
+        """Where batch and length stand: the section, and the fields in it."""
+        if self.is_training:
+            return "training", ("per_device_train_batch_size", "max_length")
+        return "inference", ("batch_size", "prompt_length", "max_new_tokens")
+
+    @property
     def training(self) -> JsonObject:
         """Fields of `TrainingArguments` / `SFTConfig` as given."""
-        training = self.request["training"]
-        assert isinstance(training, dict)  # the validator saw to it
-        return training
+        return self._section("training")
+
+    @property
+    def inference(self) -> JsonObject:
+        """Arguments of `generate` as given."""
+        return self._section("inference")
+
+    def _section(self, name: str) -> JsonObject:
+        fields = self.request[name]
+        assert isinstance(fields, dict)  # the validator saw to it
+        return fields
 
     @property
     def trainer(self) -> str:
@@ -94,26 +116,33 @@ class Case(BaseModel):
     @property
     def batch_size(self) -> int:
         """Sequences in one micro-batch."""
-        return _int(self.training["per_device_train_batch_size"])
+        section, (batch, *_) = self._sizes
+        return _int(self._section(section)[batch])
 
     @property
     def sequence_length(self) -> int:
-        """Length of every sequence [tokens]."""
-        return _int(self.training["max_length"])
+        """Length of every sequence, at the end of generation where there is one [tokens]."""
+        section, (_, *lengths) = self._sizes
+        return sum(_int(self._section(section)[name]) for name in lengths)
 
-    def at(self, *, batch_size: int | None = None, sequence_length: int | None = None) -> "Case":
-        """The same case with another batch or length."""
-        training = dict(self.training)
-        if batch_size is not None:
-            training["per_device_train_batch_size"] = batch_size
-        if sequence_length is not None:
-            training["max_length"] = sequence_length
-        return Case(model=self.model, config=self.config, request={**self.request, "training": training}, num_steps=self.num_steps)
+    def at(self, *, batch_size: int | None = None, sequence_length: int | None = None, cap_bytes: int | None = None) -> "Case":
+        """The same case with another batch, another length (of a prompt, where it generates), or under a cap."""
+        section, (batch, length, *_) = self._sizes
+        given = {batch: batch_size, length: sequence_length}
+        fields = {**self._section(section), **{name: value for name, value in given.items() if value is not None}}
+        request = {**self.request, section: fields}
+        return self.model_copy(update={"request": request, "cap_bytes": self.cap_bytes if cap_bytes is None else cap_bytes})
 
     @property
     def hash(self) -> str:
         """Identifies what is run, whatever the order of keys, nulls, or the name the model goes by."""
-        content = {"config": _without_nulls(self.config), "request": _without_nulls(self.request), "num_steps": self.num_steps}
+        content: dict[str, object] = {
+            "config": _without_nulls(self.config),
+            "request": _without_nulls(self.request),
+            "num_steps": self.num_steps,
+        }
+        if self.cap_bytes is not None:
+            content["cap_bytes"] = self.cap_bytes
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 

@@ -92,16 +92,21 @@ def usable(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def observations(rows: Iterable[Row]) -> Iterator[Observation]:
-    """What complete rows show of each term."""
+    """What complete rows that a fit may use show of each term."""
     for row in usable(rows):
-        if not row.is_complete:
-            continue
-        for term, measured in _measured(row).items():
-            modelled = row.prediction.modelled_bytes(term)
-            if modelled > 0 and measured is not None and measured >= 0:
-                yield Observation(
-                    term=term, group=group_of(row.prediction.recipe), model=row.model, modelled_bytes=modelled, measured_bytes=measured
-                )
+        yield from terms_of(row)
+
+
+def terms_of(row: Row) -> Iterator[Observation]:
+    """What a row shows of each term, whatever it rests on; nothing of a run that did not come to its end."""
+    if not row.is_complete:
+        return
+    for term, measured in _measured(row).items():
+        modelled = row.prediction.modelled_bytes(term)
+        if modelled > 0 and measured is not None and measured >= 0:
+            yield Observation(
+                term=term, group=group_of(row.prediction.recipe), model=row.model, modelled_bytes=modelled, measured_bytes=measured
+            )
 
 
 def _measured(row: Row) -> dict[Term, int | None]:
@@ -110,12 +115,16 @@ def _measured(row: Row) -> dict[Term, int | None]:
         return {}
     allocated, reserved, device = figures.peak_allocated_bytes, figures.peak_reserved_bytes, figures.device_bytes
     squeezed = bool(figures.num_allocation_retries)
+    # segments given back under pressure are missing from what is held at the end
+    context = None if squeezed or device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes
+    if not row.record.case.is_training:
+        return {Term.CONTEXT: context}  # of generation temporaries and slack are modelled in another way
     return {
         Term.WORKSPACE: figures.steady_state_bytes - (prediction.steady_state_bytes - prediction.workspace_bytes),
         Term.FORWARD_TEMPORARIES: _temporaries(row, Phase.FORWARD, Term.FORWARD_TEMPORARIES),
         Term.BACKWARD_TEMPORARIES: _temporaries(row, Phase.BACKWARD, Term.BACKWARD_TEMPORARIES),
         Term.SLACK: None if squeezed or allocated is None or reserved is None else reserved - allocated,
-        Term.CONTEXT: None if device is None or reserved is None else device - reserved - prediction.estimate.paged_bytes,
+        Term.CONTEXT: context,
     }
 
 
@@ -147,7 +156,7 @@ def bugs(rows: Iterable[Row]) -> Iterator[Bug]:
             ("loaded", figures.loaded_bytes, row.prediction.loaded_bytes, True),
             ("steady_state without workspace", figures.steady_state_bytes, exact_steady, False),
         ):
-            if measured is None:
+            if measured is None or (term != "loaded" and not row.record.case.is_training):
                 continue
             tolerated = max(_UNSPLIT_BYTES, round(_UNSPLIT_SHARE * predicted))
             if measured < predicted or (bounded and measured > predicted + tolerated):
@@ -242,7 +251,8 @@ def errors(rows: Iterable[Row], corrections: Corrections | None) -> Iterator[Err
         estimate = row.prediction.estimate
         if corrections is not None:
             estimate, _ = corrected(estimate, row.prediction.recipe, corrections)
-        device = figures.device_bytes
+        # a squeezed allocator holds less than the prediction for a card with room
+        device = None if figures.num_allocation_retries else figures.device_bytes
         yield Error(
             row=row,
             allocated=residual(figures.peak_allocated_bytes, estimate.peak.allocated_bytes),
@@ -284,5 +294,5 @@ def contradicted(rows: Iterable[Row], corrections: Corrections | None) -> Iterat
         estimate = row.prediction.estimate
         if corrections is not None:
             estimate, _ = corrected(estimate, row.prediction.recipe, corrections)
-        if estimate.device_bytes <= environment.total_bytes:
+        if estimate.device_bytes <= min(environment.total_bytes, row.record.case.cap_bytes or environment.total_bytes):
             yield row

@@ -153,6 +153,10 @@ class Provenance(_Frozen):
     """Used on the card by others before the run; None where the driver does not tell."""
     foreign_after_bytes: int | None = None
     """The same after it."""
+    cap_card: str | None = None
+    """Card of the catalogue whose memory `case.cap_bytes` is."""
+    planned_batch_size: int | None = None
+    """Micro-batch that the planner recommended under the cap; 0 where it said that none fits."""
 
 
 # Others' use of the card above this makes device figures worthless.

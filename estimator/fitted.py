@@ -119,7 +119,9 @@ def corrected(estimate: Estimate, recipe: Recipe, corrections: Corrections) -> t
     scale = _Scale(corrections=corrections, group=group_of(recipe), outside=[])
     phases = tuple(_phase(phase, scale) for phase in estimate.phases)
     before, after = estimate.peak.allocated_bytes, max(phase.allocated_bytes for phase in phases)
-    slack = scale.bytes(Term.SLACK, holding.reserved_bytes - before)
+    slack = holding.reserved_bytes - before
+    if recipe.training is not None:  # of generation slack is modelled in another way than where its factor was seen
+        slack = scale.bytes(Term.SLACK, slack)
     reserved = -(-(after + slack) // _SEGMENT_BYTES) * _SEGMENT_BYTES
     context = scale.bytes(Term.CONTEXT, holding.device_bytes - holding.reserved_bytes - estimate.paged_bytes)
     workspace = max((bytes_of(phase, Item.WORKSPACE) for phase in estimate.phases), default=0)

@@ -33,6 +33,7 @@ def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
     """Whatever happens in the case becomes a report; only a killed process leaves none."""
     import torch
 
+    from calibration.worker.generation import generate
     from calibration.worker.meter import CudaMeter, Meter, SilentMeter
     from calibration.worker.model import build
     from calibration.worker.surroundings import environment, missing_cuda
@@ -43,10 +44,11 @@ def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
         return WorkerReport(outcome="refused", error=missing)
     device = torch.device(device_name)
     surroundings: Environment = environment(device)
-    meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes)
+    meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes, case.cap_bytes, is_training=case.is_training)
     figures: Figures | None
     try:
-        seconds = train(case, build(case, device), meter, on_cpu=on_cpu)
+        model = build(case, device)
+        seconds = train(case, model, meter, on_cpu=on_cpu) if case.is_training else generate(case, model, meter, device)
         figures = meter.figures()
     except Exception as error:
         if _is_out_of_memory(error):

@@ -9,17 +9,17 @@ from calibration.record import Figures, PhasePeak
 
 BACKWARD_HEAD = "backward_head"
 BACKWARD_LAYERS = "backward_layers"
-_TRAINING_PHASES = ("forward", "loss", "backward", "optimizer_step")
+_PHASES = ("forward", "loss", "backward", "optimizer_step", "prefill", "decode")
 
 
 class Meter(Protocol):
-    """What the training loop tells: where it is."""
+    """What a run tells: where it is."""
 
     def loaded(self, model: torch.nn.Module) -> None:
         """The model and its adapters stand."""
 
     def begin_step(self) -> None:
-        """An optimizer step begins."""
+        """An optimizer step begins, or a call of `generate`."""
 
     def close(self, span: str) -> None:
         """A span ends here, and the next one begins."""
@@ -67,13 +67,18 @@ class _Spans:
 class CudaMeter:
     """Peaks by span of the step that runs now; reading one resets torch's own counters."""
 
-    def __init__(self, foreign_bytes: int) -> None:
+    def __init__(self, foreign_bytes: int, cap_bytes: int | None = None, *, is_training: bool = True) -> None:
         """Creates the CUDA context.
 
         Args:
             foreign_bytes: what others used on the card before this process came [bytes].
+            cap_bytes: what this process may have of the card, context and libraries included; None for all of it [bytes].
+            is_training: whether a trainer runs, which gives back what loading left in the allocator's cache.
         """
+        self._is_training = is_training
         self._foreign_bytes = foreign_bytes
+        self._cap_bytes = cap_bytes
+        self._num_updates = 0
         torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
         self._context_bytes = self._own_device_bytes() - torch.cuda.memory_reserved()
@@ -84,13 +89,16 @@ class CudaMeter:
         self._steady_bytes: int | None = None
         self._num_parameters: int | None = None
         self._num_trainable: int | None = None
+        self._hold_to_cap()
         torch.cuda.reset_peak_memory_stats()
 
     def loaded(self, model: torch.nn.Module) -> None:
         self._read("load", self._load)
-        torch.cuda.empty_cache()  # a training run starts from segments in use, not from what quantization left behind
+        if self._is_training:
+            torch.cuda.empty_cache()  # it starts from segments in use, not from what quantization left behind
         self._loaded_bytes = torch.cuda.memory_allocated()
         self._num_parameters, self._num_trainable = count_parameters(model)
+        self._hold_to_cap()
         torch.cuda.reset_peak_memory_stats()
 
     def begin_step(self) -> None:
@@ -102,6 +110,8 @@ class CudaMeter:
 
     def close(self, span: str) -> None:
         self._read(span, self._step)
+        self._num_updates += span == "optimizer_step"
+        self._hold_to_cap()
 
     def figures(self) -> Figures | None:
         if self._loaded_bytes is None:
@@ -110,7 +120,7 @@ class CudaMeter:
             # what ran since the last border, so that an out-of-memory ending shows how far it came
             self._run_allocated_bytes = max(self._run_allocated_bytes, torch.cuda.max_memory_allocated())
         phases = {"load": self._load.peak(["load"])}
-        for phase in _TRAINING_PHASES:
+        for phase in _PHASES:
             spans = [phase, BACKWARD_HEAD, BACKWARD_LAYERS] if phase == "backward" else [phase]
             phases[phase] = self._step.peak(spans)
         whole = self._step.peak(list(self._step.allocated))
@@ -135,6 +145,18 @@ class CudaMeter:
     def _own_device_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info()
         return total - free - self._foreign_bytes
+
+    def _hold_to_cap(self) -> None:
+        """Lets the allocator have what context and libraries, as far as they are loaded, leave of the cap.
+
+        Until the first update: from then on managed memory of paged optimizers lies outside the allocator too, and a card that is really
+        full would push it out.
+        """
+        if self._cap_bytes is None or self._num_updates:
+            return
+        total = torch.cuda.mem_get_info()[1]
+        outside = max(0, self._own_device_bytes() - torch.cuda.memory_reserved())
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self._cap_bytes - outside) / total))
 
     def _read(self, span: str, spans: _Spans) -> None:
         torch.cuda.synchronize()

@@ -22,8 +22,12 @@ def build(case: Case, device: torch.device) -> Any:
     """
     model = _materialized(case, device)
     if case.request.get("prepare_model_for_kbit_training"):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(case.training.get("gradient_checkpointing")))
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=_checkpoints(case))
     return model
+
+
+def _checkpoints(case: Case) -> bool:
+    return case.is_training and bool(case.training.get("gradient_checkpointing"))
 
 
 def adapted(case: Case, model: Any) -> Any:

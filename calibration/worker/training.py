@@ -13,13 +13,15 @@ from calibration.worker.meter import BACKWARD_HEAD, BACKWARD_LAYERS, Meter
 from calibration.worker.model import adapted, lora_config
 
 
-class _Borders(TrainerCallback):  # type: ignore[misc]  # the framework's base class is untyped
+class Borders(TrainerCallback):  # type: ignore[misc]  # the framework's base class is untyped
     """Tells the meter where the trainer's loop is."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.step_seconds = 0.0
         self.head_seen = False
+        self.is_watching = True
+        """Whether what the model does belongs to a step."""
         self._started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -48,31 +50,31 @@ def train(case: Case, model: Any, meter: Meter, *, on_cpu: bool) -> float:
     Returns:
         Wall time of the last step [s].
     """
-    borders = _Borders(meter)
+    borders = Borders(meter)
     with tempfile.TemporaryDirectory(prefix="vramplan-output-") as folder:
         arguments = _arguments(case, folder, on_cpu=on_cpu)
         make = _sft_trainer if case.trainer == "trl" else _trainer
         trainer = make(case, model, arguments, borders)
-        _watch_decoder(trainer.model, borders)
+        watch_decoder(trainer.model, borders)
         meter.loaded(trainer.model)
         trainer.train()
     return borders.step_seconds
 
 
-def _trainer(case: Case, model: Any, arguments: JsonObject, borders: _Borders) -> Any:
-    dataset = _Sequences(case)
+def _trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders) -> Any:
+    dataset = Sequences(case, case.sequence_length)
     trainer_class = _with_loss_border(Trainer, borders)
     return trainer_class(
         model=adapted(case, model), args=TrainingArguments(**arguments), train_dataset=dataset, data_collator=_stack, callbacks=[borders]
     )
 
 
-def _sft_trainer(case: Case, model: Any, arguments: JsonObject, borders: _Borders) -> Any:
+def _sft_trainer(case: Case, model: Any, arguments: JsonObject, borders: Borders) -> Any:
     """TRL adapts the model itself and wants tokens and a tokenizer in its own wrappers."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    dataset = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in _Sequences(case)])
+    dataset = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in Sequences(case, case.sequence_length)])
     trainer_class = _with_loss_border(SFTTrainer, borders)
     return trainer_class(
         model=model,
@@ -104,7 +106,7 @@ def _arguments(case: Case, folder: str, *, on_cpu: bool) -> JsonObject:
     return {**own, **quiet}
 
 
-def _with_loss_border(trainer_class: Any, borders: _Borders) -> Any:
+def _with_loss_border(trainer_class: Any, borders: Borders) -> Any:
     """The trainer's class, which tells the meter when the loss stands."""
 
     class Measured(trainer_class):  # type: ignore[misc]
@@ -116,34 +118,37 @@ def _with_loss_border(trainer_class: Any, borders: _Borders) -> Any:
     return Measured
 
 
-def _watch_decoder(model: Any, borders: _Borders) -> None:
+def watch_decoder(model: Any, borders: Borders) -> Any:
     """Puts a border between layers and head, on the way there and on the way back.
 
-    Models without a separable decoder keep one span for forward and loss, and one for backward.
+    Returns:
+        What removes it; None for models without a separable decoder, which keep one span for forward and loss, and one for backward.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     if decoder is base:
-        return
+        return None
 
     def at_head(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if not borders.is_watching:
+            return
         borders.head_seen = True
         borders.meter.close("forward")
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if hidden.requires_grad:
             hidden.register_hook(lambda _gradient: borders.meter.close(BACKWARD_HEAD))
 
-    decoder.register_forward_hook(at_head)
+    return decoder.register_forward_hook(at_head)
 
 
-class _Sequences:
-    """Enough random full-length sequences for the whole run."""
+class Sequences:
+    """Enough random sequences of full length for the whole run."""
 
-    def __init__(self, case: Case) -> None:
-        accumulation = case.training.get("gradient_accumulation_steps") or 1
+    def __init__(self, case: Case, length: int) -> None:
+        accumulation = (case.training.get("gradient_accumulation_steps") if case.is_training else None) or 1
         assert isinstance(accumulation, int)
         self._num = case.batch_size * accumulation * case.num_steps
-        self._length = case.sequence_length
+        self._length = length
         self._padded = bool(case.request.get("padded"))
         text = case.config.get("text_config")
         vocabulary = (text if isinstance(text, dict) else case.config).get("vocab_size")

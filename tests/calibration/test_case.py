@@ -33,10 +33,29 @@ def test_another_batch_or_length_is_another_case() -> None:
     assert larger.at(batch_size=2, sequence_length=16).hash == case().hash
 
 
+def test_a_cap_is_part_of_what_is_run_and_outlives_another_batch() -> None:
+    capped = case().at(cap_bytes=2**33)
+    assert capped.hash != case().hash
+    assert capped.at(batch_size=9).cap_bytes == 2**33
+    assert Case.model_validate_json(case().model_dump_json(exclude_none=True)).hash == case().hash
+
+
+GENERATION = {"batch_size": 2, "prompt_length": 16, "max_new_tokens": 4}
+
+
+def test_generation_is_a_case_with_sizes_of_its_own() -> None:
+    one = case(training=None, inference=GENERATION)
+    assert (one.is_training, one.batch_size, one.sequence_length) == (False, 2, 20)
+    longer = one.at(batch_size=1, sequence_length=32)
+    assert (longer.batch_size, longer.sequence_length) == (1, 36)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"training": None}, "training"),
+        ({"inference": GENERATION}, "either training or inference"),
+        ({"training": None, "inference": {**GENERATION, "max_new_tokens": None}}, "max_new_tokens"),
         ({"training": {"max_length": 16}}, "per_device_train_batch_size"),
         ({"training": {"per_device_train_batch_size": 0, "max_length": 16}}, "per_device_train_batch_size"),
         ({"training": {"per_device_train_batch_size": 1, "max_length": True}}, "max_length"),

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from calibration.comparison import compare
-from calibration.fit import MIN_MEASUREMENTS, Row, bugs, contradicted, fit, left_out, weighted_median
+from calibration.fit import MIN_MEASUREMENTS, Row, bugs, contradicted, errors, fit, left_out, observations, weighted_median
 from calibration.prediction import Prediction
 from calibration.record import Environment, Figures, Kind, Outcome, PhasePeak
 from estimator.correction import COVERAGE, conformal_radius
@@ -16,9 +16,10 @@ from estimator.engine import estimate
 from estimator.errors import RequestError
 from estimator.fitted import Group, Term, bytes_of, corrected, dumped, is_correctable, parsed
 from estimator.phases import Basis, Item, Phase
+from estimator.units import MIB
 from tests.calibration.cases import case
 from tests.calibration.test_record import record
-from tests.estimator.recipes import model, training
+from tests.estimator.recipes import inference, model, training
 
 MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b")
 PLANTED = {
@@ -231,3 +232,26 @@ def test_what_is_loaded_leaves_out_what_comes_and_goes_while_loading() -> None:
     load = predicted.phase(Phase.LOAD)
     assert load is not None
     assert predicted.loaded_bytes == load.allocated_bytes - bytes_of(load, Item.TEMPORARY)
+
+
+def test_a_generation_shows_the_context_and_what_is_loaded_and_no_other_term() -> None:
+    """Its slack is modelled as a share, where that of training is replayed: one factor cannot stand for both."""
+    recipe = inference(prompt=512, new=16)
+    predicted = Prediction(recipe=recipe, estimate=estimate(model(MODELS[0]), recipe))
+    figures = Figures(
+        loaded_bytes=predicted.loaded_bytes - 512,
+        steady_state_bytes=1,
+        peak_allocated_bytes=predicted.estimate.peak.allocated_bytes,
+        peak_reserved_bytes=predicted.estimate.reserved_bytes,
+        device_bytes=predicted.estimate.device_bytes,
+    )
+    of = case(training=None, inference={"batch_size": 1, "prompt_length": 512, "max_new_tokens": 16})
+    one = Row(record=record(of, figures=figures, environment=CARD), prediction=predicted)
+    assert [(seen.term, seen.ratio) for seen in observations([one])] == [(Term.CONTEXT, 1.0)]
+    assert [bug.term for bug in bugs([one])] == ["loaded"]
+    (error,) = errors([one], fit(rows(), date="2026-01-01"))
+    assert error.allocated == pytest.approx(0, abs=0.01)
+    changed, _ = corrected(predicted.estimate, recipe, fit(rows(), date="2026-01-01"))
+    assert changed.reserved_bytes - changed.peak.allocated_bytes == pytest.approx(
+        predicted.estimate.reserved_bytes - predicted.estimate.peak.allocated_bytes, abs=2 * MIB
+    )

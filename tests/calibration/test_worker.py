@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 
 from calibration.record import Kind, Outcome, PhasePeak
 from calibration.runner import Device, Runner
+from calibration.worker.generation import generate
 from calibration.worker.meter import CudaMeter, count_parameters
 from calibration.worker.model import build
 from calibration.worker.training import train
@@ -82,12 +83,29 @@ def test_every_phase_of_the_trainers_loop_is_closed_in_order() -> None:
     assert listener.told == ["loaded", *step, *step]
 
 
+@pytest.mark.parametrize(
+    ("changes", "new", "told"),
+    [
+        ({}, 4, ["step", "prefill", "decode"]),
+        ({"peft": None, "quantization": None, "padded": True}, 4, ["step", "prefill", "decode"]),
+        ({"prepare_model_for_kbit_training": True}, 1, ["step", "prefill"]),
+    ],
+    ids=["adapter on nf4", "plain and padded", "one token"],
+)
+def test_a_generation_is_parted_where_the_prompt_is_read(changes: dict[str, Any], new: int, told: list[str]) -> None:
+    one = case(training=None, inference={"batch_size": 2, "prompt_length": 12, "max_new_tokens": new}, **changes)
+    listener = _Listener()
+    assert generate(one, build(one, CPU), listener, CPU) > 0
+    assert listener.told == ["loaded", *told, *told]
+
+
 class _Allocator:
     """Stands in for `torch.cuda`: a test sets what is allocated."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.top = self.reserved = 0
         self.outside = 500
+        self.fractions: list[float] = []
         for name, answer in {
             "synchronize": lambda: None,
             "empty_cache": lambda: None,
@@ -98,6 +116,7 @@ class _Allocator:
             "reset_peak_memory_stats": self._reset,
             "mem_get_info": lambda: (10_000 - self.outside - self.reserved, 10_000),
             "memory_stats": lambda: {"num_alloc_retries": 0, "segment.all.current": 3},
+            "set_per_process_memory_fraction": self.fractions.append,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
@@ -142,12 +161,59 @@ def test_peaks_are_kept_apart_by_phase_and_come_from_the_last_step(monkeypatch: 
     assert (figures.num_parameters, figures.num_trainable) == (9, 9)
 
 
+def test_a_generation_keeps_what_loading_left_in_the_cache_and_shows_its_own_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = _Allocator(monkeypatch)
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    meter = CudaMeter(foreign_bytes=100, is_training=False)
+    meter.loaded(torch.nn.Linear(2, 3))
+    meter.begin_step()
+    for span, top in (("prefill", 900), ("decode", 700)):
+        allocator.use(top=top, now=600)
+        meter.close(span)
+    figures = meter.figures()
+    assert figures is not None
+    assert {phase: peak.allocated_bytes for phase, peak in figures.phases.items()} == {"load": 0, "prefill": 900, "decode": 700}
+    assert emptied == []
+
+
+def test_a_cap_leaves_the_allocator_what_context_and_libraries_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 bytes of which others use 100: of a cap of 4,000 the context takes 400, and libraries 200 more in the first step."""
+    allocator = _Allocator(monkeypatch)
+    meter = CudaMeter(foreign_bytes=100, cap_bytes=4000)
+    allocator.use(top=1000, now=800)
+    meter.loaded(torch.nn.Linear(2, 3))
+    meter.begin_step()
+    allocator.outside += 200
+    meter.close("forward")
+    meter.close("optimizer_step")
+    assert allocator.fractions == [0.36, 0.36, 0.34]
+    allocator.outside += 1000  # managed memory of a paged optimizer, which a full card would push out
+    meter.close("forward")
+    assert len(allocator.fractions) == 3
+
+
+def test_a_card_without_a_cap_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = _Allocator(monkeypatch)
+    meter = CudaMeter(foreign_bytes=100)
+    meter.loaded(torch.nn.Linear(2, 3))
+    meter.close("forward")
+    assert allocator.fractions == []
+
+
 def test_a_dry_run_runs_the_step_in_a_process_of_its_own() -> None:
     record = Runner(device=Device.CPU, timeout_seconds=240).run(case())
     assert record.outcome is Outcome.OK, record.error
     assert (record.kind, record.figures, record.is_measurement) == (Kind.DRY_RUN, None, False)
     assert record.environment is not None
     assert record.environment.torch == torch.__version__
+
+
+@pytest.mark.slow
+def test_a_generation_runs_dry_too() -> None:
+    one = case(training=None, inference={"batch_size": 2, "prompt_length": 12, "max_new_tokens": 4})
+    record = Runner(device=Device.CPU, timeout_seconds=240).run(one)
+    assert (record.outcome, record.kind, record.figures) == (Outcome.OK, Kind.DRY_RUN, None), record.error
 
 
 @pytest.mark.slow

@@ -1,0 +1,96 @@
+"""`vramplan calibrate caps`: what the planner recommends for smaller cards, run under a cap of their memory on the card at hand."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from app.card import HEADROOM_BYTES
+from app.plan import plan
+from app.prediction import payload_of
+from calibration.caps import Proof, Trial, prove
+from calibration.card import card_id, card_name, total_bytes
+from calibration.case import Case
+from calibration.record import Record, RecordFile, environment_here
+from calibration.runner import Device, NoDeviceError, Runner
+from estimator.errors import RequestError
+from estimator.gpus import Gpu, find_gpu
+
+# A dry run knows no card of its own: its trace is of this one, which recipes without a card are answered for.
+_TRACED_CARD = "a100-80"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One more run, and where the proof of its recommendation stands."""
+
+    record: Record
+    proof: Proof
+
+
+def card_at_hand(runner: Runner) -> Gpu:
+    """The card whose memory is capped, as the catalogue has it.
+
+    Raises:
+        NoDeviceError: if there is none.
+        UnknownNameError: if it is not in the catalogue, so that the planner does not know what a process takes on it.
+    """
+    if runner.device is Device.TRACE:
+        return find_gpu(_TRACED_CARD)
+    card = card_id(runner.gpu)
+    name = card_name(card) if runner.device is Device.CUDA else None
+    if name is None:
+        raise NoDeviceError("a cap needs an NVIDIA GPU (nvidia-smi names none), or --device trace")
+    return find_gpu(name, field="card at hand", total_bytes=total_bytes(card))
+
+
+def smaller_cards(names: Sequence[str], at_hand: Gpu) -> tuple[Gpu, ...]:
+    """Of the cards named, those that have less memory than the one at hand; the smallest first.
+
+    Raises:
+        RequestError: if none has.
+        UnknownNameError: if one is not in the catalogue.
+    """
+    found = {gpu.id: gpu for gpu in (find_gpu(name, field="cards") for name in names) if gpu.capacity_bytes < at_hand.capacity_bytes}
+    if not found:
+        raise RequestError(f"cards: none of {', '.join(names) or 'no cards'} has less memory than {at_hand.name}", field="cards")
+    return tuple(sorted(found.values(), key=lambda gpu: gpu.capacity_bytes))
+
+
+def recommended(case: Case, at_hand: Gpu, cap_bytes: int) -> int:
+    """The micro-batch that a plan has for the card at hand when only so much of it may be used; 0 where none fits.
+
+    It is planned for the card at hand, whose kernels and context the run will have: of the smaller card only the memory counts.
+    """
+    training = {name: value for name, value in case.training.items() if name != "per_device_train_batch_size"}
+    kept = at_hand.capacity_bytes - cap_bytes + HEADROOM_BYTES
+    found = plan({**payload_of(case), "training": training, "hardware": {"gpu": at_hand.id, "headroom": kept}})["plan"]
+    return 0 if found is None else int(found["per_device_train_batch_size"])
+
+
+def trials(cases: Sequence[Case], cards: Sequence[Gpu], at_hand: Gpu) -> Iterator[Trial]:
+    """Every case on every card, with the recommendation for it."""
+    for card in cards:
+        for case in cases:
+            planned = recommended(case, at_hand, card.capacity_bytes)
+            yield Trial(card=card.id, planned=planned, case=case.at(batch_size=max(1, planned), cap_bytes=card.capacity_bytes))
+
+
+def run(
+    found: Iterable[Trial], runner: Runner, records: RecordFile, *, budget_seconds: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Tried]:
+    """Runs what the trials still want and appends each record before it is told of; what the file has an answer for is not run again.
+
+    No run is begun after the budget is spent.
+    """
+    started = clock()
+    key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
+    known = [one for one in records if one.kind is runner.kind and one.environment is not None and one.environment.key == key]
+
+    def measure(case: Case) -> Record | None:
+        return runner.run(case) if clock() - started < budget_seconds else None
+
+    for trial in found:
+        for record, proof in prove(trial, known, measure):
+            records.append(record)
+            known.append(record)
+            yield Tried(record=record, proof=proof)
