@@ -34,7 +34,7 @@ def as_command(request: Json) -> str:
     line = shlex.join(["vramplan", "estimate", *model, *options])
     if not form["extra"]:
         return line
-    return f"printf %s {shlex.quote(orjson.dumps(form.extra()).decode())} | {line} --request -"
+    return f"printf %s {shlex.quote(orjson.dumps(form.further()).decode())} | {line} --request -"
 
 
 def _option(option: Option, text: str) -> Iterator[str]:

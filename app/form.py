@@ -257,9 +257,9 @@ class Form:
         given: Json = {MODEL: self[MODEL]} if self[MODEL] else {}
         for field, value in self._given():
             given = applied(given, {field.path: value})
-        return merged(self.extra(), given)
+        return merged(self.further(), given)
 
-    def extra(self) -> Json:
+    def further(self) -> Json:
         """Fields without a place of their own.
 
         Raises:

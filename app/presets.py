@@ -81,7 +81,7 @@ def applied_to(form: Form, name: str) -> Form:
     trained = {**_BATCH, **_precision(form)} if preset.is_training else {}
     adapter = _ADAPTER if preset.keeps_adapter else {}
     half = dict.fromkeys(preset.half, _half(form))
-    extra = _without_method(form.extra(), preset)
+    extra = _without_method(form.further(), preset)
     cleared = {EXTRA: orjson.dumps(extra).decode() if extra else "", **({} if preset.is_training else {"trainer": ""})}
     return Form({**trained, **adapter, **kept, **half, **preset.sets}).edited(**cleared)
 
