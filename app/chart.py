@@ -51,7 +51,7 @@ class Chart:
 def usable_bytes(answer: Json) -> int | None:
     """What the run may take of the card: capacity less headroom and what others hold; None without a card [bytes]."""
     fit = answer["fit"]
-    return None if fit is None else fit["capacity_bytes"] - fit["headroom_bytes"] - fit.get("occupied_bytes", 0)
+    return None if fit is None else int(fit["capacity_bytes"] - fit["headroom_bytes"] - fit.get("occupied_bytes", 0))
 
 
 def chart_of(answer: Json, *, at_least: int = 0) -> Chart:
@@ -62,7 +62,9 @@ def chart_of(answer: Json, *, at_least: int = 0) -> Chart:
     """
     phases = answer["phases"]
     peak = max(phase["allocated_bytes"] for phase in phases)
-    rows = [(phase["phase"], [(item["name"], item["bytes"]) for item in phase["items"]], phase["allocated_bytes"] == peak) for phase in phases]
+    rows = [
+        (phase["phase"], [(item["name"], item["bytes"]) for item in phase["items"]], phase["allocated_bytes"] == peak) for phase in phases
+    ]
     held = _held(answer)
     if held:
         rows.append(("on the card", held, False))
@@ -82,7 +84,7 @@ def chart_of(answer: Json, *, at_least: int = 0) -> Chart:
 def largest_bytes(answer: Json) -> int:
     """The longest bar of an answer [bytes]."""
     held = sum(size for _, size in _held(answer))
-    return max(held, *(phase["allocated_bytes"] for phase in answer["phases"]))
+    return max([held, *(int(phase["allocated_bytes"]) for phase in answer["phases"])])
 
 
 def _held(answer: Json) -> list[tuple[str, int]]:

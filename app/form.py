@@ -1,6 +1,6 @@
 """The fields of the page: the request's own, under the libraries' names, as text. They stand in the address, and nothing else does.
 
-A field that is empty is absent from the request. What no field stands for is kept as JSON in the field `extra`, so that every request has a form.
+A field that is empty is absent from the request. What no field stands for is kept as JSON in the field `extra`: every request has a form.
 """
 
 import re

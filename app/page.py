@@ -1,4 +1,4 @@
-"""The page at `/`: a form and its answer, which can be shared by address. Works without JavaScript; with it the answer follows the edits."""
+"""The page at `/`: a form and its answer, which has an address to share. Works without JavaScript; with it the answer follows the edits."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from app.answer import Json
 from app.catalogue import list_gpus, list_models
 from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
 from app.problem import problem_of
-from app.reading import MAX_BODY_BYTES, read_json
+from app.reading import MAX_BODY_BYTES
 from app.redaction import redacted
 from app.wording import change_sentence
 from estimator.errors import RequestError, VramplanError
@@ -133,7 +133,7 @@ async def _page(
     is_example: bool = False,
 ) -> Response:
     context = await _answered(request, form, error)
-    wanted = set(sections.SECTIONS) if shown == "all" else {shown} & set(sections.SECTIONS)
+    wanted = set(sections.QUICK) if shown == "all" else {shown} & set(sections.SECTIONS)
     context["shown"] = {name: await _section(request, name, form) for name in sorted(wanted)} if context["result"] else {}
     context |= {
         "names": names,
@@ -151,7 +151,14 @@ async def _page(
 
 async def _answered(request: Request, form: Form, error: VramplanError | None) -> Json:
     """What the answer's template shows."""
-    context: Json = {"form": form, "presets": presets.PRESETS, "method": presets.method_of(form), "result": None, "error": None, "shown": {}}
+    context: Json = {
+        "form": form,
+        "presets": presets.PRESETS,
+        "method": presets.method_of(form),
+        "result": None,
+        "error": None,
+        "shown": {},
+    }
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"

@@ -78,8 +78,9 @@ def _other(form: Form) -> tuple[Json, Json] | None:
 
 def _differences(found: Json, other: Json) -> Iterator[Json]:
     """Choices of the recipe in which two answers differ, then their phases and items."""
-    ours, theirs = dict(_leaves({"model": found["model"]["id"], **found["recipe"]})), dict(
-        _leaves({"model": other["model"]["id"], **other["recipe"]})
+    ours, theirs = (
+        dict(_leaves({"model": found["model"]["id"], **found["recipe"]})),
+        dict(_leaves({"model": other["model"]["id"], **other["recipe"]})),
     )
     for name in dict.fromkeys((*ours, *theirs)):
         if ours.get(name) != theirs.get(name):
@@ -234,6 +235,8 @@ SECTIONS: Mapping[str, Callable[[Form], Json]] = {
     "grid": grid,
     "timeline": timeline,
 }
+QUICK = ("plan", "changes", "cards", "grid")
+"""Sections that take seconds; the others wait until they are asked for by name."""
 
 
 def _need_card(form: Form) -> None:
