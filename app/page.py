@@ -1,18 +1,12 @@
 """The page at `/`: a form and its answer, which has an address to share. Works without JavaScript; with it the answer follows the edits."""
 
-import hashlib
-from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 from urllib.parse import parse_qsl, urlencode
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.responses import RedirectResponse
 
 from app import form as names
 from app import presets, sections
@@ -22,23 +16,18 @@ from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
 from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES
 from app.redaction import redacted
-from app.wording import change_sentence
+from app.reference import router as reference
+from app.rendering import HEADERS, STATIC, content, in_thread, page_of
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
-_HERE = Path(__file__).parent
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'"
-)
-_HEADERS = {"content-security-policy": POLICY, "vary": "hx-request"}
-_STATIC = {"style.css": "text/css", "page.js": "text/javascript", "htmx.min.js": "text/javascript"}
 # What stands in every form: the run's sizes, before all else.
 FIRST = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size")
 FIRST_OF_GENERATION = ("batch_size", "prompt_length", "max_new_tokens")
 _PARAMETERS = frozenset((MODEL, EXTRA, AGAINST, "show", "preset", *fields()))
 
 router = APIRouter(include_in_schema=False)
+router.include_router(reference)
 
 
 @router.get("/")
@@ -52,7 +41,7 @@ async def show(request: Request) -> Response:
         return await _page(request, form, error=error)
     tidy = form.query + (f"&{urlencode({'show': query['show']})}" if query.get("show") else "")
     if "preset" in query or set(query) - _PARAMETERS or any(not text.strip() for text in query.values()):
-        return RedirectResponse(f"/?{tidy}" if form.values else "/", status_code=303, headers=_HEADERS)
+        return RedirectResponse(f"/?{tidy}" if form.values else "/", status_code=303, headers=HEADERS)
     return await _page(request, form, shown=query.get("show", ""))
 
 
@@ -70,7 +59,7 @@ async def show_posted(request: Request) -> Response:
     except VramplanError as refused:
         return await _page(request, form, error=refused, pasted=pasted)
     if form.address is not None:
-        return RedirectResponse(form.address, status_code=303, headers=_HEADERS)
+        return RedirectResponse(form.address, status_code=303, headers=HEADERS)
     return await _page(request, form)
 
 
@@ -83,17 +72,17 @@ async def part(request: Request, name: str) -> Response:
     if name == "answer":
         context = await _answered(request, form, error)
         headers = {"hx-replace-url": form.address} if form.address is not None and error is None else {}
-        return _html("answer.html", {**context, "is_part": True}, headers=headers)
+        return page_of("answer.html", {**context, "is_part": True}, headers=headers)
     found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
-    return _html(f"{name}.html", {"part": found})
+    return page_of(f"{name}.html", {"part": found})
 
 
 @router.get("/static/{name}")
 async def static(name: str) -> Response:
     """Style sheet and scripts; their address changes with their content."""
-    if name not in _STATIC:
+    if name not in STATIC:
         raise HTTPException(404)
-    return Response(_content(name), media_type=_STATIC[name], headers={"cache-control": "public, max-age=31536000, immutable"})
+    return Response(content(name), media_type=STATIC[name], headers={"cache-control": "public, max-age=31536000, immutable"})
 
 
 async def _sent(request: Request) -> dict[str, str]:
@@ -146,7 +135,7 @@ async def _page(
         "is_example": is_example,
         "is_part": False,
     }
-    return _html("page.html", context, status=context["error"]["status"] if context["error"] else 200)
+    return page_of("page.html", context, status=context["error"]["status"] if context["error"] else 200)
 
 
 async def _answered(request: Request, form: Form, error: VramplanError | None) -> Json:
@@ -162,7 +151,7 @@ async def _answered(request: Request, form: Form, error: VramplanError | None) -
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"
-            context["result"] = await _in_thread(request, partial(sections.answered, form, origin))
+            context["result"] = await in_thread(request, partial(sections.answered, form, origin))
         except VramplanError as refused:
             error = refused
     return {**context, "error": None if error is None else problem_of(error)}
@@ -171,14 +160,10 @@ async def _answered(request: Request, form: Form, error: VramplanError | None) -
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
-        found = await _in_thread(request, partial(sections.SECTIONS[name], form))
+        found = await in_thread(request, partial(sections.SECTIONS[name], form))
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}
-
-
-async def _in_thread(request: Request, call: Callable[[], Json]) -> Json:
-    return await to_thread.run_sync(call, limiter=request.app.state.threads)
 
 
 def _pickable(gpus: list[Json]) -> list[Json]:
@@ -188,35 +173,3 @@ def _pickable(gpus: list[Json]) -> list[Json]:
         price = f", from {min(paid):.2f} USD/h" if paid else ""
         gpu["label"] = f"{gpu['name']} ({gib(gpu['capacity_bytes'])}{price})"
     return gpus
-
-
-def _html(template: str, context: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return HTMLResponse(_templates().get_template(template).render(context), status_code=status, headers={**_HEADERS, **(headers or {})})
-
-
-@cache
-def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["gib"] = gib
-    environment.filters["change"] = change_sentence
-    environment.filters["breakable"] = _breakable
-    environment.globals["static"] = _address
-    return environment
-
-
-def _breakable(name: str) -> Markup:
-    """A long name that may go on in the next line after an underscore."""
-    return Markup("_<wbr>").join(name.split("_"))
-
-
-@cache
-def _content(name: str) -> bytes:
-    return (_HERE / "static" / name).read_bytes()
-
-
-@cache
-def _address(name: str) -> str:
-    """Where a file is served, with its fingerprint."""
-    return f"/static/{name}?{hashlib.sha256(_content(name)).hexdigest()[:12]}"

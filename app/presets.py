@@ -57,7 +57,7 @@ PRESETS: Mapping[str, Preset] = {
         label="Generate",
         help="prompts in, tokens out",
         is_training=False,
-        sets={"batch_size": "1", "prompt_length": "1024", "max_new_tokens": "256"},
+        sets={"batch_size": "1", "prompt_length": "768", "max_new_tokens": "256"},
     ),
     "load": Preset(label="Load only", help="the weights alone", is_training=False, sets={}),
 }  # fmt: skip

@@ -102,11 +102,26 @@ def overflow(page: Page) -> int:
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize(
+    ("size", "theme"),
+    [
+        pytest.param(WIDE, "light", id="wide, light"),
+        pytest.param(PHONE, "dark", id="phone, dark"),
+        pytest.param(WIDE, "dark", id="wide, dark", marks=pytest.mark.slow),
+        pytest.param(PHONE, "light", id="phone, light", marks=pytest.mark.slow),
+    ],
+)
 def test_axe_finds_nothing_and_nothing_sticks_out(visit: Open, size: tuple[int, int], theme: Literal["light", "dark"]) -> None:
     page = visit(f"{LARGE.address}&show=all", size=size, theme=theme)
     expect(page.locator(".changes")).to_be_visible()
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    assert findings(page) == []
+    assert overflow(page) == 0
+
+
+@pytest.mark.parametrize("path", ["/accuracy", "/methods"])
+def test_axe_finds_nothing_on_the_pages_beside(visit: Open, path: str) -> None:
+    page = visit(path, size=PHONE, theme="dark")
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     assert findings(page) == []
     assert overflow(page) == 0
@@ -207,9 +222,10 @@ def test_a_dropped_file_is_put_where_it_can_be_read(visit: Open) -> None:
     page = visit("/")
     page.evaluate(
         """() => {
-            const data = new DataTransfer();
-            data.items.add(new File(['{"model_type": "llama"}'], 'config.json'));
-            document.querySelector('form.paste').dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+            const dataTransfer = new DataTransfer();
+            dataTransfer.items.add(new File(['{"model_type": "llama"}'], 'config.json'));
+            const drop = new DragEvent('drop', {dataTransfer, bubbles: true, cancelable: true});
+            document.querySelector('form.paste').dispatchEvent(drop);
         }"""
     )
     expect(page.get_by_label("Config, request or training file")).to_have_value('{"model_type": "llama"}')
