@@ -55,6 +55,13 @@ SUGGESTIONS: Mapping[str, tuple[str, ...]] = {
     "peft.target_modules": ("all-linear", "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
     "training.loss_type": ("nll", "chunked_nll", "dft"),
 }
+# Where a form says something else than the command line.
+_HELP: Mapping[str, str] = {
+    "global_batch_size": "samples per optimizer step that the plan keeps; absent: batch × steps",
+    "hardware.gpu": "capacity as CUDA reports it, not the label",
+    "hardware.nvidia_smi": "what nvidia-smi printed on the machine, instead of a card",
+    "stack": "versions to answer for: transformers=4.57,trl=0.25",
+}
 # Fields of a plan: none of an estimate.
 _PLANNED = frozenset(option.path for group in PLAN_OPTIONS.values() for option in group)
 
@@ -70,6 +77,10 @@ class Field:
     @property
     def path(self) -> str:
         return self.option.path
+
+    @property
+    def help(self) -> str:
+        return _HELP.get(self.path, self.option.help)
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -235,8 +235,8 @@ SECTIONS: Mapping[str, Callable[[Form], Json]] = {
     "grid": grid,
     "timeline": timeline,
 }
-QUICK = ("plan", "changes", "cards", "grid")
-"""Sections that take seconds; the others wait until they are asked for by name."""
+QUICK = ("plan", "cards", "grid")
+"""What `show=all` brings; the others take longer, and wait until they are asked for by name."""
 
 
 def _need_card(form: Form) -> None:

@@ -38,7 +38,7 @@ def evidence(compared: Sequence[Comparison], left_out: Sequence[NotModelled]) ->
             for one in coverages(tagged(trained, figure))
         ],
         "intervals": [
-            {"class": name, "radii": {figure: correction.conformal_radius(getattr(found, figure)) for figure in _JUDGED},
+            {"class": name, "radii": {figure: _radius(found, figure) for figure in _JUDGED},
              "rows": {figure: len(getattr(found, figure)) for figure in _JUDGED}, "evidence": found.evidence}
             for name, found in correction.shipped().items()
         ],
@@ -80,6 +80,13 @@ def _group(name: str, members: Sequence[Comparison]) -> dict[str, Any]:
             if of
         },
     }
+
+
+def _radius(kind: correction.ResidualClass, figure: str) -> float | None:
+    """Of the interval that an answer carries: no narrower than over all kinds together, as `correction.interval` has it."""
+    own = correction.conformal_radius(getattr(kind, figure))
+    everything = correction.conformal_radius([one for other in correction.shipped().values() for one in getattr(other, figure)])
+    return None if own is None or everything is None else max(own, everything)
 
 
 def _worst(errors: Sequence[float]) -> float:
