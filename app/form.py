@@ -1,152 +1,329 @@
-"""The fields of the page's form, and the request they make."""
+"""The fields of the page: the request's own, under the libraries' names, as text. They stand in the address, and nothing else does.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+A field that is empty is absent from the request. What no field stands for is kept as JSON in the field `extra`: every request has a form.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from urllib.parse import urlencode
+
+import orjson
 
 from app.answer import Json
+from app.fields import OPTIMIZERS
+from app.options import OPTIONS, PLAN_OPTIONS, Option, merged, names_of, versions_of
+from app.pasted import canonical, spelling
+from app.reading import read_json
+from app.redaction import redacted
+from app.settings import applied
 from estimator.errors import RequestError
+from estimator.parallelism.options import Strategy
 
-METHODS = {
-    "qlora": "QLoRA (4-bit NF4 base, LoRA)",
-    "lora": "LoRA (16-bit base)",
-    "lora_int8": "LoRA on an 8-bit base",
-    "full": "Full fine-tuning",
-    "inference": "Generation",
-    "load": "Load the weights only",
-}
-DTYPES = ("", "bfloat16", "float16", "float32", "auto")
-TRAINERS = {"transformers": "transformers Trainer", "trl": "TRL SFTTrainer"}
-PRECISIONS = {"": "as the trainer does", "bf16": "bf16=True", "fp16": "fp16=True", "none": "off"}
-CHOICES = {"": "as the trainer does", "yes": "on", "no": "off"}
-ATTENTIONS = ("", "sdpa", "eager", "flash_attention_2")
-OPTIMIZERS = (
-    "", "adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor", "sgd",
-)  # fmt: skip
-CACHES = ("dynamic", "static")
+MODEL = "model"
+EXTRA = "extra"
+"""Fields of the request that have no place of their own, as JSON."""
+AGAINST = "against"
+"""Address of another recipe, shown beside this one."""
 
-DEFAULTS: Mapping[str, str] = {
-    "model": "meta-llama/Llama-3.1-8B",
-    "method": "qlora",
-    "dtype": "bfloat16",
-    "attention": "",
-    "trainer": "transformers",
-    "r": "16",
-    "target_modules": "all-linear",
-    "double_quant": "on",
-    "prepare": "yes",
-    "batch": "4",
-    "accumulation": "4",
-    "max_length": "2048",
-    "optim": "paged_adamw_8bit",
-    "precision": "bf16",
-    "checkpointing": "yes",
-    "liger": "",
-    "padded": "",
-    "inference_batch": "1",
-    "prompt_length": "1024",
-    "max_new_tokens": "256",
-    "cache": "dynamic",
-    "gpu": "rtx4090",
-    "transformers": "",
+# Longer addresses are cut by some browsers and proxies on the way.
+MAX_ADDRESS = 7_000
+_MAX_VALUE = 2_000
+_MAX_LONG = 60_000
+_LONG = frozenset((EXTRA, AGAINST, "nvidia_smi"))
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
+
+_FLAGS = {"true": True, "false": False}
+_DTYPES = ("bfloat16", "float16", "float32")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "dtype": (*_DTYPES, "auto"),
+    "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+    "quantization.bnb_4bit_quant_type": ("nf4", "fp4"),
+    "quantization.bnb_4bit_compute_dtype": _DTYPES,
+    "peft.bias": ("none", "all", "lora_only"),
+    "trainer": ("transformers", "trl"),
+    "inference.cache_implementation": ("dynamic", "static"),
+    "hardware.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"),
+    "engine": ("auto", "analytic", "trace"),
+    "objective": ("largest_micro_batch", "longest_sequence", "most_margin"),
+    "sort": ("price", "margin", "batch", "length", "memory", "speed", "cost"),
 }
-# Checkboxes send nothing when they are off.
-_CHECKBOXES = frozenset(("double_quant", "liger", "padded"))
-_MAX_VALUE = 300
+SUGGESTIONS: Mapping[str, tuple[str, ...]] = {
+    "training.optim": tuple(sorted(OPTIMIZERS)),
+    "peft.target_modules": ("all-linear", "q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"),
+    "training.loss_type": ("nll", "chunked_nll", "dft"),
+}
+# Where a form says something else than the command line.
+_HELP: Mapping[str, str] = {
+    "global_batch_size": "samples per optimizer step that the plan keeps; absent: batch × steps",
+    "hardware.gpu": "capacity as CUDA reports it, not the label",
+    "hardware.nvidia_smi": "what nvidia-smi printed on the machine, instead of a card",
+    "stack": "versions to answer for: transformers=4.57,trl=0.25",
+}
+# Fields of a plan: none of an estimate.
+_PLANNED = frozenset(option.path for group in PLAN_OPTIONS.values() for option in group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One field of the form."""
+
+    name: str
+    """In the form and in the address: the library's own name."""
+    option: Option
+
+    @property
+    def path(self) -> str:
+        return self.option.path
+
+    @property
+    def help(self) -> str:
+        return _HELP.get(self.path, self.option.help)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return ("true", "false") if self.option.kind == "flag" else CHOICES.get(self.path, ())
+
+    @property
+    def suggestions(self) -> tuple[str, ...]:
+        return SUGGESTIONS.get(self.path, ())
+
+    def value(self, text: str) -> Any:
+        """What the text stands for in the request.
+
+        Raises:
+            RequestError: if it stands for nothing of this field's kind.
+        """
+        match self.option.kind:
+            case "int":
+                return self._whole(text)
+            case "float":
+                return self._number(text)
+            case "flag":
+                return self._flag(text)
+            case "names":
+                return versions_of(text) if self.path == "stack" else names_of(text)
+            case _:
+                return text
+
+    def text(self, value: Any) -> str | None:
+        """The text of a value; None if it has none that means the same."""
+        text = self._written(value)
+        if text is None or not text.strip():
+            return None
+        try:
+            return text if self.value(text) == value and type(self.value(text)) is type(value) else None
+        except RequestError:
+            return None
+
+    def _written(self, value: Any) -> str | None:
+        if isinstance(value, bool):
+            return str(value).lower() if self.option.kind == "flag" else None
+        if isinstance(value, list):
+            return ",".join(value) if self.option.kind == "names" and all(isinstance(one, str) for one in value) else None
+        if isinstance(value, dict):
+            return ",".join(f"{name}={version}" for name, version in value.items()) if self.path == "stack" else None
+        return str(value) if isinstance(value, str | int | float) else None
+
+    def _whole(self, text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 12):
+            raise RequestError(f"{self.name}: {text[:40]!r} is not accepted; expected a whole number", field=self.path)
+        return int(text)
+
+    def _number(self, text: str) -> float:
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text):
+            raise RequestError(f"{self.name}: {text[:40]!r} is not accepted; expected a number", field=self.path)
+        return float(text)
+
+    def _flag(self, text: str) -> bool:
+        if text not in _FLAGS:
+            raise RequestError(f"{self.name}: {text[:40]!r} is not accepted; expected true or false", field=self.path)
+        return _FLAGS[text]
+
+
+@cache
+def groups() -> Mapping[str, tuple[Field, ...]]:
+    """The fields under the headings of the command line."""
+    tables = {**OPTIONS, **PLAN_OPTIONS}
+    return {title: tuple(Field(name=option.path.rpartition(".")[2], option=option) for option in group) for title, group in tables.items()}
+
+
+@cache
+def fields() -> Mapping[str, Field]:
+    """Every field by its name, but for the model and `extra`."""
+    return {field.name: field for group in groups().values() for field in group}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What stands in the form."""
+    """What stands in the form: texts by name, none of them empty."""
 
     values: Mapping[str, str]
 
     @classmethod
-    def blank(cls) -> "Form":
-        return cls(DEFAULTS)
-
-    @classmethod
     def submitted(cls, query: Mapping[str, str]) -> "Form":
-        """The form as sent; fields that a shortened link leaves out keep their defaults, boxes that are not ticked are off."""
-        sent = {name: query[name].strip()[:_MAX_VALUE] for name in DEFAULTS if name in query}
-        return cls({**DEFAULTS, **dict.fromkeys(_CHECKBOXES, ""), **sent})
-
-    def __getitem__(self, name: str) -> str:
-        return self.values[name]
-
-    def request(self, *, plan: bool = False) -> Json:
-        """The request of the contract that the form stands for.
+        """The form as sent.
 
         Raises:
-            RequestError: if a number is none, or the method is not known.
+            RequestError: if a field holds an access token, which must not stand in an address.
         """
-        method = self["method"]
-        if method not in METHODS:
-            raise RequestError(f"method: {method!r} is not known; accepted: {', '.join(METHODS)}", field="method")
-        request: Json = {
-            "model": self["model"],
-            "dtype": self["dtype"] or None,
-            "attn_implementation": self["attention"] or None,
-            "padded": self["padded"] == "on",
-            "hardware": {"gpu": self["gpu"]} if self["gpu"] else None,
-            "stack": {"transformers": self["transformers"]} if self["transformers"] else None,
-        }
-        if method == "inference":
-            request["inference"] = self._inference()
-        elif method != "load":
-            request |= self._training(method, plan=plan)
-        return request
+        known = {name: _tidy(name, query[name]) for name in (MODEL, EXTRA, AGAINST, *fields()) if name in query}
+        found = next((name for name, text in known.items() if _TOKEN.search(text)), None)
+        if found is not None:
+            raise RequestError(f"{found}: holds an access token, which does not belong into an address; it was not used", field=found)
+        return cls({name: text for name, text in known.items() if text})
 
-    def _training(self, method: str, *, plan: bool) -> Json:
-        training: Json = {
-            "per_device_train_batch_size": self._number("batch"),
-            "gradient_accumulation_steps": self._number("accumulation"),
-            "max_length": self._number("max_length"),
-            "optim": self["optim"] or None,
-            "gradient_checkpointing": {"yes": True, "no": False}.get(self["checkpointing"]),
-            "use_liger_kernel": self["liger"] == "on",
-            **self._precision(),
-        }
-        fields: Json = {"trainer": self["trainer"], "training": training}
-        if plan:
-            fields["global_batch_size"] = (self._number("batch") or 1) * (self._number("accumulation") or 1)
-        if method != "full":
-            fields["peft"] = {"r": self._number("r"), "target_modules": self._targets()}
-        if method in ("qlora", "lora_int8"):
-            fields["quantization"] = self._quantization() if method == "qlora" else {"load_in_8bit": True}
-            fields["prepare_model_for_kbit_training"] = {"yes": True, "no": False}.get(self["prepare"])
-        return fields
+    @classmethod
+    def of(cls, request: Mapping[str, Any]) -> "Form":
+        """The form that stands for a request of the contract."""
+        form = cls._spelled_out(request)
+        return form if form is not None else cls(_with_extra({}, dict(request)))
 
-    def _quantization(self) -> Json:
-        compute = self["dtype"] if self["dtype"] in ("bfloat16", "float16") else "bfloat16"
-        return {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": self["double_quant"] == "on",
-            "bnb_4bit_compute_dtype": compute,
-        }
-
-    def _precision(self) -> Json:
-        choice = self["precision"]
-        return {} if not choice else {"bf16": choice == "bf16", "fp16": choice == "fp16"}
-
-    def _targets(self) -> list[str] | str | None:
-        text = self["target_modules"]
-        if not text or text == "all-linear":
-            return text or None
-        return [name.strip() for name in text.split(",") if name.strip()]
-
-    def _inference(self) -> Json:
-        return {
-            "batch_size": self._number("inference_batch"),
-            "prompt_length": self._number("prompt_length"),
-            "max_new_tokens": self._number("max_new_tokens"),
-            "cache_implementation": self["cache"] or None,
-        }
-
-    def _number(self, name: str) -> int | None:
-        text = self[name]
-        if not text:
+    @classmethod
+    def _spelled_out(cls, request: Mapping[str, Any]) -> "Form | None":
+        """With as many fields in their own place as can be; None where that would mean something else."""
+        pasted = canonical(request)
+        set_aside = [*pasted.ignored, *pasted.unmodelled, *pasted.evaluation]
+        try:
+            lost = {path: _at(request, spelling(request, path)) for path in set_aside}
+            form = cls(_with_extra(*_taken(applied(pasted.payload, lost))))
+            again = canonical(form._whole())
+        except (RequestError, LookupError, TypeError):
             return None
-        if not (text.isascii() and text.isdigit() and len(text) < 12):
-            raise RequestError(f"{name}: {text[:40]!r} is not accepted; expected a whole number", field=name)
-        return int(text)
+        same = again.payload == pasted.payload and sorted(again.unmodelled) == sorted(pasted.unmodelled)
+        return form if same and again.evaluation == pasted.evaluation else None
+
+    def __getitem__(self, name: str) -> str:
+        return self.values.get(name, "")
+
+    def request(self) -> Json:
+        """The request to `estimate` that the form stands for.
+
+        Raises:
+            RequestError: if a field cannot be read.
+        """
+        payload = self._whole()
+        for name in _PLANNED:
+            payload.pop(name, None)
+        hardware = payload.get("hardware")
+        if isinstance(hardware, dict) and "filter" in hardware:
+            payload["hardware"] = {name: value for name, value in hardware.items() if name != "filter"}
+        if MODEL not in payload:
+            raise RequestError("model: is required; give an id of the catalogue or the Hub, or paste a config.json", field=MODEL)
+        if "trainer" in payload and "inference" not in payload:
+            payload.setdefault("training", {})
+        return payload
+
+    def plan_fields(self) -> Json:
+        """The fields of a plan, the card's filter left out."""
+        return {name: value for name, value in self._whole().items() if name in _PLANNED}
+
+    def plan_request(self) -> Json:
+        """The request to `plan`: for the global batch that the fields make up, if none is wanted."""
+        payload = self.request() | self.plan_fields()
+        payload.pop("sort", None)
+        total = global_batch(payload) if payload.get("objective") != "longest_sequence" else None
+        return payload if total is None else {"global_batch_size": total} | payload
+
+    def cards_request(self) -> Json:
+        """The request to `which`."""
+        payload = self.plan_request()
+        hardware = payload.get("hardware") or {}
+        kept = {name: hardware[name] for name in ("headroom", "strategy") if name in hardware}
+        whole = self._whole()
+        wanted = (whole.get("hardware") or {}).get("filter")
+        sort = {"sort": whole["sort"]} if "sort" in whole else {}
+        return payload | {"hardware": kept | ({"filter": wanted} if wanted else {})} | sort
+
+    def edited(self, **texts: str) -> "Form":
+        """The form with some fields written anew; empty ones are cleared."""
+        return Form({name: text for name, text in {**self.values, **texts}.items() if text})
+
+    def changed(self, setting: Mapping[str, Any]) -> "Form":
+        """The form of the request with some of its fields set."""
+        changed = Form.of(applied(self.request(), setting))
+        kept = {name: self[name] for name in self.values if name == AGAINST or (name in fields() and fields()[name].path in _PLANNED)}
+        return replace(changed, values={**changed.values, **kept})
+
+    @property
+    def query(self) -> str:
+        """The form as an address has it behind the question mark."""
+        order = (MODEL, *fields(), EXTRA, AGAINST)
+        return urlencode({name: self.values[name] for name in order if name in self.values})
+
+    @property
+    def address(self) -> str | None:
+        """The page with this form; None if it is too long for an address."""
+        return f"/?{self.query}" if len(self.query) <= MAX_ADDRESS else None
+
+    def _given(self) -> Iterator[tuple[Field, Any]]:
+        for name, text in self.values.items():
+            if name in fields():
+                yield fields()[name], fields()[name].value(text)
+
+    def _whole(self) -> Json:
+        """The request with the fields of a plan."""
+        given: Json = {MODEL: self[MODEL]} if self[MODEL] else {}
+        for field, value in self._given():
+            given = applied(given, {field.path: value})
+        return merged(self.further(), given)
+
+    def further(self) -> Json:
+        """Fields without a place of their own.
+
+        Raises:
+            RequestError: if they are no JSON object.
+        """
+        return read_json(self[EXTRA].encode()) if self[EXTRA] else {}
+
+
+def global_batch(payload: Mapping[str, Any]) -> int | None:
+    """Samples per optimizer step over all cards that share them; None where the request leaves its micro-batch open."""
+    training, hardware = payload.get("training") or {}, payload.get("hardware") or {}
+    batch, steps = training.get("per_device_train_batch_size"), training.get("gradient_accumulation_steps")
+    shares = (hardware.get("num_gpus") or 1) if Strategy(hardware.get("strategy") or Strategy.SINGLE).is_data_parallel else 1
+    return None if batch is None else int(batch * (steps or 1) * shares)
+
+
+def _tidy(name: str, text: str) -> str:
+    return text.strip()[: _MAX_LONG if name in _LONG else _MAX_VALUE]
+
+
+def _taken(payload: Mapping[str, Any]) -> tuple[dict[str, str], Json]:
+    """The texts of the fields that have a place of their own, and the rest of the request."""
+    values: dict[str, str] = {}
+    rest: Json = {}
+    places = {field.path: field for field in fields().values()}
+
+    def take(node: Mapping[str, Any], prefix: str) -> Json:
+        left: Json = {}
+        for name, value in node.items():
+            path = prefix + name
+            text = places[path].text(value) if path in places else None
+            if text is not None and not _TOKEN.search(text):
+                values[places[path].name] = text
+            elif isinstance(value, dict) and value and path != MODEL:
+                inner = take(value, f"{path}.")
+                if inner:
+                    left[name] = inner
+            elif value is not None:
+                left[name] = value
+        return left
+
+    rest = take(payload, "")
+    if isinstance(rest.get(MODEL), str):
+        values[MODEL] = rest.pop(MODEL)
+    return values, rest
+
+
+def _with_extra(values: dict[str, str], rest: Json) -> dict[str, str]:
+    return {**values, EXTRA: redacted(orjson.dumps(rest).decode())} if rest else values
+
+
+def _at(payload: Mapping[str, Any], path: str) -> Any:
+    found: Any = payload
+    for name in path.split("."):
+        found = found[name]
+    return found

@@ -200,8 +200,8 @@ def _nested(given: Json, options: dict[str, Option]) -> Json:
 
 def _value(path: str, kind: Kind, value: Any) -> Any:
     if path == "stack":
-        return _stack(value)
-    return _names(value) if kind == "names" else _content(path, value) if kind == "file" else value
+        return versions_of(value)
+    return names_of(value) if kind == "names" else _content(path, value) if kind == "file" else value
 
 
 def _content(field: str, path: str) -> str:
@@ -212,14 +212,19 @@ def _content(field: str, path: str) -> str:
     return content.decode("utf-8", errors="replace")
 
 
-def _names(text: str) -> list[str] | str:
+def names_of(text: str) -> list[str] | str:
     """Comma-separated names as a list; `all-linear` and regular expressions as they are."""
     if text == "all-linear" or any(c in text for c in r"*+(|\[^$"):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _stack(text: str) -> dict[str, str]:
+def versions_of(text: str) -> dict[str, str]:
+    """`transformers=4.57,trl=0.25` as versions by library.
+
+    Raises:
+        RequestError: if it is written otherwise.
+    """
     versions = {}
     for part in text.split(","):
         name, equals, version = part.partition("=")

@@ -1,136 +1,175 @@
-"""The page at `/`: a plain form and its answer. Works without JavaScript; the answer has an address that can be shared."""
+"""The page at `/`: a form and its answer, which has an address to share. Works without JavaScript; with it the answer follows the edits."""
 
 from collections.abc import Mapping
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs
+from functools import partial
+from urllib.parse import parse_qsl, urlencode
 
-import orjson
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse
 
-from app import form as fields
+from app import form as names
+from app import presets, sections
 from app.answer import Json
 from app.catalogue import list_gpus, list_models
-from app.chart import chart_of
-from app.form import Form
-from app.plan import plan
+from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
 from app.problem import problem_of
-from app.reading import MAX_BODY_BYTES, read_json
-from app.service import answer
-from app.wording import engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
+from app.reading import MAX_BODY_BYTES
+from app.redaction import redacted
+from app.reference import router as reference
+from app.rendering import HEADERS, STATIC, content, in_thread, page_of
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
-_HERE = Path(__file__).parent
+# What stands in every form: the run's sizes, before all else.
+FIRST = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size")
+FIRST_OF_GENERATION = ("batch_size", "prompt_length", "max_new_tokens")
+_PARAMETERS = frozenset((MODEL, EXTRA, AGAINST, "show", "preset", *fields()))
 
 router = APIRouter(include_in_schema=False)
+router.include_router(reference)
 
 
 @router.get("/")
 async def show(request: Request) -> Response:
-    """The form, and its answer when it was sent."""
+    """The form and its answer; an example on the first visit."""
     query = dict(request.query_params)
     if not query:
-        return _page(Form.blank())
-    form = Form.submitted(query)
-    wants_plan = query.get("action") == "plan"
-    return await _answered(request, form, lambda: form.request(plan=wants_plan), wants_plan)
+        return await _page(request, presets.first(), is_example=True)
+    form, error = _read(query)
+    if error is not None:
+        return await _page(request, form, error=error)
+    tidy = form.query + (f"&{urlencode({'show': query['show']})}" if query.get("show") else "")
+    if "preset" in query or set(query) - _PARAMETERS or any(not text.strip() for text in query.values()):
+        return RedirectResponse(f"/?{tidy}" if form.values else "/", status_code=303, headers=HEADERS)
+    return await _page(request, form, shown=query.get("show", ""))
 
 
 @router.post("/")
-async def show_pasted(request: Request) -> Response:
-    """The answer to a pasted request."""
+async def show_posted(request: Request) -> Response:
+    """The answer to a form that is too long for an address, or to a pasted request, config or training file."""
+    sent = await _sent(request)
+    pasted = sent.pop("request", "")
+    if not pasted.strip():
+        form, error = _read(sent)
+        return await _page(request, form, error=error, shown=sent.get("show", ""))
+    form, error = _read(sent)
+    try:
+        form = sections.pasted_form(pasted, form)
+    except VramplanError as refused:
+        return await _page(request, form, error=refused, pasted=pasted)
+    if form.address is not None:
+        return RedirectResponse(form.address, status_code=303, headers=HEADERS)
+    return await _page(request, form)
+
+
+@router.api_route("/page/{name}", methods=["GET", "POST"])
+async def part(request: Request, name: str) -> Response:
+    """A part of the page, which is put in place as the form is edited."""
+    if name not in sections.SECTIONS and name != "answer":
+        raise HTTPException(404)
+    form, error = _read(await _sent(request) if request.method == "POST" else dict(request.query_params))
+    if name == "answer":
+        context = await _answered(request, form, error)
+        headers = {"hx-replace-url": form.address} if form.address is not None and error is None else {}
+        return page_of("answer.html", {**context, "is_part": True}, headers=headers)
+    found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
+    return page_of(f"{name}.html", {"part": found})
+
+
+@router.get("/static/{name}")
+async def static(name: str) -> Response:
+    """Style sheet and scripts; their address changes with their content."""
+    if name not in STATIC:
+        raise HTTPException(404)
+    return Response(content(name), media_type=STATIC[name], headers={"cache-control": "public, max-age=31536000, immutable"})
+
+
+async def _sent(request: Request) -> dict[str, str]:
+    """The fields of a posted form.
+
+    Raises:
+        HTTPException: if it is too long.
+    """
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            return _page(Form.blank(), error=RequestError(f"the request is longer than {MAX_BODY_BYTES:,} bytes"))
-    pasted = parse_qs(body.decode("utf-8", "replace"), max_num_fields=8).get("request", [""])[0]
-    return await _answered(request, Form.blank(), lambda: read_json(pasted.encode()), False, pasted)
-
-
-@router.get("/static/style.css")
-async def style() -> Response:
-    """The style sheet."""
-    return Response(_style(), media_type="text/css", headers={"cache-control": "public, max-age=3600"})
-
-
-async def _answered(request: Request, form: Form, payload: Any, wants_plan: bool, pasted: str = "") -> Response:
+            raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
     try:
-        result = await to_thread.run_sync(partial(_ask, payload, wants_plan), limiter=request.app.state.threads)
-    except VramplanError as error:
-        return _page(form, error=error, pasted=pasted)
-    return _page(form, result=result, pasted=pasted)
+        return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=200))
+    except ValueError:
+        raise HTTPException(422, "the form has too many fields") from None
 
 
-def _ask(payload: Any, wants_plan: bool) -> Json:
-    asked = payload()
-    return {"request": asked, **(_planned(plan(asked)) if wants_plan else {"estimate": answer(asked)})}
+def _read(query: Mapping[str, str]) -> tuple[Form, VramplanError | None]:
+    """The form that was sent; the first one, and the reason, if it cannot be taken as it is."""
+    try:
+        form = Form.submitted(query)
+        return (presets.applied_to(form, query["preset"]) if "preset" in query else form), None
+    except RequestError as error:
+        safe = {name: text for name, text in query.items() if name in _PARAMETERS and redacted(text) == text}
+        return Form.submitted({**safe, "preset": ""}), error
 
 
-def _planned(found: Json) -> Json:
-    half = found["plan"] or found["shortfall"]
-    if half is None:
-        raise RequestError("hardware: a plan on this page needs a card; give gpu or capacity_gib", field="hardware")
-    return {"estimate": half["estimate"], "plan": found["plan"], "shortfall": found["shortfall"]}
-
-
-def _page(form: Form, *, result: Json | None = None, error: VramplanError | None = None, pasted: str = "") -> Response:
-    context: dict[str, Any] = {
-        "form": form.values,
-        "fields": fields,
+async def _page(
+    request: Request,
+    form: Form,
+    *,
+    error: VramplanError | None = None,
+    shown: str = "",
+    pasted: str = "",
+    is_example: bool = False,
+) -> Response:
+    context = await _answered(request, form, error)
+    wanted = set(sections.QUICK) if shown == "all" else {shown} & set(sections.SECTIONS)
+    context["shown"] = {name: await _section(request, name, form) for name in sorted(wanted)} if context["result"] else {}
+    context |= {
+        "names": names,
+        "fields": fields(),
+        "groups": groups(),
+        "first": FIRST_OF_GENERATION if presets.method_of(form) == "inference" else FIRST,
         "models": [model["id"] for model in list_models()],
-        "gpus": list_gpus(),
-        "error": None if error is None else problem_of(error),
+        "gpus": _pickable(list_gpus()),
         "pasted": pasted,
-        "result": None if result is None else _view(result),
+        "is_example": is_example,
+        "is_part": False,
     }
-    return HTMLResponse(_template().render(context), status_code=error.status if error is not None else 200)
+    return page_of("page.html", context, status=context["error"]["status"] if context["error"] else 200)
 
 
-def _view(result: Mapping[str, Any]) -> Json:
-    """What the template shows, worded here so that it only places things."""
-    estimate = result["estimate"]
-    view: Json = {
-        "answer": estimate,
-        "verdict": verdict_sentence(estimate),
-        "verdict_class": estimate["fit"]["verdict"] if estimate["fit"] else "unknown",
-        "engine": engine_phrase(estimate),
-        "chart": chart_of(estimate),
-        "request": orjson.dumps(_without_nulls(result["request"]), option=orjson.OPT_INDENT_2).decode(),
-        "plan": None,
-        "alternatives": [],
-        "changes": [],
+async def _answered(request: Request, form: Form, error: VramplanError | None) -> Json:
+    """What the answer's template shows."""
+    context: Json = {
+        "form": form,
+        "presets": presets.PRESETS,
+        "method": presets.method_of(form),
+        "result": None,
+        "error": None,
+        "shown": {},
     }
-    if result.get("plan"):
-        view["plan"] = plan_sentence(result["plan"])
-        view["alternatives"] = result["plan"]["alternatives"]
-    if result.get("shortfall"):
-        view["plan"] = shortfall_sentence(result["shortfall"])
-        view["changes"] = result["shortfall"]["changes"]
-    return view
+    if error is None:
+        try:
+            origin = f"{request.url.scheme}://{request.url.netloc}"
+            context["result"] = await in_thread(request, partial(sections.answered, form, origin))
+        except VramplanError as refused:
+            error = refused
+    return {**context, "error": None if error is None else problem_of(error)}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return value
+async def _section(request: Request, name: str, form: Form) -> Json:
+    """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
+    try:
+        found = await in_thread(request, partial(sections.SECTIONS[name], form))
+    except VramplanError as error:
+        return {"form": form, "error": problem_of(error)}
+    return {"form": form, "error": None, **found}
 
 
-@cache
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["gib"] = gib
-    environment.filters["setting"] = setting_sentence
-    return environment.get_template("page.html")
-
-
-@cache
-def _style() -> bytes:
-    return (_HERE / "static" / "style.css").read_bytes()
+def _pickable(gpus: list[Json]) -> list[Json]:
+    """Cards with what a picker says of each: real capacity, and the lowest price of one [USD/h]."""
+    for gpu in gpus:
+        paid = [offer["usd_per_hour"][0] / offer["count"] for offer in gpu["offers"] if offer["usd_per_hour"][1]]
+        price = f", from {min(paid):.2f} USD/h" if paid else ""
+        gpu["label"] = f"{gpu['name']} ({gib(gpu['capacity_bytes'])}{price})"
+    return gpus

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from app.answer import Json
-from estimator.units import gib
+from estimator.units import GIB, gib
 
 _VERDICTS = {"fits": "Fits", "tight": "Tight", "does_not_fit": "Does not fit"}
 
@@ -84,3 +84,53 @@ def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
 def engine_phrase(answer: Json) -> str:
     """What the step was worked out with, and why."""
     return f"{'closed forms' if answer['engine'] == 'analytic' else 'traced'} ({answer['engine_reason']})"
+
+
+_MOMENTS = {
+    "load": "while loading",
+    "forward": "in the forward pass",
+    "loss": "in the loss",
+    "backward": "in the backward pass",
+    "optimizer_step": "in the optimizer step",
+    "prefill": "while the prompt is read",
+    "decode": "while tokens are generated",
+}
+_TEN_GIB = 10 * GIB
+
+
+def headline(answer: Json, card: str | None) -> str:
+    """The verdict as a page says it first: what is to spare or missing, the peak and its interval.
+
+    Args:
+        card: its name for people; None without one.
+    """
+    fit, peak = answer["fit"], answer["peak"]
+    if peak is None:
+        load = gib(answer["phases"][0]["allocated_bytes"])
+        return f"Loading takes {load}; the step of this model is not modelled, so there is no verdict."
+    need = peak["device_bytes"] or peak["allocated_bytes"]
+    moment = f"{gib(need)} at the peak, {_MOMENTS[peak['phase']]}; {_bounds(peak['interval'])}"
+    if fit is None:
+        return f"Takes {moment}."
+    number, free = answer["recipe"]["num_gpus"], fit["free_bytes"]
+    where = f"{f'each of {number} × ' if number > 1 else ''}{card or 'the card'}"
+    match fit["verdict"]:
+        case "fits":
+            return f"Fits on {where} with {gib(free)} to spare: {moment}."
+        case "tight":
+            return f"Tight on {where}: {gib(free)} to spare, less than the margin for errors; {moment}."
+        case _:
+            return f"Does not fit on {where}: {gib(-free)} missing; {moment}."
+
+
+def _bounds(interval: Json | None) -> str:
+    if interval is None:
+        return "no interval, since too few measured runs are like it"
+    low, high = interval["device_low_bytes"], interval["device_high_bytes"]
+    digits = 1 if high >= _TEN_GIB else 2
+    return f"{100 * interval['coverage']:.0f} % interval {low / GIB:.{digits}f} to {high / GIB:.{digits}f} GiB"
+
+
+def change_sentence(setting: Json) -> str:
+    """A change in one line, each field by the library's own name."""
+    return ", ".join(f"{name.rpartition('.')[2]} = {value!r}" for name, value in _flat(setting) if value is not None)

@@ -1,14 +1,40 @@
-"""The page."""
+"""The page, as a browser without JavaScript and htmx ask for it."""
 
+import hashlib
+import html
 import re
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
+import orjson
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
-from app.form import DEFAULTS, METHODS, Form
+import app.page
+from app import copies, examples, presets, sections
+from app.chart import WIDTH, chart_of
+from app.cli import cli
+from app.form import Form
 from app.http import create_app
+from app.service import answer
+from app.wording import headline
 from estimator.errors import RequestError
+
+FIRST = presets.first()
+STATIC = Path(app.page.__file__).parent / "static"
+SMALL = Form.of(
+    {
+        "model": "openai-community/gpt2",
+        "dtype": "float32",
+        "training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 128},
+        "hardware": {"gpu": "t4"},
+    }
+)
+LARGE = SMALL.edited(per_device_train_batch_size="64", gradient_accumulation_steps="1", max_length="1024")
 
 
 @pytest.fixture(scope="module")
@@ -17,83 +43,309 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-def test_the_page_shows_a_form_without_scripts_or_foreign_addresses(client: TestClient) -> None:
+def links(text: str) -> list[str]:
+    return [html.unescape(found) for found in re.findall(r'href="(/\?[^"]*)"', text)]
+
+
+def test_the_first_visit_answers_an_example(client: TestClient) -> None:
     response = client.get("/")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
-    assert "<script" not in response.text
-    assert not re.search(r"""(src|href|action)=["']?(https?:)?//""", response.text)
-    assert " style=" not in response.text
+    assert "Does not fit on GeForce RTX 4090" in response.text
+    assert "An example" in response.text
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+def test_the_page_obeys_a_policy_that_knows_this_address_alone(client: TestClient) -> None:
+    for path in ("/", "/page/answer?model=openai-community/gpt2", f"/page/grid?{SMALL.query}"):
+        response = client.get(path)
+        policy = response.headers["content-security-policy"]
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert not re.search(r"<script(?![^>]*\ssrc=)", response.text)
+        assert not re.search(r"\sstyle=|\son[a-z]+=|<style", response.text)
+        assert not re.search(r"""(src|href|action)=["']?(https?:)?//""", response.text)
+
+
+def test_what_is_served_beside_the_page_is_what_the_page_asks_for(client: TestClient) -> None:
+    for address in re.findall(r'"(/static/[^"]+)"', client.get("/").text):
+        response = client.get(address)
+        assert response.status_code == 200
+        assert "immutable" in response.headers["cache-control"]
+        assert "url(" not in response.text or "htmx" in address
+    assert client.get("/static/page.html").status_code == 404
+
+
+def test_htmx_is_the_file_that_its_note_names() -> None:
+    said = re.search(r"sha256: ([0-9a-f]{64})", (STATIC / "htmx.txt").read_text())
+    assert said is not None
+    assert hashlib.sha256((STATIC / "htmx.min.js").read_bytes()).hexdigest() == said[1]
+
+
+@pytest.mark.parametrize("method", presets.PRESETS)
 def test_every_method_is_answered(client: TestClient, method: str) -> None:
-    response = client.get("/", params={**DEFAULTS, "method": method})
-    assert response.status_code == 200, response.text
+    response = client.get("/", params={**FIRST.values, "preset": method})
+    assert response.status_code == 200
     assert 'class="verdict' in response.text
     assert "<rect" in response.text
+    assert f'value="{method}" aria-pressed="true"' in response.text
 
 
 def test_the_verdict_comes_first_and_every_item_has_its_formula(client: TestClient) -> None:
-    text = client.get("/", params=dict(DEFAULTS)).text
-    assert text.index('class="verdict') < text.index("<svg") < text.index("<table>")
+    text = client.get("/", params=dict(FIRST.values)).text
+    assert text.index('class="verdict') < text.index('class="chart"') < text.index('class="items"')
     assert "optimizer_step" in text
 
 
-def test_a_plan_is_worded(client: TestClient) -> None:
-    text = client.get("/", params={**DEFAULTS, "gpu": "a100-80", "action": "plan"}).text
-    assert "per_device_train_batch_size" in text
-    assert "gradient_accumulation_steps" in text
-    assert 'class="plan"' in text
+def test_the_address_holds_what_is_set_and_nothing_else(client: TestClient) -> None:
+    response = client.get("/", params={"model": "openai-community/gpt2", "dtype": "", "stranger": "1"}, follow_redirects=False)
+    assert response.status_code == 303
+    assert response.headers["location"] == "/?model=openai-community%2Fgpt2"
 
 
 def test_a_shared_address_keeps_what_was_entered(client: TestClient) -> None:
-    text = client.get("/", params={**DEFAULTS, "max_length": "777", "gpu": "a100-80"}).text
+    text = client.get("/", params={**FIRST.values, "max_length": "777", "gpu": "a100-80"}).text
     assert 'name="max_length" value="777"' in text
     assert '<option value="a100-80" selected>' in text
+
+
+def test_every_field_has_a_label_and_a_line_of_help(client: TestClient) -> None:
+    text = client.get("/").text
+    ids = set(re.findall(r'<(?:input|select|textarea) id="([^"]+)"', text))
+    assert ids == set(re.findall(r'<label for="([^"]+)"', text))
+    assert ids == {found.removesuffix("-help") for found in re.findall(r'<small id="([^"]+)"', text)}
+
+
+def test_the_picker_knows_real_capacity_and_price(client: TestClient) -> None:
+    # app/data and estimator/data/gpus.json: an RTX 4090 reports 23.52 GiB, not 24
+    assert re.search(r"GeForce RTX 4090 \(23\.52 GiB, from \d+\.\d\d USD/h\)", client.get("/").text)
 
 
 def test_what_is_entered_is_escaped(client: TestClient) -> None:
     hostile = '"><script>alert(1)</script>{{7*7}}'
     for params in (
         {"model": hostile},
-        {**DEFAULTS, "optim": hostile},
-        {**DEFAULTS, "max_length": hostile},
-        {**DEFAULTS, "method": hostile},
+        *({**FIRST.values, name: hostile} for name in ("optim", "max_length", "preset", "extra", "against", "gpu")),
     ):
-        text = client.get("/", params=params).text
-        assert "<script>" not in text
-        assert "49" not in text or "{{7*7}}" in text
+        for path in ("/", "/page/answer"):
+            text = client.get(path, params=params).text
+            assert "<script>" not in text
+            assert "49" not in text or "{{7*7}}" in text
 
 
 def test_errors_are_shown_on_the_page(client: TestClient) -> None:
-    response = client.get("/", params={**DEFAULTS, "max_length": "many"})
+    response = client.get("/", params={**FIRST.values, "max_length": "many"})
     assert response.status_code == 422
     assert 'role="alert"' in response.text
     assert "whole number" in response.text
 
 
-def test_a_pasted_request_is_answered_and_kept(client: TestClient) -> None:
-    response = client.post("/", data={"request": '{"model": "openai-community/gpt2"}'})
+def test_an_access_token_is_refused_and_not_shown(client: TestClient) -> None:
+    token = "hf_" + "a1B2" * 8
+    for path in ("/", "/page/answer", "/page/plan"):
+        response = client.get(path, params={"model": "openai-community/gpt2", "revision": token}, follow_redirects=False)
+        assert "access token" in response.text
+        assert token not in response.text + str(response.headers)
+
+
+def test_the_answer_alone_brings_the_address_with_it(client: TestClient) -> None:
+    response = client.get("/page/answer", params={**SMALL.values, "optim": ""})
+    assert response.headers["hx-replace-url"] == SMALL.address
+    assert "<html" not in response.text
+    assert 'hx-swap-oob="true"' in response.text
+
+
+def test_a_part_of_the_page_that_does_not_exist_is_404(client: TestClient) -> None:
+    assert client.get("/page/secrets").status_code == 404
+
+
+def test_without_javascript_a_button_brings_the_parts(client: TestClient) -> None:
+    text = client.get("/", params={**SMALL.values, "show": "all"}).text
+    assert "Use these" in text
+    assert 'class="cards"' in text
+    assert "largest micro-batch at each length" in text.lower()
+    assert "Trace a step" in text
+
+
+@pytest.mark.slow
+def test_memory_over_time_is_drawn_when_it_is_asked_for(client: TestClient) -> None:
+    text = client.get("/page/timeline", params=dict(SMALL.values)).text
+    assert "<polygon" in text
+    assert "style" not in text
+
+
+def test_a_plan_is_used_by_a_link(client: TestClient) -> None:
+    text = client.get("/page/plan", params=dict(SMALL.values)).text
+    link = links(text)[0]
+    used = Form.submitted(dict(parse_qsl(link.removeprefix("/?"))))
+    assert int(used["per_device_train_batch_size"]) * int(used["gradient_accumulation_steps"]) == 4
+    assert f"per_device_train_batch_size {used['per_device_train_batch_size']}" in text
+    assert "Fits" in client.get(link).text
+
+
+def test_a_change_that_fits_is_a_link_to_a_run_that_fits(client: TestClient) -> None:
+    text = client.get("/page/changes", params=dict(LARGE.values)).text
+    enough = [found for row in re.findall(r'<li class="enough">.*?</li>', text, re.DOTALL) for found in links(row)]
+    assert len(enough) >= 3
+    for link in enough[:3]:
+        assert answer(Form.submitted(dict(parse_qsl(link.removeprefix("/?")))).request())["fit"]["verdict"] == "fits"
+
+
+def test_a_card_of_the_list_is_a_link_to_the_run_on_it(client: TestClient) -> None:
+    link = links(client.get("/page/cards", params={**SMALL.values, "filter": "16GB..24GB 2"}).text)[0]
+    used = Form.submitted(dict(parse_qsl(link.removeprefix("/?"))))
+    assert (used["num_gpus"], used["strategy"], used["filter"]) == ("2", "ddp", "16GB..24GB 2")
+    assert used.request()["hardware"]["gpu"]
+
+
+def test_a_length_of_the_grid_is_a_link_to_its_largest_batch() -> None:
+    rows = {row["max_length"]: row for row in sections.grid(FIRST)["frontier"]}
+    used = Form.submitted(dict(parse_qsl(rows[2048]["address"].removeprefix("/?"))))
+    assert (used["max_length"], used["per_device_train_batch_size"]) == ("2048", str(rows[2048]["batch"]))
+    assert answer(used.request())["fit"]["verdict"] == "fits"
+
+
+def test_what_a_part_cannot_answer_is_said_in_its_place(client: TestClient) -> None:
+    response = client.get("/page/plan", params={**SMALL.edited(gpu="").values})
     assert response.status_code == 200
-    assert "openai-community/gpt2" in response.text
-    broken = client.post("/", data={"request": '{"model": "</textarea><script>"'})
-    assert broken.status_code == 422
-    assert "<script>" not in broken.text
+    assert "needs a card" in response.text
 
 
-def test_the_style_sheet_is_served_from_here(client: TestClient) -> None:
-    response = client.get("/static/style.css")
-    assert response.status_code == 200
-    assert "url(" not in response.text
+def test_two_recipes_stand_beside_each_other(client: TestClient) -> None:
+    other = presets.applied_to(FIRST, "lora")
+    text = client.get("/", params={**FIRST.values, "against": other.query}).text
+    assert "What differs" in text
+    assert "quantization.bnb_4bit_quant_type" in text
+    assert text.count('class="chart"') == 2
 
 
-def test_boxes_that_are_not_ticked_are_off() -> None:
-    form = Form.submitted({"model": "x", "method": "qlora"})
-    assert form.request()["quantization"]["bnb_4bit_use_double_quant"] is False
-    assert Form.blank().request()["quantization"]["bnb_4bit_use_double_quant"] is True
+def test_recipes_beside_each_other_share_one_scale() -> None:
+    small, large = answer(SMALL.request()), answer(FIRST.request())
+    widths = {bar.name: bar.segments[0].width for bar in chart_of(small, at_least=30 * 2**30).bars}
+    alone = {bar.name: bar.segments[0].width for bar in chart_of(small).bars}
+    assert widths["load"] < alone["load"]
+    assert chart_of(large).bars[0].name == "load"
 
 
-def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(RequestError, match="method"):
-        Form.submitted({"method": "magic"}).request()
+def test_a_bar_crosses_the_line_where_the_run_does_not_fit() -> None:
+    chart = chart_of(answer(FIRST.request()))
+    ends = {bar.name: bar.segments[-1].x + bar.segments[-1].width for bar in chart.bars}
+    assert chart.usable_x is not None
+    assert chart.usable_x < ends["on the card"] <= WIDTH
+
+
+def test_the_headline_says_what_is_to_spare() -> None:
+    found = answer(SMALL.request())
+    assert headline(found, "T4").startswith("Fits on T4 with")
+    assert "to spare" in headline(found, "T4")
+    assert headline({**found, "fit": None}, None).startswith("Takes")
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        '{"model": "openai-community/gpt2", "training": {"max_length": 64}}',
+        "model: openai-community/gpt2\ntraining:\n  max_length: 64\n",
+        '{"training": {"max_length": 64}}',
+    ],
+)
+def test_a_pasted_request_becomes_an_address(client: TestClient, pasted: str) -> None:
+    response = client.post("/", data={"model": "openai-community/gpt2", "dtype": "float16", "request": pasted}, follow_redirects=False)
+    assert response.status_code == 303
+    assert response.headers["location"] == "/?model=openai-community%2Fgpt2&max_length=64"
+
+
+def test_a_pasted_config_takes_the_place_of_the_model(client: TestClient) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+    }
+    response = client.post(
+        "/", data={**SMALL.values, "attn_implementation": "", "request": orjson.dumps(config).decode()}, follow_redirects=False
+    )
+    used = dict(parse_qsl(response.headers["location"].removeprefix("/?")))
+    assert Form.submitted(used).request()["model"] == {"config": config}
+    assert used["max_length"] == "128"
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        '{"model": "</textarea><script>"',
+        "- a\n- b",
+        "a: &x [1]\nb: *x",
+        "x: 2020-01-01\n1: 2",
+        ": : :",
+        "[" * 500,
+        "!!python/object:os.system {}",
+    ],
+)
+def test_what_cannot_be_pasted_is_refused_and_kept(client: TestClient, pasted: str) -> None:
+    response = client.post("/", data={"request": pasted})
+    assert response.status_code == 422
+    assert "<script>" not in response.text
+    assert 'role="alert"' in response.text
+
+
+def test_a_form_too_long_for_an_address_is_posted(client: TestClient) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+    }
+    long = SMALL.edited(
+        model="", extra=orjson.dumps({"model": {"config": {**config, "id2label": {str(n): "x" * 40 for n in range(400)}}}}).decode()
+    )
+    text = client.post("/", data=dict(long.values)).text
+    assert 'method="post" action="/" hx-post="/page/answer"' in text
+    assert "Too long for an address" in text
+    assert "max_memory_allocated" in client.post("/page/answer", data=dict(long.values)).text
+
+
+def test_a_body_over_the_limit_is_refused(client: TestClient) -> None:
+    assert client.post("/", content=b"request=" + b"x" * (1 << 21)).status_code == 413
+    assert client.post("/", content=urlencode({str(n): "x" for n in range(300)}).encode()).status_code == 422
+
+
+@pytest.mark.parametrize("name", examples.ESTIMATE)
+def test_the_command_line_that_is_offered_asks_the_same(name: str) -> None:
+    request = examples.ESTIMATE[name]["value"]
+    line = copies.as_command(request)
+    program, *arguments = shlex.split(line)
+    assert program == "vramplan"
+    ran = CliRunner().invoke(cli, [*arguments, "--json"])
+    assert orjson.loads(ran.stdout) == orjson.loads(orjson.dumps(answer(request)))
+
+
+def test_what_has_no_option_goes_through_standard_input() -> None:
+    request: dict[str, Any] = {
+        "model": "openai-community/gpt2",
+        "training": {"max_length": 64, "optim": "sgd", "optim_args": "momentum=0.9"},
+    }
+    before, after = copies.as_command(request).split(" | ")
+    _, _, rest = shlex.split(before)
+    _, *arguments = shlex.split(after)
+    ran = CliRunner().invoke(cli, [*arguments, "--json"], input=rest)
+    assert orjson.loads(ran.stdout) == orjson.loads(orjson.dumps(answer(request)))
+
+
+def test_the_line_for_curl_carries_the_request() -> None:
+    words = shlex.split(copies.as_curl(FIRST.request(), "http://127.0.0.1:8000"))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/estimate"]
+    assert orjson.loads(words[-1]) == FIRST.request()
+
+
+def test_a_comparison_that_cannot_be_answered_is_left_out() -> None:
+    found = sections.answered(SMALL.edited(against="model=&max_length=many"), "http://x")
+    assert found["other"] is None
+
+
+def test_changes_are_for_training_runs() -> None:
+    with pytest.raises(RequestError, match="training"):
+        sections.changed(presets.applied_to(FIRST, "inference"))

@@ -1,0 +1,66 @@
+"""Templates made into pages that hold to the page's policy: scripts and styles from here, nothing inline, nobody else asked."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from fastapi import Request, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from starlette.responses import HTMLResponse
+
+from app.answer import Json
+from app.wording import change_sentence
+from estimator.units import gib
+
+_HERE = Path(__file__).parent
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {"content-security-policy": POLICY, "vary": "hx-request"}
+STATIC = {"style.css": "text/css", "page.js": "text/javascript", "htmx.min.js": "text/javascript"}
+
+
+def page_of(template: str, context: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A template with its context."""
+    return HTMLResponse(_templates().get_template(template).render(context), status_code=status, headers={**HEADERS, **(headers or {})})
+
+
+async def in_thread(request: Request, call: Callable[[], Json]) -> Json:
+    """The result of a blocking call, off the event loop."""
+    return await to_thread.run_sync(call, limiter=request.app.state.threads)
+
+
+@cache
+def content(name: str) -> bytes:
+    """A file that is served as it is."""
+    return (_HERE / "static" / name).read_bytes()
+
+
+@cache
+def _address(name: str) -> str:
+    """Where a file is served, with its fingerprint."""
+    return f"/static/{name}?{hashlib.sha256(content(name)).hexdigest()[:12]}"
+
+
+def _breakable(name: str) -> Markup:
+    """A long name that may go on in the next line after an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def _percent(share: float, digits: int = 2) -> str:
+    return f"{100 * share:+.{digits}f} %"
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"gib": gib, "change": change_sentence, "breakable": _breakable, "percent": _percent}
+    environment.globals["static"] = _address
+    return environment

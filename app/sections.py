@@ -1,0 +1,287 @@
+"""What each part of the page shows, found out by the same calls as everywhere, and worded so that templates only place things."""
+
+from collections.abc import Callable, Iterator, Mapping
+from urllib.parse import parse_qsl
+
+import orjson
+import yaml
+from markupsafe import Markup
+
+from app import copies
+from app.answer import Json, is_modelled
+from app.card import card_of
+from app.chart import chart_of, largest_bytes, usable_bytes
+from app.form import AGAINST, EXTRA, MODEL, Form
+from app.plan import plan
+from app.reading import MAX_BODY_BYTES, read_estimate, read_json
+from app.service import answer, prepare
+from app.shortfall import Shortage, changes
+from app.sweep import answer_sweep, svg_of, sweep
+from app.trace import svg_of as timeline_of
+from app.trace import trace
+from app.wording import engine_phrase, headline, plan_sentence, shortfall_sentence
+from estimator.errors import RequestError, VramplanError
+from estimator.units import gib
+
+_NUM_BATCHES, _NUM_LENGTHS = 16, 16
+_LENGTH_STEP = 128
+_MIN_LENGTHS = 4096
+_SHOWN_CARDS = 12
+_SHOWN_CHANGES = 12
+
+
+def answered(form: Form, origin: str) -> Json:
+    """The answer to the form, with the recipe it is compared with beside it.
+
+    Raises:
+        VramplanError: if the request or the model cannot be answered for.
+    """
+    request = form.request()
+    found = answer(request)
+    other = _other(form)
+    view = _view(request, found, at_least=0 if other is None else largest_bytes(other[1]))
+    view["other"] = None if other is None else _view(*other, at_least=largest_bytes(found))
+    view["differences"] = [] if other is None else list(_differences(found, other[1]))
+    view["copies"] = {
+        "curl": copies.as_curl(request, origin),
+        "JSON": copies.as_json(request),
+        "command line": copies.as_command(request),
+    }
+    # Each edit of a traced model would trace anew: there the rest waits until it is asked for.
+    view["is_quick"] = found["engine"] == "analytic"
+    view["is_training"] = request.get("training") is not None and found["peak"] is not None
+    return view
+
+
+def _view(request: Mapping[str, object], found: Json, *, at_least: int) -> Json:
+    card = card_of(read_estimate(request).request.hardware)
+    return {
+        "answer": found,
+        "headline": headline(found, None if card is None else card.name),
+        "verdict": found["fit"]["verdict"] if found["fit"] else "unknown",
+        "usable": usable_bytes(found),
+        "engine": engine_phrase(found),
+        "chart": chart_of(found, at_least=at_least),
+    }
+
+
+def _other(form: Form) -> tuple[Json, Json] | None:
+    """The request and the answer of the recipe to compare with; None where there is none, or it cannot be answered."""
+    if not form[AGAINST]:
+        return None
+    try:
+        request = Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request()
+        return request, answer(request)
+    except (VramplanError, ValueError):
+        return None
+
+
+def _differences(found: Json, other: Json) -> Iterator[Json]:
+    """Choices of the recipe in which two answers differ, then their phases and items."""
+    ours, theirs = (
+        dict(_leaves({"model": found["model"]["id"], **found["recipe"]})),
+        dict(_leaves({"model": other["model"]["id"], **other["recipe"]})),
+    )
+    for name in dict.fromkeys((*ours, *theirs)):
+        if ours.get(name) != theirs.get(name):
+            yield {"name": name, "this": _shown(ours.get(name)), "other": _shown(theirs.get(name)), "by": ""}
+    mine, its = _sizes(found), _sizes(other)
+    for name in dict.fromkeys((*mine, *its)):
+        here, there = mine.get(name, 0), its.get(name, 0)
+        if here != there:
+            sign = "+" if here > there else "−"
+            yield {"name": name, "this": gib(here), "other": gib(there), "by": f"{sign}{gib(abs(here - there))}"}
+
+
+def _leaves(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, inner
+
+
+def _shown(value: object) -> str:
+    return "–" if value in (None, [], "") else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sizes(found: Json) -> dict[str, int]:
+    """Peak figures, phases, and the items of the peak [bytes]."""
+    peak = found["peak"]
+    sizes = {} if peak is None else {f"peak, {name}": peak[f"{name}_bytes"] or 0 for name in ("device", "reserved", "allocated")}
+    sizes |= {phase["phase"]: phase["allocated_bytes"] for phase in found["phases"]}
+    return sizes | {
+        f"{item['name']} at the peak": item["bytes"]
+        for phase in found["phases"]
+        if peak is not None and phase["phase"] == peak["phase"]
+        for item in phase["items"]
+    }
+
+
+def planned(form: Form) -> Json:
+    """The plan for the card: the largest micro-batch of the global batch, or what is missing."""
+    _need_card(form)
+    found = plan(form.plan_request())
+    if found["plan"] is None:
+        return {"sentence": shortfall_sentence(found["shortfall"]), "use": None, "others": [], "advice": found["shortfall"]["advice"]}
+    made = found["plan"]
+    return {
+        "sentence": plan_sentence(made),
+        "use": _sized(form, made),
+        "others": [{**other, "address": _sized(form, other)} for other in made["alternatives"]],
+        "margin": made["policy"]["margin"],
+        "longest": _longest(form, made),
+        "advice": [],
+    }
+
+
+def _longest(form: Form, made: Json) -> Json | None:
+    longest = made["longest_max_length"]
+    if longest is None or longest <= made["max_length"]:
+        return None
+    return {"max_length": longest, "address": _sized(form, {**made, "max_length": longest})}
+
+
+def _sized(form: Form, sizes: Json) -> str | None:
+    """The address of the form with the sizes of a plan."""
+    return form.changed(
+        {f"training.{name}": sizes[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")}
+    ).address
+
+
+def changed(form: Form) -> Json:
+    """What could be changed so that the run fits, each with the form that has it."""
+    _need_card(form)
+    request = form.request()
+    case = prepare(read_estimate(request))
+    training = case.recipe.training
+    if training is None:
+        raise RequestError("training: changes are looked for in training runs only", field="training")
+    estimate = case.answerer.estimate(case.recipe)
+    if not is_modelled(estimate):
+        raise RequestError("model: its training step is not modelled", field="model")
+    found = changes(
+        Shortage(
+            case=case,
+            estimate=estimate,
+            payload=request,
+            global_batch=training.micro_batch_size * training.gradient_accumulation_steps,
+        )
+    )
+    rows = [{**change, "address": form.changed(change["set"]).address} for change in found[:_SHOWN_CHANGES]]
+    return {"changes": rows}
+
+
+def cards(form: Form) -> Json:
+    """Which cards fit, with the best batch on each and its price."""
+    found = plan(form.cards_request())["gpus"]
+    fitting = [row for row in found if row["verdict"] == "fits"]
+    rows = [{**row, "address": _on_card(form, row)} for row in fitting]
+    return {"cards": rows[:_SHOWN_CARDS], "more": rows[_SHOWN_CARDS:], "num_others": len(found) - len(fitting)}
+
+
+def _on_card(form: Form, row: Json) -> str | None:
+    number = row["num_gpus"]
+    setting = {
+        "hardware.gpu": row["gpu"],
+        "hardware.num_gpus": number if number > 1 else None,
+        "hardware.strategy": row["strategy"] if number > 1 else None,
+        "hardware.capacity_gib": None,
+        "hardware.nvidia_smi": None,
+        **{f"training.{name}": row[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")},
+    }
+    return form.changed(setting).address
+
+
+def grid(form: Form) -> Json:
+    """Micro-batch by length as a picture, and the largest batch at each length."""
+    request = form.request()
+    case = prepare(read_estimate(request))
+    training = case.recipe.training
+    if training is None:
+        raise RequestError("training: the grid is over sizes of a training run", field="training")
+    limit = case.inventory.num_positions or 2**24
+    longest = min(max(_MIN_LENGTHS, 2 * training.sequence_length), limit)
+    step = max(1, longest // _NUM_LENGTHS // _LENGTH_STEP * _LENGTH_STEP or longest // _NUM_LENGTHS)
+    axes = {
+        "per_device_train_batch_size": f"1..{max(_NUM_BATCHES, 2 * training.micro_batch_size)}",
+        "max_length": f"{step}..{longest // step * step}:{step}",
+    }
+    swept = sweep({**request, "sweep": axes})
+    told = answer_sweep(swept)
+    frontier = told["grids"][0]["frontier"]
+    rows = [
+        {"max_length": length, "batch": batch, "address": _at(form, batch, length)}
+        for length, batch in zip(told["max_length"], frontier or (), strict=False)
+    ]
+    return {"picture": Markup(svg_of(swept)), "frontier": rows, "largest": told["per_device_train_batch_size"][-1]}
+
+
+def _at(form: Form, batch: int | None, length: int) -> str | None:
+    if batch is None:
+        return None
+    return form.changed({"training.per_device_train_batch_size": batch, "training.max_length": length}).address
+
+
+def timeline(form: Form) -> Json:
+    """Memory over a step of the traced run."""
+    return {"picture": Markup(timeline_of(trace(form.request()), standalone=False))}
+
+
+SECTIONS: Mapping[str, Callable[[Form], Json]] = {
+    "plan": planned,
+    "changes": changed,
+    "cards": cards,
+    "grid": grid,
+    "timeline": timeline,
+}
+QUICK = ("plan", "cards", "grid")
+"""What `show=all` brings; the others take longer, and wait until they are asked for by name."""
+
+
+def _need_card(form: Form) -> None:
+    if card_of(read_estimate(form.request()).request.hardware) is None:
+        raise RequestError("hardware: needs a card; pick a GPU or give its capacity", field="hardware")
+
+
+class _NoAliases(yaml.SafeLoader):
+    """YAML as data, without the anchors that make a short text a huge tree."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise RequestError("request: YAML aliases are not accepted", field="request")
+        return super().compose_node(parent, index)
+
+
+def pasted_form(text: str, form: Form) -> Form:
+    """The form that a pasted text stands for: a request, or a model's config.json, which replaces the model alone.
+
+    Raises:
+        RequestError: if it is neither, as JSON or YAML.
+    """
+    payload = _parsed(text)
+    if "model" not in payload and ("model_type" in payload or "architectures" in payload):
+        extra = {**form.further(), MODEL: {"config": payload}}
+        return form.edited(**{MODEL: "", EXTRA: copies.as_json(extra)})
+    if "model" not in payload and form[MODEL]:
+        payload = {MODEL: form[MODEL], **payload}
+    kept = {name: form[name] for name in (AGAINST,)}
+    return Form.of(payload).edited(**kept)
+
+
+def _parsed(text: str) -> Json:
+    try:
+        return read_json(text.encode())
+    except RequestError:
+        if text.lstrip().startswith("{"):
+            raise
+    if len(text) > MAX_BODY_BYTES // 16:
+        raise RequestError("request: so long a YAML text is not accepted", field="request")
+    try:
+        # once through JSON: what YAML has beyond it, such as dates and numbers as keys, is no field of a request
+        payload = orjson.loads(orjson.dumps(yaml.load(text, Loader=_NoAliases)))
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise RequestError(f"request: neither JSON nor YAML: {str(error).splitlines()[0]}", field="request") from None
+    if not isinstance(payload, dict):
+        raise RequestError("request: expected the fields of a request, or a config.json", field="request")
+    return payload
