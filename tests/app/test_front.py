@@ -232,7 +232,7 @@ def test_a_token_is_found_nowhere_afterwards(
                         texts += [response.text, str(response.headers)]
                     texts.append(client.get(f"/v1/models/owner/{name}", headers=header).text)
                 texts.append(client.get(f"/v1/models/{TOKEN}", headers=header).text)
-                texts.append(client.get("/", params={"model": TOKEN, "token": TOKEN}, headers=header).text)
+                texts.append(client.get("/", params={"model": "gpt2", "token": TOKEN}, headers=header).text)
                 texts.append(client.post("/v1/estimate", json={"model": "gpt2", TOKEN: TOKEN}, headers=header).text)
                 texts.append(client.post("/v1/calibrations", json={TOKEN: TOKEN}, headers=header).text)
             texts.append(client.get("/metrics").text)
