@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import orjson
 from anyio import CapacityLimiter
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from app import examples, sweep
 from app.answer import Json
+from app.calibrations import router as calibrations
 from app.catalogue import inspect_model, list_gpus, list_models
 from app.check import check
 from app.configuration import Configuration
@@ -25,19 +26,26 @@ from app.page import router as page
 from app.plan import plan
 from app.prices import current
 from app.problem import MEDIA_TYPE, problem, problem_of
-from app.reading import MAX_BODY_BYTES, read_json
+from app.reading import read_json
 from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
+from app.transfer import body_of
 from app.work import Workers
 from estimator.errors import FieldError, SourceUnavailableError, VramplanError
 from estimator.gpu_filter import GpuFilter
 from estimator.sources import catalogue
 from estimator.sources.access import Access
-from estimator.sources.lookup import Lookup
+from estimator.sources.lookup import Lookup, PublicStore
 from estimator.sources.process import default_inspector
 
+if TYPE_CHECKING:
+    from app.state.opening import State
+    from estimator.sources.cache import InventoryCache
+
+# An orchestrator's own patience is often a second.
+_READY_SECONDS = 5.0
 Filter = Annotated[str, Query(max_length=200)]
 Result = TypeVar("Result")
 
@@ -77,7 +85,10 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.metrics = metrics
     app.state.workers = Workers(threads=configuration.threads, timeout_seconds=configuration.request_timeout_seconds)
     app.state.threads = CapacityLimiter(configuration.threads)  # of the page
+    app.state.state = _state_of(configuration)
+    store, inventories = _caches(app.state.state, configuration)
     app.state.lookup = Lookup(
+        store=store,
         endpoint=configuration.hub_endpoint or None,
         deadline_seconds=configuration.hub_timeout_seconds,
         fresh_seconds=configuration.hub_fresh_seconds,
@@ -101,6 +112,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
             uses_environment=configuration.hub_use_own_token,
             token_from="the header X-HF-Token",
             lookup=app.state.lookup,
+            inventories=inventories,
         ),
         metrics=metrics,
         respond=_respond,
@@ -133,14 +145,39 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.get("/readyz", summary="Whether the service can do its work")(_ready)
     if configuration.metrics:
         app.get("/metrics", include_in_schema=False)(_metrics)
+    app.include_router(calibrations)
     app.include_router(page)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: State | None = app.state.state
+    if state is not None:
+        with suppress(SourceUnavailableError):  # answers need no state; `/readyz` tells of it
+            await asyncio.to_thread(state.ready)
     yield
     app.state.workers.close()
+    if state is not None:
+        state.close()
+
+
+def _state_of(configuration: Configuration) -> "State | None":
+    url = configuration.database
+    if url is None:
+        return None
+    from app.state.opening import State  # SQLAlchemy takes a third of a second
+
+    return State(url)
+
+
+def _caches(state: "State | None", configuration: Configuration) -> "tuple[PublicStore | None, InventoryCache | None]":
+    """Where public facts of the Hub are kept."""
+    if state is None:
+        return None, None
+    from app.state.public import SqlInventories, SqlStore
+
+    return SqlStore(state.database, fresh_seconds=configuration.hub_fresh_seconds), SqlInventories(state.database)
 
 
 async def _estimate(request: Request) -> Response:
@@ -224,8 +261,16 @@ async def _health() -> Response:
 
 async def _ready(request: Request) -> Response:
     """The Hub is told of, but not required: bundled models and pasted configs are answered without it."""
+    state: State | None = request.app.state.state
+    if state is not None:
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await asyncio.to_thread(state.check)
+        except TimeoutError:
+            raise SourceUnavailableError("the state of the service does not answer in time", retry_after_seconds=10) from None
     lookup: Lookup = request.app.state.lookup
-    return Reply({"status": "ready", "hub": "left alone" if lookup.breaker.is_open else "asked"})
+    hub = "left alone" if lookup.breaker.is_open else "asked"
+    return Reply({"status": "ready", "state": "none" if state is None else "kept", "hub": hub})
 
 
 async def _metrics(request: Request) -> Response:
@@ -236,23 +281,6 @@ async def _metrics(request: Request) -> Response:
 async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
     payload = read_json(await body_of(request))
     return Reply(await in_thread(request, payload, partial(ask, payload)))
-
-
-async def body_of(request: Request) -> bytes:
-    """The body, refused before it is held when it is too long, and given up when it drips in."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(request.app.state.configuration.body_timeout_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
-    except TimeoutError:
-        raise HTTPException(408, "the body did not arrive in time", headers={"connection": "close"}) from None
-    return bytes(body)
 
 
 async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result]) -> Result:

@@ -68,8 +68,12 @@ class MemoryStore:
             return self._configs.get(place)
 
     def keep_config(self, place: Place, found: HubConfig) -> None:
+        self.keep(place, Kept(found=found, kept_at=time.time()))
+
+    def keep(self, place: Place, kept: Kept) -> None:
+        """Keeps what was kept elsewhere before."""
         with self._lock:
-            self._configs[place] = Kept(found=found, kept_at=time.time())
+            self._configs[place] = kept
             self._configs.move_to_end(place)
             while len(self._configs) > self._max_entries:
                 self._configs.popitem(last=False)
