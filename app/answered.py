@@ -10,6 +10,7 @@ from estimator.estimate import Estimate
 from estimator.inventory import Inventory
 from estimator.phases import Item
 from estimator.recipe import Recipe
+from estimator.sources.checkpoint import Checkpoint
 from estimator.storage import StoredTensor
 
 
@@ -30,6 +31,10 @@ class Answered:
     """Fields of an evaluation during training; empty without one."""
     has_own_code: bool
     """Whether the model's repository brings code, which is never run."""
+    checkpoint: Checkpoint | None
+    """What the files of a model on the Hub store, where they were looked at."""
+    is_stale: bool
+    """Whether the config was kept from before, since the Hub does not answer."""
     has_interval: bool
     without_quantization: Estimate | None
     """The same run as plain 16-bit LoRA; None when it was not asked for or is not modelled."""

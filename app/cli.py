@@ -226,11 +226,12 @@ def inspect(
 def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(help="processes that serve", min=1, max=256)] = 1,
 ) -> None:
     """Serve the page and the HTTP API."""
-    import uvicorn
+    from app.serving import serve_on
 
-    uvicorn.run("app.http:create_app", factory=True, host=host, port=port, server_header=False)
+    serve_on(host, port, workers)
 
 
 @cli.command(

@@ -100,6 +100,8 @@ class Answerer:
             return "covers training steps only; accepted here: 'auto', 'analytic'"
         if recipe.parallel.is_spread and recipe.parallel.strategy is not Strategy.DDP:
             return f"is of a model that lies on one card, and not of {recipe.parallel.strategy.value!r}"
+        if self.inventory.is_stored:
+            return f"runs a class of transformers, and of {self.inventory.model_class} only the checkpoint's files are known"
         if self.inventory.config.get("auto_class") in _ENCODER_DECODER:
             return f"covers models of one stack of layers, and {self.inventory.model_class} reads with an encoder and writes with a decoder"
         runs_trl = recipe.training.loss is Loss.TRL_TILED or recipe.training.objective.kind is ObjectiveKind.REWARD

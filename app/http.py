@@ -1,50 +1,54 @@
 """The HTTP face: bytes in, one call, JSON or a page out."""
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import orjson
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app import examples, sweep
 from app.answer import Json
+from app.calibrations import router as calibrations
 from app.catalogue import inspect_model, list_gpus, list_models
 from app.check import check
+from app.configuration import Configuration
+from app.flood import RateLimiter, Refusal
+from app.front import SECURITY_HEADERS, Front
+from app.metrics import CONTENT_TYPE, Metrics
 from app.page import router as page
 from app.plan import plan
 from app.prices import current
 from app.problem import MEDIA_TYPE, problem, problem_of
-from app.reading import MAX_BODY_BYTES, read_json
+from app.reading import read_json
 from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import converted, opened
-from estimator.errors import FieldError, VramplanError
+from app.transfer import body_of
+from app.work import Workers
+from estimator.errors import FieldError, SourceUnavailableError, VramplanError
 from estimator.gpu_filter import GpuFilter
+from estimator.sources import catalogue
+from estimator.sources.access import Access
+from estimator.sources.lookup import Lookup, PublicStore
+from estimator.sources.process import default_inspector
 
+if TYPE_CHECKING:
+    from app.state.opening import State
+    from estimator.sources.cache import InventoryCache
+
+# An orchestrator's own patience is often a second.
+_READY_SECONDS = 5.0
 Filter = Annotated[str, Query(max_length=200)]
 Result = TypeVar("Result")
-
-# Estimates are arithmetic that holds the interpreter's lock: a few threads keep the loop free, more would only queue there.
-MAX_THREADS = 8
-
-SECURITY_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-}
-# FastAPI's documentation page brings scripts of its own from a CDN: it gets a policy that lets them in.
-DOCS_POLICY = (
-    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net; "
-    "img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'"
-)
 
 
 class Reply(Response):
@@ -62,21 +66,58 @@ class Problem(Reply):
     media_type = MEDIA_TYPE
 
 
-def create_app() -> FastAPI:
-    """The application."""
+def create_app(configuration: Configuration | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        configuration: of the environment if None.
+    """
+    configuration = configuration if configuration is not None else Configuration()
+    metrics = Metrics()
     app = FastAPI(
         title="vramplan",
         version="1",
         description="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
         redoc_url=None,
         default_response_class=Reply,
+        lifespan=_lifespan,
     )
-    app.state.threads = CapacityLimiter(MAX_THREADS)
+    app.state.configuration = configuration
+    app.state.metrics = metrics
+    app.state.workers = Workers(threads=configuration.threads, timeout_seconds=configuration.request_timeout_seconds)
+    app.state.threads = CapacityLimiter(configuration.threads)  # of the page
+    app.state.state = _state_of(configuration)
+    store, inventories = _caches(app.state.state, configuration)
+    app.state.lookup = Lookup(
+        store=store,
+        endpoint=configuration.hub_endpoint or None,
+        deadline_seconds=configuration.hub_timeout_seconds,
+        fresh_seconds=configuration.hub_fresh_seconds,
+        stale_seconds=configuration.hub_stale_seconds,
+        file_hosts=configuration.hub_file_hosts,
+        observe=metrics.hub_outcome,
+    )
+    default_inspector().limit_waiting(configuration.max_waiting_inspections)
     app.add_exception_handler(VramplanError, _on_own_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_unforeseen_error)
-    app.middleware("http")(_with_headers)
+    app.add_middleware(
+        Front,
+        allowed_hosts=configuration.allowed_hosts,
+        limiter=RateLimiter(configuration.rate_limit, configuration.rate_limit_storage),
+        max_concurrent=configuration.max_concurrent,
+        access=partial(
+            Access,
+            uses_environment=configuration.hub_use_own_token,
+            token_from="the header X-HF-Token",
+            lookup=app.state.lookup,
+            inventories=inventories,
+        ),
+        metrics=metrics,
+        respond=_respond,
+    )
     app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented(EstimateRequest, examples.ESTIMATE))(
         _estimate
     )
@@ -109,8 +150,42 @@ def create_app() -> FastAPI:
         description="Ranges are written `24GB..80GB`, `..24GB`, `40GB..`, `1..8`; `filter` takes it all in one: `24GB..80GB bf16 runpod`.",
     )(_gpus)
     app.get("/healthz", summary="Whether the service answers")(_health)
+    app.get("/readyz", summary="Whether the service can do its work")(_ready)
+    if configuration.metrics:
+        app.get("/metrics", include_in_schema=False)(_metrics)
+    app.include_router(calibrations)
     app.include_router(page)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: State | None = app.state.state
+    if state is not None:
+        with suppress(SourceUnavailableError):  # answers need no state; `/readyz` tells of it
+            await asyncio.to_thread(state.ready)
+    yield
+    app.state.workers.close()
+    if state is not None:
+        state.close()
+
+
+def _state_of(configuration: Configuration) -> "State | None":
+    url = configuration.database
+    if url is None:
+        return None
+    from app.state.opening import State  # SQLAlchemy takes a third of a second
+
+    return State(url)
+
+
+def _caches(state: "State | None", configuration: Configuration) -> "tuple[PublicStore | None, InventoryCache | None]":
+    """Where public facts of the Hub are kept."""
+    if state is None:
+        return None, None
+    from app.state.public import SqlInventories, SqlStore
+
+    return SqlStore(state.database, fresh_seconds=configuration.hub_fresh_seconds), SqlInventories(state.database)
 
 
 async def _estimate(request: Request) -> Response:
@@ -127,20 +202,20 @@ async def _check(request: Request) -> Response:
 
 async def _convert(request: Request) -> Response:
     payload = read_json(await body_of(request))
-    return Reply(await in_thread(request, partial(converted, payload)))
+    return Reply(await in_thread(request, payload, partial(converted, payload)))
 
 
 async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:
     payload = await _payload(request)
     match format:
         case "json":
-            return Reply(await in_thread(request, lambda: sweep.answer_sweep(sweep.sweep(payload))))
+            return Reply(await in_thread(request, payload, lambda: sweep.answer_sweep(sweep.sweep(payload))))
         case "csv":
             disposition = {"content-disposition": 'attachment; filename="vramplan-sweep.csv"'}
-            text = await in_thread(request, lambda: sweep.csv_of(sweep.sweep(payload)))
+            text = await in_thread(request, payload, lambda: sweep.csv_of(sweep.sweep(payload)))
             return Response(text, media_type="text/csv; charset=utf-8", headers=disposition)
         case "svg":
-            return Response(await in_thread(request, lambda: sweep.svg_of(sweep.sweep(payload))), media_type="image/svg+xml")
+            return Response(await in_thread(request, payload, lambda: sweep.svg_of(sweep.sweep(payload))), media_type="image/svg+xml")
 
 
 async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = "json", alloc_conf: str = "") -> Response:
@@ -148,11 +223,11 @@ async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = 
     run = partial(trace, payload, settings=alloc_conf)
     match format:
         case "json":
-            return Reply(await in_thread(request, lambda: answer_trace(run())))
+            return Reply(await in_thread(request, payload, lambda: answer_trace(run())))
         case "svg":
-            return Response(await in_thread(request, lambda: svg_of(run())), media_type="image/svg+xml")
+            return Response(await in_thread(request, payload, lambda: svg_of(run())), media_type="image/svg+xml")
         case "snapshot":
-            content = await in_thread(request, lambda: snapshot_of(run()))
+            content = await in_thread(request, payload, lambda: snapshot_of(run()))
             disposition = {"content-disposition": 'attachment; filename="vramplan-snapshot.pickle"'}
             return Response(content, media_type="application/octet-stream", headers=disposition)
 
@@ -162,7 +237,8 @@ async def _models(request: Request, q: str | None = None) -> Response:
 
 
 async def _model(request: Request, model_id: str, revision: str | None = None) -> Response:
-    return Reply(await in_thread(request, partial(inspect_model, model_id, revision)))
+    asked = {"model": model_id, "revision": revision}
+    return Reply(await in_thread(request, asked, partial(inspect_model, model_id, revision)))
 
 
 async def _gpus(
@@ -196,33 +272,51 @@ async def _health() -> Response:
     return Reply({"status": "ok"})
 
 
+async def _ready(request: Request) -> Response:
+    """The Hub is told of, but not required: bundled models and pasted configs are answered without it."""
+    state: State | None = request.app.state.state
+    if state is not None:
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await asyncio.to_thread(state.check)
+        except TimeoutError:
+            raise SourceUnavailableError("the state of the service does not answer in time", retry_after_seconds=10) from None
+    lookup: Lookup = request.app.state.lookup
+    hub = "left alone" if lookup.breaker.is_open else "asked"
+    return Reply({"status": "ready", "state": "none" if state is None else "kept", "hub": hub})
+
+
+async def _metrics(request: Request) -> Response:
+    metrics: Metrics = request.app.state.metrics
+    return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
 async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
     payload = await _payload(request)
-    return Reply(await in_thread(request, partial(ask, payload)))
+    return Reply(await in_thread(request, payload, partial(ask, payload)))
 
 
 async def _payload(request: Request) -> Json:
     """The request of a body, its files read."""
     payload = read_json(await body_of(request))
-    return await in_thread(request, partial(opened, payload)) if "files" in payload else payload
+    return await in_thread(request, payload, partial(opened, payload)) if "files" in payload else payload
 
 
-async def body_of(request: Request) -> bytes:
-    """The body, refused before it is held when it is too long."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
-    return bytes(body)
-
-
-async def in_thread(request: Request, call: Callable[[], Result]) -> Result:
+async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result]) -> Result:
     """The result of a blocking call, off the event loop."""
-    return await to_thread.run_sync(call, limiter=request.app.state.threads)
+    workers: Workers = request.app.state.workers
+    return await workers.run(call, is_quick=is_bundled(asked))
+
+
+def is_bundled(asked: Mapping[str, Any]) -> bool:
+    """Whether a question is about a bundled model, and so asks neither the Hub nor, mostly, a process that builds models."""
+    model = asked.get("model")
+    return (
+        isinstance(model, str)
+        and asked.get("revision") in (None, "main")
+        and asked.get("engine") != "trace"
+        and catalogue.find(model) is not None
+    )
 
 
 def _documented(model: type[EstimateRequest], shown: Mapping[str, Json]) -> Json:
@@ -251,18 +345,20 @@ def _inline(node: Any, definitions: Mapping[str, Any]) -> Any:
     return {key: _inline(child, definitions) for key, child in node.items()}
 
 
-async def _with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await call_next(request)
-    for name, value in SECURITY_HEADERS.items():
-        response.headers.setdefault(name, value)
-    if request.url.path == "/docs":
-        response.headers["content-security-policy"] = DOCS_POLICY
-    return response
+def _respond(refusal: Refusal | VramplanError) -> Response:
+    if isinstance(refusal, VramplanError):
+        return _own_error(refusal)
+    headers = {"retry-after": str(refusal.retry_after_seconds)} if refusal.retry_after_seconds else None
+    return Problem(problem(refusal.status, None, refusal.detail), status_code=refusal.status, headers=headers)
 
 
 async def _on_own_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, VramplanError)
-    headers = {"retry-after": "30"} if error.status == 503 else None
+    return _own_error(error)
+
+
+def _own_error(error: VramplanError) -> Response:
+    headers = {"retry-after": str(error.retry_after_seconds)} if isinstance(error, SourceUnavailableError) else None
     return Problem(problem_of(error), status_code=error.status, headers=headers)
 
 
@@ -276,6 +372,11 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return Problem(problem(error.status_code, None, str(error.detail)), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    """Nobody is there to read it; 499 is what nginx writes into its log."""
+    return Response(status_code=499)
 
 
 async def _on_unforeseen_error(_: Request, __: Exception) -> Response:

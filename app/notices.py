@@ -290,7 +290,7 @@ def _other_stack(a: Answered) -> Iterable[str]:
 def _checkpoint_quantization(a: Answered) -> Iterable[str]:
     own = a.inventory.config.get("quantization_config")
     method = own.get("quant_method") if isinstance(own, dict) else None
-    if method not in (None, "bitsandbytes") and a.recipe.quantization is None:
+    if method not in (None, "bitsandbytes") and a.recipe.quantization is None and not a.inventory.is_stored:
         yield f"the checkpoint is stored quantized with {method}: this answer is for its weights dequantized to {a.recipe.dtype.value}."
 
 
@@ -327,11 +327,34 @@ def _other_major(a: Answered) -> Iterable[str]:
 
 
 def _own_code(a: Answered) -> Iterable[str]:
-    if a.has_own_code:
+    if a.has_own_code and not a.inventory.is_stored:
         yield (
             f"the repository brings code of its own, which was not run: {a.inventory.model_class} of transformers "
             f"{a.inventory.transformers_version} stands for it."
         )
+
+
+def _stored(a: Answered) -> Iterable[str]:
+    checkpoint = a.checkpoint
+    if checkpoint is None or not a.inventory.is_stored:
+        return
+    files = checkpoint.files
+    told = f"the {files.num_tensors:,} tensors that the headers of its safetensors files list, {gib(files.stored_bytes)}"
+    if checkpoint.method is not None:
+        yield (
+            f"the checkpoint is stored quantized with {checkpoint.method}: its weights are {told}, as stored. Kernels that pack them anew "
+            "when loaded, and what dequantizing takes while the model runs, are not in it."
+        )
+    else:
+        yield (
+            f"transformers has no class for {a.inventory.model_class}, and the repository's own code is never run: its weights are {told}, "
+            f"loaded in {a.recipe.dtype.value}. Buffers, tied weights and the step of its code are not known."
+        )
+
+
+def _stale(a: Answered) -> Iterable[str]:
+    if a.is_stale:
+        yield "the Hub does not answer: this is for the config that was kept from before, which may have changed since."
 
 
 def _load_only(a: Answered) -> Iterable[str]:
@@ -352,6 +375,8 @@ def _generation(a: Answered) -> Iterable[str]:
 RULES: tuple[tuple[Rule, str], ...] = (
     (_load_only, "load_only"),
     (_own_code, "own_code_not_run"),
+    (_stored, "sizes_from_headers"),
+    (_stale, "stale_config"),
     (_no_bfloat16, "no_bfloat16"),
     (_scaled_gradients, "fp16_gradients_refused"),
     (_cudnn_attention, "cudnn_attention_assumed"),

@@ -113,8 +113,10 @@ def with_classes(model: ResolvedModel, request: Request, stack: Stack) -> Resolv
     objective = resolve_objective(request, stack) if request.training is not None else Objective()
     if not objective.kind.is_classification:
         return model
+    if model.inventory.is_stored:
+        raise RequestError(f"{_FIELD}.kind: of {model.inventory.model_class} only the checkpoint's files are known", field=f"{_FIELD}.kind")
     config = bounds.check(with_head(model.config, objective))
-    inventory = build(config, on_disk=model.is_public)
+    inventory = build(config, is_public=model.is_public)
     if inventory.config.get("auto_class") != "sequence_classification":
         raise RequestError(
             f"{_FIELD}.kind: transformers classifies no sequences with {model.inventory.model_class}", field=f"{_FIELD}.kind"

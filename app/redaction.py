@@ -2,10 +2,11 @@
 
 import re
 
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{4,}")
+# Tokens of the Hub (`hf_…`, `hf_oauth_…`, `hf_jwt_…`) and keys of this service.
+_SECRET = re.compile(r"(hf|vrk)_[A-Za-z0-9][A-Za-z0-9_.-]{3,}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def redacted(text: str) -> str:
     """The text with tokens and control characters replaced."""
-    return _CONTROL.sub("?", _SECRET.sub("hf_…", text))
+    return _CONTROL.sub("?", _SECRET.sub(r"\1_…", text))

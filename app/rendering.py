@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from anyio import to_thread
 from fastapi import Request, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,6 +13,7 @@ from starlette.responses import HTMLResponse
 
 from app.answer import Json
 from app.wording import change_sentence
+from app.work import Workers
 from estimator.units import gib
 
 _HERE = Path(__file__).parent
@@ -32,7 +32,8 @@ def page_of(template: str, context: Mapping[str, Any], *, status: int = 200, hea
 
 async def in_thread(request: Request, call: Callable[[], Json]) -> Json:
     """The result of a blocking call, off the event loop."""
-    return await to_thread.run_sync(call, limiter=request.app.state.threads)
+    workers: Workers = request.app.state.workers
+    return await workers.run(call, is_quick=False)
 
 
 @cache

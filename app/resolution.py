@@ -42,6 +42,7 @@ def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) ->
     if request.training is not None and request.inference is not None:
         raise RequestError("training: give either training or inference, not both", field="training")
     _check_hardware(request.hardware)
+    _check_stored(request, inventory)
     quantization = resolve_quantization(request.quantization, inventory)
     adapter = resolve_adapter(request.peft, inventory)
     if request.training is not None and quantization is not None and adapter is None:
@@ -66,6 +67,16 @@ def resolve_recipe(request: Request, inventory: Inventory, card: Card | None) ->
         parallel=resolve_parallel(request, inventory),
         stack=stack,
     )
+
+
+def _check_stored(request: Request, inventory: Inventory) -> None:
+    """Which modules are linear, a checkpoint's files do not tell: neither what would be quantized nor what would be adapted is known."""
+    for field, asked in (("quantization", request.quantization), ("peft", request.peft)):
+        if inventory.is_stored and asked is not None and not (field == "quantization" and _is_switched_off(request.quantization)):
+            raise RequestError(
+                f"{field}: of {inventory.model_class} only the tensors of its files are known, and not its modules; accepted: null",
+                field=field,
+            )
 
 
 def resolve_dtype(request: Request, inventory: Inventory, stack: Stack, *, quantized: bool) -> DType:
@@ -116,9 +127,11 @@ def resolve_quantization(asked: QuantizationFields | None, inventory: Inventory)
     return stored
 
 
-def _is_switched_off(asked: QuantizationFields) -> bool:
+def _is_switched_off(asked: QuantizationFields | None) -> bool:
     """Whether switches, and nothing else, are given, and none is on: what a script writes that can do without."""
-    return bool(asked.model_fields_set) and asked.model_fields_set <= _SWITCHES and not (asked.load_in_4bit or asked.load_in_8bit)
+    if asked is None or not asked.model_fields_set:
+        return False
+    return asked.model_fields_set <= _SWITCHES and not (asked.load_in_4bit or asked.load_in_8bit)
 
 
 def _quantization(asked: QuantizationFields) -> Quantization:

@@ -50,7 +50,8 @@ class Case:
             "revision": self.model.revision,
             "model_type": self.inventory.model_type,
             "source": self.model.source,
-            "num_parameters": self.inventory.num_parameters,
+            "num_parameters": self.model.num_parameters or self.inventory.num_parameters,
+            **_checkpoint_json(self.model),
         }
 
 
@@ -80,7 +81,19 @@ def find_model(request: Request) -> ResolvedModel:
     """The model that a request names or carries."""
     model = request.model
     found = resolve(dict(model.config) if isinstance(model, InlineModel) else model, request.revision)
+    if request.training is None:
+        found = found.as_stored
     return with_classes(found, request, stack_of(request.stack))
+
+
+def _checkpoint_json(model: ResolvedModel) -> Json:
+    """What the files store, where they were looked at."""
+    checkpoint = model.checkpoint
+    if checkpoint is None:
+        return {}
+    files = checkpoint.files
+    stored = {"stored_bytes": files.stored_bytes, "num_tensors": files.num_tensors, "num_files": files.num_files}
+    return {"checkpoint": {"quantization": checkpoint.method, "basis": "safetensors headers", **stored}}
 
 
 def render(case: Case, estimate: Estimate) -> Json:
@@ -108,6 +121,8 @@ def render(case: Case, estimate: Estimate) -> Json:
                 unmodelled=unmodelled,
                 evaluation=question.evaluation,
                 has_own_code=case.model.has_own_code,
+                checkpoint=case.model.checkpoint,
+                is_stale=case.model.is_stale,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
                 with_reentry=_with_reentry(case, estimate),

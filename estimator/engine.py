@@ -151,6 +151,8 @@ def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
 def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
     if recipe.training is not None and recipe.training.objective.kind is not ObjectiveKind.SFT:
         return f"The step of objective {recipe.training.objective.kind.value!r}"
+    if inventory.is_stored:
+        return f"The step of {inventory.model_class}, known by its checkpoint's files alone,"
     family = FAMILIES.get(inventory.model_type)
     if family is None or inventory.output_embedding is None:
         return f"The step of {inventory.model_class} ({inventory.model_type})"

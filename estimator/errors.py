@@ -88,6 +88,10 @@ class SourceUnavailableError(SourceError):
     status = 503
     title = "Model source unavailable"
 
+    def __init__(self, message: str, *, field: str | None = None, retry_after_seconds: int = 30) -> None:
+        super().__init__(message, field=field)
+        self.retry_after_seconds = retry_after_seconds
+
 
 class InspectionError(VramplanError):
     """transformers could not build the model from its config."""

@@ -110,6 +110,8 @@ class Inventory:
     """The (text) config as transformers resolved it: plain JSON values only."""
     checkpoint_dtype: DType | None = None
     """The config's own `dtype`, what `dtype="auto"` means."""
+    is_stored: bool = False
+    """Whether the rows are those of a checkpoint's files, without a class: only what they take when loaded can be told."""
 
     def __hash__(self) -> int:
         return hash(self.content_hash)

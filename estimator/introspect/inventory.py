@@ -14,9 +14,9 @@ from estimator.errors import UnknownNameError
 from estimator.introspect import facts
 from estimator.introspect.build import build
 from estimator.introspect.errors import BuildError
-from estimator.introspect.rows import Tensor, group
 from estimator.inventory import Inventory, ModuleKind, TensorRole
 from estimator.inventory_codec import encode
+from estimator.rows import Tensor, group
 
 
 def inventory_task(payload: Mapping[str, Any]) -> dict[str, object]:

@@ -80,15 +80,10 @@ class InventoryCache:
             self._remember(found)
         return found
 
-    def put(self, inventory: Inventory, *, on_disk: bool = True) -> None:
-        """Keeps an inventory under its content hash.
-
-        Args:
-            on_disk: False for what must not outlive this process, such as the config of a private model.
-        """
+    def put(self, inventory: Inventory) -> None:
+        """Keeps an inventory under its content hash; never that of a private model."""
         self._remember(inventory)
-        if on_disk:
-            self._write(inventory)
+        self._write(inventory)
 
     def _remember(self, inventory: Inventory) -> None:
         with self._lock:

@@ -1,29 +1,26 @@
 """A model's config.json from the Hugging Face Hub: one small file, with a deadline, and never written to disk."""
 
 import os
-import queue
 import re
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote
 
 from estimator.errors import AccessDeniedError, ModelNotFoundError, RequestError, SourceError, SourceUnavailableError
 from estimator.sources import bounds, configfile
+from estimator.sources.access import Access, current
+from estimator.sources.transport import Answer, Fetch, get
 
 DEADLINE_SECONDS = 8.0
-MAX_REDIRECTS = 3
+DEFAULT_ENDPOINT = "https://huggingface.co"
+DEFAULT_REVISION = "main"
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?:{_NAME}/)?{_NAME}")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-_Answer = tuple[int, Mapping[str, str], bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +32,28 @@ class HubConfig:
     """The commit, where the Hub names it; else the revision asked for."""
     is_public: bool
     """Whether it was read without a token: only then may anything made from it be stored."""
+    is_stale: bool = False
+    """Whether it was kept from before, since the Hub does not answer."""
+
+    @property
+    def has_commit(self) -> bool:
+        """Whether the revision can no longer change."""
+        return is_commit(self.revision)
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit, in full."""
+    return _COMMIT.fullmatch(revision) is not None
+
+
+def endpoint_in_use() -> str:
+    """Address of the Hub: `HF_ENDPOINT`, or the public one."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def is_offline() -> bool:
+    """Whether the program is told to ask nothing."""
+    return (os.environ.get("HF_HUB_OFFLINE") or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def check_id(model_id: str) -> str:
@@ -63,9 +82,10 @@ def fetch(
     model_id: str,
     revision: str | None = None,
     *,
-    token: str | None = None,
+    access: Access | None = None,
     endpoint: str | None = None,
     deadline_seconds: float = DEADLINE_SECONDS,
+    ask: Callable[[Fetch, float], Answer] = get,
 ) -> HubConfig:
     """The checked config of a model on the Hub.
 
@@ -74,9 +94,10 @@ def fetch(
     Args:
         model_id: `owner/name`.
         revision: branch, tag or commit; the default branch if None.
-        token: access token; `HF_TOKEN` of the environment if None.
+        access: of the caller; that of the question being answered if None.
         endpoint: address of the Hub; `HF_ENDPOINT` of the environment if None.
         deadline_seconds: for everything together [s].
+        ask: how one answer is got.
 
     Raises:
         RequestError: if the id or revision is malformed.
@@ -87,123 +108,58 @@ def fetch(
         ConfigError: if the config is out of bounds.
     """
     check_id(model_id)
-    revision = check_revision(revision) if revision is not None else "main"
-    if _truthy(os.environ.get("HF_HUB_OFFLINE")):
+    revision = check_revision(revision) if revision is not None else DEFAULT_REVISION
+    if is_offline():
         raise SourceUnavailableError(
             f"model: {model_id!r} is not in the catalogue, and HF_HUB_OFFLINE is set; paste its config.json", field="model"
         )
-    token = token or os.environ.get("HF_TOKEN") or None
-    base = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{base}/{model_id}/resolve/{quote(revision, safe='')}/config.json"
+    access = access if access is not None else current()
+    url = file_url(endpoint or endpoint_in_use(), model_id, revision, "config.json")
     deadline = time.monotonic() + deadline_seconds
-    status, headers, body = _get(url, {}, deadline)
+    answer = ask(Fetch(url=url, max_bytes=bounds.MAX_BYTES), deadline)
+    token = access.secret
     is_public = True
-    if status in (401, 403) and token:
+    if answer.status in (401, 403) and token:
         is_public = False
-        status, headers, body = _get(url, {"authorization": f"Bearer {token}"}, deadline)
-    if status != 200:
-        raise _refusal(model_id, revision, status, headers, has_token=token is not None)
-    commit = headers.get("x-repo-commit", "")
-    if not body.lstrip().startswith(b"{"):
+        answer = ask(Fetch(url=url, token=token, max_bytes=bounds.MAX_BYTES), deadline)
+    if not answer.is_ok:
+        raise refusal(model_id, revision, answer, access)
+    commit = answer.headers.get("x-repo-commit", "")
+    if not answer.body.lstrip().startswith(b"{"):
         raise SourceError(f"model: the Hub's answer for {model_id!r} is no config.json", field="model")
-    return HubConfig(config=configfile.parse(body), revision=commit if _COMMIT.fullmatch(commit) else revision, is_public=is_public)
+    return HubConfig(config=configfile.parse(answer.body), revision=commit if is_commit(commit) else revision, is_public=is_public)
 
 
-def _get(url: str, authorization: dict[str, str], deadline: float) -> _Answer:
-    """`_request` in a thread of its own, left behind at the deadline: a client's timeouts start anew with every byte that drips in."""
-    answers: queue.SimpleQueue[_Answer | Exception] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(_request(url, authorization, deadline))
-        except Exception as error:  # carried over to the caller's thread
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True, name="vramplan-hub").start()
-    try:
-        answer = answers.get(timeout=_remaining(deadline))
-    except queue.Empty:
-        raise _too_slow() from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+def file_url(endpoint: str, model_id: str, revision: str, name: str) -> str:
+    """Address of a file; id and revision are checked beforehand."""
+    return f"{endpoint.rstrip('/')}/{model_id}/resolve/{quote(revision, safe='')}/{quote(name)}"
 
 
-def _request(url: str, authorization: dict[str, str], deadline: float) -> _Answer:
-    """Status, headers and at most `bounds.MAX_BYTES` of the body; redirects only within the host."""
-    # Imported here because the catalogue needs no HTTP.
-    from huggingface_hub import get_session
-
-    # Not `build_hf_headers`: it asks the Hub a question of its own first, and reads the token that a login left on disk.
-    headers = {"user-agent": "vramplan", **authorization}
-    session = get_session()
-    http = import_module(type(session).__module__.partition(".")[0])  # httpx2, or httpx for huggingface_hub 1
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            with session.stream("GET", url, headers=headers, timeout=_remaining(deadline), follow_redirects=False) as response:
-                location = response.headers.get("location")
-                if response.status_code in (301, 302, 303, 307, 308) and location:
-                    url = _same_host(url, location)
-                    continue
-                body = bytearray()
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    _remaining(deadline)
-                    if len(body) > bounds.MAX_BYTES:
-                        raise SourceError(f"model: the Hub's config.json has more than {bounds.MAX_BYTES} bytes", field="model")
-                return response.status_code, response.headers, bytes(body)
-    except http.TimeoutException:
-        raise _too_slow() from None
-    except (http.HTTPError, http.InvalidURL) as error:
-        raise SourceUnavailableError(
-            f"model: the Hub cannot be reached ({type(error).__name__}); paste the config.json", field="model"
-        ) from None
-    raise SourceError("model: the Hub redirects in circles", field="model")
-
-
-def _remaining(deadline: float) -> float:
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise _too_slow()
-    return remaining
-
-
-def _too_slow() -> SourceUnavailableError:
-    return SourceUnavailableError("model: the Hub did not answer in time; try again, or paste the config.json", field="model")
-
-
-def _same_host(url: str, location: str) -> str:
-    """Where a redirect leads, if it stays on the host: a token must not leave it, nor may a stranger's answer choose what we fetch."""
-    target = urljoin(url, location)
-    if urlsplit(target)[:2] != urlsplit(url)[:2]:
-        raise SourceError("model: the Hub redirects to another host", field="model")
-    return target
-
-
-def _refusal(model_id: str, revision: str, status: int, headers: Mapping[str, str], *, has_token: bool) -> SourceError:
+def refusal(model_id: str, revision: str, answer: Answer, access: Access) -> SourceError:
     """The error for a status other than 200.
 
     Source: huggingface_hub, utils/_http.py, hf_raise_for_status: the header X-Error-Code tells the reasons apart, and the Hub answers 401
     for models that do not exist, so as not to tell which private ones do.
     """
-    code = headers.get("x-error-code", "")
+    status, code = answer.status, answer.headers.get("x-error-code", "")
+    place, has_token = access.token_from, access.secret is not None
     if status == 429 or status >= 500:
-        return SourceUnavailableError(f"model: the Hub answered {status}; try again later, or paste the config.json", field="model")
+        return SourceUnavailableError(
+            f"model: the Hub answered {status}; try again later, or paste the config.json",
+            field="model",
+            retry_after_seconds=answer.retry_after_seconds or 30,
+        )
     if code == "GatedRepo" or status == 403:
-        advice = "the token in HF_TOKEN has not been granted access" if has_token else "accept its terms on the Hub and set HF_TOKEN"
+        advice = f"the token in {place} has not been granted access" if has_token else f"accept its terms on the Hub and set {place}"
         return AccessDeniedError(f"model: {model_id!r} is gated: {advice}", field="model")
     if code == "RevisionNotFound":
         return ModelNotFoundError(f"revision: {model_id!r} has no revision {revision!r}", field="revision")
     if code == "EntryNotFound":
         return ModelNotFoundError(f"model: {model_id!r} has no config.json: it may hold only an adapter or GGUF files", field="model")
-    if status == 401 and has_token and headers.get("x-error-message") == "Invalid credentials in Authorization header":
-        return AccessDeniedError(f"model: the Hub does not accept the token in HF_TOKEN for {model_id!r}", field="model")
+    if status == 401 and has_token and answer.headers.get("x-error-message") == "Invalid credentials in Authorization header":
+        return AccessDeniedError(f"model: the Hub does not accept the token in {place} for {model_id!r}", field="model")
     if status in (401, 404):
         return ModelNotFoundError(
-            f"model: {model_id!r} does not exist on the Hub, or is private and HF_TOKEN does not open it", field="model"
+            f"model: {model_id!r} does not exist on the Hub, or is private and {place} does not open it", field="model"
         )
     return SourceError(f"model: the Hub answered {status} for {model_id!r}", field="model")
-
-
-def _truthy(value: str | None) -> bool:
-    return (value or "").upper() in ("1", "ON", "YES", "TRUE")

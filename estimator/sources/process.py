@@ -163,6 +163,8 @@ class Inspector:
         self._keep_spare = keep_spare
         self._queue_seconds = queue_seconds
         self._places = threading.BoundedSemaphore(max_processes)
+        self._num_waiting = 0
+        self._max_waiting: int | None = None
         self._max_idle = max_processes + keep_spare
         self._lock = threading.Lock()
         self._idle: list[Process] = []
@@ -183,8 +185,7 @@ class Inspector:
         limits = self.limits
         if wall_seconds is not None:
             limits = Limits(wall_seconds=wall_seconds, cpu_seconds=1.5 * wall_seconds, resident_bytes=limits.resident_bytes)
-        if not self._places.acquire(timeout=self._queue_seconds):
-            raise SourceUnavailableError(f"all inspecting processes were busy for {self._queue_seconds:g} s; try again")
+        self._queue_up()
         try:
             process = self._take()
             try:
@@ -193,6 +194,25 @@ class Inspector:
                 self._give_back(process)
         finally:
             self._places.release()
+
+    def limit_waiting(self, max_waiting: int) -> None:
+        """Lets at most so many callers wait for a process; further ones are told to come back at once."""
+        self._max_waiting = max_waiting
+
+    def _queue_up(self) -> None:
+        """Takes a place, or waits for one."""
+        if self._places.acquire(blocking=False):
+            return
+        with self._lock:
+            if self._max_waiting is not None and self._num_waiting >= self._max_waiting:
+                raise SourceUnavailableError("all inspecting processes are busy, and others wait; try again", retry_after_seconds=5)
+            self._num_waiting += 1
+        try:
+            if not self._places.acquire(timeout=self._queue_seconds):
+                raise SourceUnavailableError(f"all inspecting processes were busy for {self._queue_seconds:g} s; try again")
+        finally:
+            with self._lock:
+                self._num_waiting -= 1
 
     def warm_up(self) -> None:
         """Starts a process, without waiting for it."""

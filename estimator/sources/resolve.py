@@ -1,16 +1,20 @@
 """From what a user calls a model to its inventory: catalogue, config or Hub, in this order."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from estimator.errors import ConfigError
+from estimator.errors import ConfigError, SourceError
 from estimator.inventory import Inventory
 from estimator.inventory_codec import decode
-from estimator.sources import bounds, catalogue, configfile, hub
+from estimator.sources import bounds, catalogue, configfile
+from estimator.sources.access import Access, current
 from estimator.sources.cache import InventoryCache, content_hash, default_cache
+from estimator.sources.checkpoint import Checkpoint, checkpoint_of, method_of
+from estimator.sources.lookup import default_lookup
 from estimator.sources.process import Inspector, default_inspector
 
 
@@ -38,6 +42,20 @@ class ResolvedModel:
     """Whether what is learnt of it may be kept on disk."""
     has_own_code: bool = False
     """Whether its repository brings code (`auto_map`), which was not run: transformers' own class stands for it."""
+    checkpoint: Checkpoint | None = None
+    """What its files store, where they were read: of quantized checkpoints on the Hub, and where transformers has no class."""
+    num_parameters: int | None = None
+    """Logical scalars, where the inventory in use is that of packed tensors."""
+    is_stale: bool = False
+    """Whether it was kept from before, since the Hub does not answer."""
+
+    @property
+    def as_stored(self) -> "ResolvedModel":
+        """The model with its weights as its files have them, where they are stored in a way that is not counted otherwise."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.method in (None, "bitsandbytes") or self.inventory.is_stored:
+            return self
+        return replace(self, inventory=checkpoint.inventory, num_parameters=self.inventory.num_parameters)
 
 
 def resolve(
@@ -46,9 +64,7 @@ def resolve(
     *,
     inspector: Inspector | None = None,
     cache: InventoryCache | None = None,
-    token: str | None = None,
-    endpoint: str | None = None,
-    deadline_seconds: float = hub.DEADLINE_SECONDS,
+    access: Access | None = None,
 ) -> ResolvedModel:
     """The inventory of a model.
 
@@ -58,10 +74,10 @@ def resolve(
         revision: branch, tag or commit on the Hub. With one other than `main` the catalogue is passed over.
         inspector: the processes that build models; the program's own if None.
         cache: inventories built before; the program's own if None.
-        token, endpoint, deadline_seconds: see `hub.fetch`.
+        access: of the caller; that of the question being answered if None.
 
     Raises:
-        VramplanError: what `bounds.check`, `configfile.read`, `hub.fetch` and `Inspector.run` raise.
+        VramplanError: what `bounds.check`, `configfile.read`, `Lookup.config` and `Inspector.run` raise.
     """
     match model:
         case str():
@@ -76,18 +92,7 @@ def resolve(
                     config=bundled.config,
                     has_own_code=own_code,
                 )
-            found = hub.fetch(model, revision, token=token, endpoint=endpoint, deadline_seconds=deadline_seconds)
-            inventory = build(found.config, inspector=inspector, cache=cache, on_disk=found.is_public)
-            own_code = "auto_map" in found.config
-            return ResolvedModel(
-                id=model,
-                revision=found.revision,
-                source=ModelSource.HUB,
-                inventory=inventory,
-                config=found.config,
-                is_public=found.is_public,
-                has_own_code=own_code,
-            )
+            return _from_hub(model, revision, access if access is not None else current(), inspector, cache)
         case Path():
             config = configfile.read(model)
         case _:
@@ -99,34 +104,71 @@ def resolve(
     )
 
 
+def _from_hub(
+    model_id: str, revision: str | None, access: Access, inspector: Inspector | None, cache: InventoryCache | None
+) -> ResolvedModel:
+    lookup = access.lookup if access.lookup is not None else default_lookup()
+    found = lookup.config(model_id, revision, access)
+    has_own_code, checkpoint = "auto_map" in found.config, None
+    if method_of(found.config) is not None:
+        # An answer for the weights as the class has them stands without the headers, and says so.
+        with suppress(SourceError):
+            checkpoint = checkpoint_of(found.config, lookup.files(model_id, found, access))
+    try:
+        inventory = build(found.config, inspector=inspector, cache=cache, is_public=found.is_public)
+    except ConfigError as error:
+        if not has_own_code or not _is_unknown(error):
+            raise
+        checkpoint = checkpoint or checkpoint_of(found.config, lookup.files(model_id, found, access))
+        inventory = checkpoint.inventory
+    return ResolvedModel(
+        id=model_id,
+        revision=found.revision,
+        source=ModelSource.HUB,
+        inventory=inventory,
+        config=found.config,
+        is_public=found.is_public,
+        has_own_code=has_own_code,
+        checkpoint=checkpoint,
+        is_stale=found.is_stale,
+    )
+
+
+def _is_unknown(error: ConfigError) -> bool:
+    return "is not known to transformers" in error.message
+
+
 def build(
     config: Mapping[str, Any],
     *,
     inspector: Inspector | None = None,
     cache: InventoryCache | None = None,
-    on_disk: bool = True,
+    is_public: bool = True,
 ) -> Inventory:
     """The inventory of a config, from the cache or by building the model on the meta device in a process of its own.
 
     Args:
         config: the content of a config.json, checked by `bounds.check`.
-        on_disk: False for what must not be stored.
+        is_public: False for what must be kept nowhere, neither on disk nor for other callers.
 
     Raises:
         ConfigError: if transformers knows no such model; the message says so where the repository would bring code of its own.
         InspectionError: if the model cannot be built, or not within the limits.
     """
     key = content_hash(config)
-    cache = cache if cache is not None else default_cache()
+    if cache is None:
+        own = current().inventories
+        cache = own if own is not None else default_cache()
     if (found := cache.get(key)) is not None:
         return found
     inspector = inspector if inspector is not None else default_inspector()
     try:
         inventory = decode(inspector.run("inventory", {"config": dict(config), "content_hash": key}))
     except ConfigError as error:
-        if "auto_map" in config and "is not known to transformers" in error.message:
+        if "auto_map" in config and _is_unknown(error):
             message = f"{error.message}; the repository brings code of its own (auto_map), which is never run here"
             raise ConfigError(message, field="model.config.model_type") from None
         raise
-    cache.put(inventory, on_disk=on_disk)
+    if is_public:
+        cache.put(inventory)
     return inventory

@@ -4,8 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,9 @@ from estimator.errors import TraceError
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.scoring import rows_of
+from estimator.sources.access import PUBLIC, current
 from estimator.sources.cache import default_directory, library_versions, read_json, write_json
+from estimator.sources.flight import SingleFlight
 from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
 from estimator.timeline import Timeline, decode_timeline
@@ -85,7 +86,7 @@ class Tracer:
         self._max_entries = max_entries
         self._wall_seconds = wall_seconds
         self._found: OrderedDict[str, _Found] = OrderedDict()
-        self._running: dict[str, Future[Any]] = {}
+        self._flights = SingleFlight()
         self._lock = threading.Lock()
 
     def step(self, subject: Subject, recipe: Recipe, *, routing: str = "balanced") -> TracedStep:
@@ -126,17 +127,18 @@ class Tracer:
         assert training is not None
         shown = replace(training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps))
         payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers}
-        found = self._once(_key(payload), lambda: decode_timeline(self._ask("timeline", payload)["timeline"]))
+        key = _key(payload, _scope(subject.is_public))
+        found = self._flights.once(key, lambda: decode_timeline(self._ask("timeline", payload)["timeline"]))
         assert isinstance(found, Timeline)
         return found
 
     def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
-        key = _key(payload)
+        key = _key(payload, _scope(is_public))
         with self._lock:
             if (kept := self._found.get(key)) is not None:
                 self._found.move_to_end(key)
                 return kept
-        found = self._once(key, lambda: self._obtain(key, payload, is_public))
+        found = self._flights.once(key, lambda: self._obtain(key, payload, is_public))
         assert isinstance(found, _Found)
         return found
 
@@ -157,23 +159,6 @@ class Tracer:
     def _ask(self, task: str, payload: Mapping[str, Any]) -> Any:
         inspector = self._inspector if self._inspector is not None else default_inspector()
         return inspector.run(task, payload, wall_seconds=self._wall_seconds)
-
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result of one call of `make` for all who ask while it runs."""
-        with self._lock:
-            running = self._running.get(key)
-            if running is None:
-                own = self._running[key] = Future()
-        if running is not None:
-            return running.result()
-        try:
-            own.set_result(make())
-        except BaseException as error:
-            own.set_exception(error)
-        finally:
-            with self._lock:
-                del self._running[key]
-        return own.result()
 
 
 def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int, int]:
@@ -232,8 +217,15 @@ def _payload(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     return {"config": dict(subject.config), "recipe": asdict(recipe), "layers_prefix": subject.inventory.layers_prefix}
 
 
-def _key(payload: Mapping[str, Any]) -> str:
+def _scope(is_public: bool) -> str:
+    """What is learnt of a private model is shared by nobody but those who hold the same token."""
+    return PUBLIC if is_public else current().scope
+
+
+def _key(payload: Mapping[str, Any], scope: str) -> str:
     content = {"payload": payload, "versions": _versions(), "format": FORMAT}
+    if scope != PUBLIC:
+        content["scope"] = scope
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

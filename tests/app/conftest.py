@@ -1,8 +1,13 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from app import prices
+
+# Applications are made while test files are imported: no state on this machine, and no limit for one address that asks all the questions.
+os.environ["VRAMPLAN_DATABASE_URL"] = "none"
+os.environ["VRAMPLAN_RATE_LIMIT"] = "none"
 
 
 @pytest.fixture(autouse=True)

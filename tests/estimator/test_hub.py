@@ -1,13 +1,8 @@
 """The Hub, played by a server on the loopback."""
 
-import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,109 +12,16 @@ from estimator.sources import hub
 from estimator.sources.cache import InventoryCache
 from estimator.sources.process import Inspector
 from estimator.sources.resolve import ModelSource, resolve
-
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "intermediate_size": 96,
-}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_canary"
-
-
-@dataclass
-class MockHub:
-    """What the server saw, and where it listens."""
-
-    endpoint: str = ""
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
+from tests.mock_hub import COMMIT, TOKEN, MockHub, serving
 
 
 @pytest.fixture
 def mock_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[MockHub]:
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    mock = MockHub()
-    stop = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            mock.requests.append((self.path, self.headers.get("authorization")))
-            allowed = self.headers.get("authorization") == f"Bearer {TOKEN}"
-            match self.path.split("/")[2]:
-                case "public":
-                    self.answer(200, json.dumps(CONFIG).encode(), {"X-Repo-Commit": COMMIT})
-                case "moved":
-                    self.answer(307, b"", {"Location": "/owner/public/resolve/main/config.json"})
-                case "elsewhere":
-                    self.answer(302, b"", {"Location": "http://127.0.0.2:9/stolen"})
-                case "circle":
-                    self.answer(302, b"", {"Location": self.path})
-                case "gated":
-                    self.answer(*((200, json.dumps(CONFIG).encode()) if allowed else (401, b"")), {"X-Error-Code": "GatedRepo"})
-                case "private":
-                    self.answer(*((200, json.dumps(CONFIG).encode()) if allowed else (401, b"")), {"X-Error-Code": "RepoNotFound"})
-                case "revoked":
-                    known = self.headers.get("authorization") is None
-                    message = {} if known else {"X-Error-Message": "Invalid credentials in Authorization header"}
-                    self.answer(401, b"", message)
-                case "no-revision":
-                    self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-                case "no-config":
-                    self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-                case "down":
-                    self.answer(503, b"<html>maintenance</html>", {})
-                case "busy":
-                    self.answer(429, b"", {"Retry-After": "300"})
-                case "html":
-                    self.answer(200, b"<html>sign in</html>", {})
-                case "broken":
-                    self.answer(200, b'{"model_type": "llama", "hidden_size": }', {})
-                case "hostile":
-                    self.answer(200, json.dumps({**CONFIG, "num_hidden_layers": 10**9}).encode(), {})
-                case "huge":
-                    self.answer(200, b'{"x": "' + b"y" * (2 * 2**20) + b'"}', {})
-                case "hanging":
-                    stop.wait(20)
-                case "dripping":
-                    self.send_response(200)
-                    self.send_header("Content-Length", "1000")
-                    self.end_headers()
-                    for _ in range(1000):
-                        if stop.wait(0.05):
-                            return
-                        self.wfile.write(b" ")
-                case _:
-                    self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
-
-        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-        def handle(self) -> None:
-            with suppress(OSError):  # the client gave up
-                super().handle()
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    mock.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", mock.endpoint)
-    yield mock
-    stop.set()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as mock:
+        monkeypatch.setenv("HF_ENDPOINT", mock.endpoint)
+        yield mock
 
 
 def test_a_public_config_comes_with_its_commit(mock_hub: MockHub) -> None:

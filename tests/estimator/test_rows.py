@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from estimator.dtypes import DType
-from estimator.introspect.rows import Tensor, group, products, split_name
 from estimator.inventory import ModuleKind, TensorRole
 from estimator.inventory_codec import decode_indices, decode_row, encode_indices, encode_row
+from estimator.rows import Tensor, group, products, split_name
 
 
 def tensor(name: str, shape: tuple[int, ...] = (2, 3)) -> Tensor:

@@ -1,0 +1,83 @@
+"""Settings of the service, each an environment variable that starts with `VRAMPLAN_`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from estimator.sources import hub, lookup
+from estimator.sources.cache import default_directory
+
+PREFIX = "VRAMPLAN_"
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Configuration(BaseSettings):
+    """How the service runs. Lists are separated by commas."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+
+    database_url: Annotated[
+        str, Field(description="SQLAlchemy URL of the state; `none` keeps no state. Default: SQLite in the cache folder")
+    ] = ""
+    allowed_hosts: Annotated[
+        Names, Field(description="names the service may be asked under; `vramplan serve` on a loopback address takes its own")
+    ] = ("*",)
+    rate_limit: Annotated[str, Field(description="requests of one address; several limits separated by `;`; `none` for no limit")] = (
+        "300/minute"
+    )
+    rate_limit_storage: Annotated[
+        str, Field(description="where the counts are kept: `memory://` (each process for itself) or `redis://…` (needs `vramplan[redis]`)")
+    ] = "memory://"
+    max_concurrent: Annotated[int, Field(ge=1, le=10000, description="requests worked on or waiting in one process; more get 503")] = 64
+    threads: Annotated[int, Field(ge=1, le=256, description="threads for bundled models, and as many for all other")] = 8
+    max_waiting_inspections: Annotated[
+        int, Field(ge=0, le=1000, description="requests that wait for the process that builds models; others get 503")
+    ] = 4
+    request_timeout_seconds: Annotated[Seconds, Field(description="after which an answer is given up with 503")] = 120.0
+    body_timeout_seconds: Annotated[Seconds, Field(description="in which a request's body has to arrive")] = 10.0
+    shutdown_timeout_seconds: Annotated[Seconds, Field(description="for requests under way when the service is told to end")] = 20.0
+    hub_endpoint: Annotated[str, Field(description="address of the Hub. Default: `HF_ENDPOINT`, else https://huggingface.co")] = ""
+    hub_timeout_seconds: Annotated[Seconds, Field(description="for everything that one question asks of the Hub")] = hub.DEADLINE_SECONDS
+    hub_fresh_seconds: Annotated[float, Field(ge=0, description="for which a public config is not asked for again")] = lookup.FRESH_SECONDS
+    hub_stale_seconds: Annotated[float, Field(ge=0, description="for which it stands in while the Hub does not answer")] = (
+        lookup.STALE_SECONDS
+    )
+    hub_file_hosts: Annotated[Names, Field(description="hosts the Hub may redirect to for the headers of safetensors files")] = (
+        lookup.FILE_HOSTS
+    )
+    hub_use_own_token: Annotated[
+        bool,
+        Field(description="whether `HF_TOKEN` opens gated and private models for everyone who asks this service; off but for private use"),
+    ] = False
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="of the log on standard error")] = "info"
+    log_format: Annotated[Literal["json", "text"], Field(description="of the log on standard error")] = "json"
+    metrics: Annotated[bool, Field(description="whether `/metrics` answers")] = True
+    traces: Annotated[bool, Field(description="whether spans go to OpenTelemetry (needs `vramplan[otel]`; `OTEL_…` say where to)")] = False
+
+    @field_validator("allowed_hosts", "hub_file_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @property
+    def database(self) -> str | None:
+        """Where the state is; None for no state."""
+        if self.database_url == "none":
+            return None
+        return self.database_url or f"sqlite:///{default_directory() / 'vramplan.sqlite3'}"
+
+
+def documented() -> str:
+    """The table of all settings, as the README has it."""
+    lines = ["| variable | default | what it is |", "|---|---|---|"]
+    for name, field in Configuration.model_fields.items():
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else str(default)
+        lines.append(f"| `{PREFIX}{name.upper()}` | {f'`{shown}`' if shown else ''} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(documented())

@@ -1,0 +1,48 @@
+"""`vramplan serve`."""
+
+import os
+
+import uvicorn
+
+from app.configuration import PREFIX, Configuration
+from app.logs import configure
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Headers of proxies are believed where `FORWARDED_ALLOW_IPS` says so (uvicorn's own setting; by default those on this machine).
+_MAX_HEADER_BYTES = 64 * 1024
+
+
+def serve_on(host: str, port: int, workers: int = 1) -> None:
+    """Serves until the process is told to end; requests under way are then finished.
+
+    Args:
+        host, port: where to listen.
+        workers: processes.
+    """
+    if host in _LOOPBACK:
+        # A page of a stranger whose name is made to point here would be asked for under that name.
+        os.environ.setdefault(f"{PREFIX}ALLOWED_HOSTS", "127.0.0.1,[::1],localhost")
+    configuration = Configuration()
+    configure(configuration.log_level, configuration.log_format)
+    uvicorn.run(
+        "app.serving:application",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(configuration.shutdown_timeout_seconds),
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+    )
+
+
+def application() -> object:
+    """The application of one serving process."""
+    from app.http import create_app
+
+    configuration = Configuration()
+    configure(configuration.log_level, configuration.log_format)
+    return create_app(configuration)

@@ -1,0 +1,1 @@
+"""What outlives a request: public facts of the Hub, posted measurements, corrections with their history, keys. Nothing private."""

@@ -1,0 +1,298 @@
+"""The door of the service: limits, credentials, and what is noted."""
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from starlette.types import Message, Scope
+
+from app import examples
+from app.configuration import Configuration
+from app.flood import RateLimiter, caller_of
+from app.http import create_app
+from app.logs import JsonFormatter
+from app.redaction import redacted
+from tests import mock_hub as mocked
+from tests.mock_hub import CONFIG, MockHub
+
+TOKEN = "hf_CANARYcanary.CANARY_canary-0123456789"
+
+
+@pytest.fixture
+def mock(monkeypatch: pytest.MonkeyPatch) -> Iterator[MockHub]:
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with mocked.serving() as mock:
+        yield mock
+
+
+def client_of(mock: MockHub | None = None, **settings: Any) -> TestClient:
+    if mock is not None:
+        settings = {"hub_endpoint": mock.endpoint, "hub_file_hosts": (mock.file_endpoint,), "hub_timeout_seconds": 1.0, **settings}
+    return TestClient(create_app(Configuration(**settings)), raise_server_exceptions=False)
+
+
+def assert_problem(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["status"] == status
+    return body
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_asks_too_much_is_told_when_to_come_back() -> None:
+    client = client_of(rate_limit="3/minute")
+    assert [client.get("/v1/models?q=gpt2").status_code for _ in range(5)] == [200, 200, 200, 429, 429]
+    response = client.get("/v1/models")
+    assert_problem(response, 429)
+    assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert client.get("/healthz").status_code == 200
+
+
+def test_one_subscriber_is_one_caller_whatever_the_address() -> None:
+    assert caller_of("2001:db8::1") == caller_of("2001:db8::ffff:1") == "2001:db8::/64"
+    assert caller_of("2001:db8:1::1") != caller_of("2001:db8::1")
+    assert caller_of("::ffff:192.0.2.1") == caller_of("192.0.2.1")
+    assert caller_of("testclient") == "unknown"
+
+
+def test_a_storage_of_limits_that_fails_lets_requests_in(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from limits.errors import StorageError
+
+    limiter = RateLimiter("1/minute", "memory://")
+
+    async def fails(*_: Any) -> bool:
+        raise StorageError(OSError("gone"))
+
+    monkeypatch.setattr(limiter._strategy, "hit", fails)
+    assert asyncio.run(limiter.refuses("192.0.2.1")) is None
+
+
+def test_what_is_too_much_at_once_is_turned_away_and_the_rest_is_answered() -> None:
+    client = client_of(max_concurrent=1)
+    app: Any = client.app
+    entered, leave = threading.Event(), threading.Event()
+
+    async def slow() -> dict[str, str]:
+        entered.set()
+        await asyncio.to_thread(leave.wait, 5)
+        return {}
+
+    app.get("/slow")(slow)
+    with client:
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(client.get("/slow").status_code))
+        thread.start()
+        entered.wait(5)
+        refused = client.get("/v1/models")
+        assert client.get("/healthz").status_code == 200
+        leave.set()
+        thread.join()
+    assert_problem(refused, 503)
+    assert refused.headers["retry-after"] == "1"
+    assert codes == [200]
+
+
+def sent(app: Any, messages: list[Message], **scope: Any) -> list[Message]:
+    """What an application answers to raw messages; after the last one nothing more comes."""
+    answers: list[Message] = []
+
+    async def run() -> None:
+        waiting = iter(messages)
+
+        async def receive() -> Message:
+            for message in waiting:
+                return message
+            await asyncio.sleep(30)
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            answers.append(message)
+
+        full: Scope = {
+            "type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/estimate", "raw_path": b"", "root_path": "",
+            "scheme": "http", "query_string": b"", "headers": [(b"host", b"testserver")],
+            "client": ("192.0.2.1", 1), "server": None, **scope,
+        }  # fmt: skip
+        await app(full, receive, send)
+
+    asyncio.run(run())
+    return answers
+
+
+def test_a_body_that_drips_is_given_up() -> None:
+    app: Any = client_of(body_timeout_seconds=0.1).app
+    answers = sent(app, [{"type": "http.request", "body": b"{", "more_body": True}])
+    assert answers[0]["status"] == 408
+
+
+def test_a_caller_who_hangs_up_is_no_fault() -> None:
+    app: Any = client_of().app
+    answers = sent(app, [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    assert answers[0]["status"] == 499
+
+
+def test_an_answer_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = threading.Event()
+    monkeypatch.setattr("app.http.answer", lambda payload: leave.wait(5) and {})
+    response = client_of(request_timeout_seconds=0.1).post("/v1/estimate", json=examples.QLORA)
+    leave.set()
+    assert_problem(response, 503)
+    assert "retry-after" in response.headers
+
+
+# -- where requests come from -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", ""])
+def test_a_name_that_is_not_the_services_own_gets_no_answer(host: str) -> None:
+    client = client_of(allowed_hosts=("127.0.0.1", "localhost"))
+    assert_problem(client.get("/v1/models", headers={"host": host}), 421)
+    assert client.get("/v1/models", headers={"host": "127.0.0.1:8000"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"origin": "https://evil.example"}, {"origin": "null"}, {"origin": "http://[bad"}, {"sec-fetch-site": "cross-site"}],
+)
+def test_pages_of_other_sites_may_not_post(headers: dict[str, str]) -> None:
+    client = client_of()
+    assert_problem(client.post("/v1/estimate", json=examples.QLORA, headers=headers), 403)
+    own = {"origin": "http://testserver", "sec-fetch-site": "same-origin"}
+    assert client.post("/v1/estimate", json=examples.QLORA, headers=own).status_code == 200
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [{"x-hf-token": mocked.TOKEN}, {"authorization": f"Bearer {mocked.TOKEN}"}])
+def test_a_callers_token_opens_a_model_for_that_request_alone(mock: MockHub, headers: dict[str, str]) -> None:
+    client = client_of(mock)
+    ask = {"model": "owner/private", "dtype": "bfloat16"}
+    assert client.post("/v1/estimate", json=ask, headers=headers).json()["model"]["num_parameters"] == 82_752
+    for other in ({}, {"x-hf-token": "hf_wrong"}, {"authorization": "Bearer hf_revoked"}):
+        assert_problem(client.post("/v1/estimate", json=ask, headers=other), 404)
+    assert_problem(client.get("/v1/models/owner/private"), 404)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-hf-token": "secretsecret"},
+        {"x-hf-token": f"{TOKEN} x"},
+        {"authorization": "Bearer not-a-token"},
+        {"x-hf-token": TOKEN, "authorization": "Bearer hf_other"},
+        {"x-hf-token": "hf_" + "x" * 5000},
+    ],
+)
+def test_a_malformed_token_is_refused_and_not_quoted(headers: dict[str, str]) -> None:
+    response = client_of().post("/v1/estimate", json=examples.QLORA, headers=headers)
+    assert_problem(response, 422)
+    assert not any(secret in response.text for secret in ("secretsecret", "CANARY", "not-a-token", "xxxxx"))
+
+
+def test_a_token_is_found_nowhere_afterwards(
+    mock: MockHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through every path of the service, then a search through logs, answers, metrics, memory of the process's stores and its files."""
+    monkeypatch.setenv("VRAMPLAN_CACHE_DIR", str(tmp_path))
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(JsonFormatter().format(record))
+
+    handler = Keep()
+    root = logging.getLogger()
+    root.addHandler(handler)
+    for name in (None, "vramplan", "httpx2", "huggingface_hub", "uvicorn.error"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    monkeypatch.setattr(logging.getLogger("vramplan"), "propagate", True)
+    try:
+        mock.tokens.add(TOKEN)
+        mock.repositories["strange"] = {"config.json": json.dumps({**CONFIG, "model_type": "strange", "auto_map": {}}).encode()}
+        mock.private.add("strange")
+        client = client_of(mock, database_url=f"sqlite:///{tmp_path / 'state.sqlite3'}")
+        texts = []
+        with client:
+            for header in ({"x-hf-token": TOKEN}, {"authorization": f"Bearer {TOKEN}"}):
+                names = ("private", "gated", "strange", "missing", "revoked", "down", "html", "broken", "hostile", "elsewhere")
+                for name in names:
+                    for path in ("estimate", "plan", "check", "sweep", "trace"):
+                        response = client.post(f"/v1/{path}", json={"model": f"owner/{name}"}, headers=header)
+                        texts += [response.text, str(response.headers)]
+                    texts.append(client.get(f"/v1/models/owner/{name}", headers=header).text)
+                texts.append(client.get(f"/v1/models/{TOKEN}", headers=header).text)
+                texts.append(client.get("/", params={"model": "gpt2", "token": TOKEN}, headers=header).text)
+                texts.append(client.post("/v1/estimate", json={"model": "gpt2", TOKEN: TOKEN}, headers=header).text)
+                texts.append(client.post("/v1/calibrations", json={TOKEN: TOKEN}, headers=header).text)
+            texts.append(client.get("/metrics").text)
+    finally:
+        root.removeHandler(handler)
+    assert any(TOKEN in (authorization or "") for _, authorization in mock.requests)
+    assert any('"route":"/v1/estimate"' in line for line in lines)
+    for text in (*texts, *lines):
+        assert "CANARY" not in text
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"CANARY" not in file.read_bytes()
+
+
+@pytest.mark.parametrize("token", ["hf_abcdEFGH1234", "hf_oauth_abc.def-ghi_jkl", "hf_jwt_eyJhbGciOi.J9.abc", "vrk_0123456789abcdef"])
+def test_secrets_are_taken_out_whole(token: str) -> None:
+    assert redacted(f"got {token}, and") in ("got hf_…, and", "got vrk_…, and")
+
+
+# -- what is noted ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_know_routes_and_no_models(mock: MockHub) -> None:
+    client = client_of(mock, rate_limit="30/minute")
+    client.get("/v1/models/owner/public")
+    client.get("/nowhere/secret-name")
+    client.post("/v1/estimate", json=examples.QLORA)
+    text = client.get("/metrics").text
+    assert 'vramplan_requests_total{method="POST",route="/v1/estimate",status="200"} 1.0' in text
+    assert 'route="unmatched",status="404"' in text
+    assert 'vramplan_hub_total{outcome="asked"} 1.0' in text
+    assert "secret-name" not in text
+    assert "owner" not in text
+    assert client_of(metrics=False).get("/metrics").status_code == 404
+
+
+def test_a_log_line_is_json_without_names_and_secrets(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("vramplan"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="vramplan"):
+        response = client_of().get("/v1/models/owner/secret-name?revision=..")
+    (record,) = (record for record in caplog.records if record.name == "vramplan")
+    line = JsonFormatter().format(record)
+    assert json.loads(line) | {"milliseconds": 0, "time": ""} == {
+        "time": "", "level": "info", "logger": "vramplan", "message": "request", "request_id": response.headers["x-request-id"],
+        "method": "GET", "route": "/v1/models/{model_id:path}", "status": 422, "milliseconds": 0,
+    }  # fmt: skip
+
+
+def test_an_exception_is_logged_without_secrets() -> None:
+    try:
+        raise ValueError(f"with {TOKEN}\x1b[31m")
+    except ValueError:
+        record = logging.LogRecord("vramplan", logging.ERROR, "", 0, "failed", (), __import__("sys").exc_info())
+    line = JsonFormatter().format(record)
+    assert "CANARY" not in line
+    assert "\\u001b" not in line
+    assert "ValueError" in json.loads(line)["exception"]
+
+
+def test_liveness_and_readiness_are_told_apart(mock: MockHub) -> None:
+    client = client_of(mock)
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["status"], ready.json()["hub"]) == (200, "ready", "asked")
