@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from app import examples
 from app.check import check
 from app.cli import cli
+from app.plan import plan
 from app.service import answer
 from app.settings import applied
 from estimator.errors import RequestError
@@ -39,6 +40,25 @@ def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
     training = {**examples.QLORA["training"], "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     change = check({**examples.QLORA, "hardware": {"gpu": "rtx4090"}, "trainer": "trl", "training": training})["change"]
     assert change["set"] == {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 4}
+
+
+def test_smaller_micro_batches_are_named_before_another_trainer() -> None:
+    """Both are enough on 24 GB: two samples at a time need no other code."""
+    request = {**examples.QLORA, "hardware": {"gpu": "rtx4090"}}
+    assert answer({**request, "trainer": "trl"})["fit"]["verdict"] == "fits"
+    change = check(request)["change"]
+    assert change["set"] == {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 8}
+
+
+@pytest.mark.parametrize("gpu", ["rtx4090", "rtx3060-12"])
+def test_the_change_of_a_check_is_the_first_of_all_that_a_plan_would_list(gpu: str) -> None:
+    request = {**examples.QLORA, "hardware": {"gpu": gpu}, "training": {**examples.QLORA["training"], "per_device_train_batch_size": 1}}
+    listed = plan({**request, "global_batch_size": 4})["shortfall"]
+    if listed is None:
+        assert check(request)["change"] is None
+        return
+    first = listed["changes"][0]
+    assert check(request)["change"] == {name: first[name] for name in ("set", "saves_bytes", "costs")}
 
 
 @pytest.mark.parametrize(
