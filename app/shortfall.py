@@ -27,7 +27,7 @@ from estimator.shortfall import Chosen, minimal_sets, missing_by_phase
 from estimator.units import MIB
 
 # Fields of a plan that are none of an estimate.
-PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens")
+PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens", "confirm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
