@@ -418,7 +418,7 @@ class _Held:
             limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
         pressed = (
             reservation(self.inventory, _on_any_card(self.recipe), schedule, self._inputs(), self.device.settings, limit)
-            if limit is not None and free > limit
+            if limit is not None and 0 < limit < free  # paged states alone may be more than there is
             else None
         )
         least = reserved_loaded_bytes(peak_bytes)
