@@ -12,6 +12,7 @@ from app.cli import cli
 from app.plan import plan
 from app.service import answer
 from app.settings import applied
+from app.wording import verdict_sentence
 from estimator.errors import RequestError
 
 SMALL = {**examples.QLORA, "hardware": {"gpu": "a100-80"}}
@@ -81,6 +82,9 @@ def test_strict_counts_what_is_tight_as_not_fitting() -> None:
     found = check(SMALL)
     tight = {**SMALL, "hardware": {"capacity_gib": (found["device_bytes"] + 2**29) / 2**30}}
     assert check(tight)["verdict"] == "tight"
+    sentence = verdict_sentence(answer(tight))
+    assert "less than its margin for errors" in sentence
+    assert "to spare" not in sentence
     for options, code in (([], 0), (["--strict"], 3)):
         assert CliRunner().invoke(cli, ["check", "--request", "-", *options], input=json.dumps(tight)).exit_code == code
 

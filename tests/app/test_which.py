@@ -1,14 +1,17 @@
 """Which cards fit: the answer to a plan without a card, against plans for each card alone."""
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import app.which
 from app import examples
 from app.plan import plan
 from app.reading import read_estimate
 from app.service import prepare
+from app.terminal import print_which
 from estimator.errors import RequestError
 from estimator.gpus import Vendor, all_gpus
 from estimator.offers import cheapest
@@ -149,3 +152,16 @@ def test_an_empty_list_says_what_left_nothing(changes: dict[str, Any], field: st
     with pytest.raises(RequestError, match=said) as caught:
         plan({**REQUEST, "hardware": None, **changes})
     assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_the_table_says_to_spare_of_what_fits_alone_and_marks_what_is_modelled() -> None:
+    found = plan({**REQUEST, "hardware": {"filter": "15GB..24GB 1..2"}})
+    assert {row["verdict"] for row in found["gpus"]} == {"fits", "tight", "does_not_fit"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_which(console, found)
+    _, *lines = console.export_text().splitlines()
+    for row, line in zip(found["gpus"], lines, strict=False):
+        assert ("to spare" in line) == (row["verdict"] == "fits"), line
+        assert ("missing" in line) == (row["verdict"] != "fits"), line
+        assert (f"{row['verdict'].replace('_', ' ')}*" in line) == (row["reserved_basis"] == "modelled"), line
+    assert any(line.startswith("* modelled") for line in lines)
