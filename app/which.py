@@ -63,13 +63,17 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     if not machines:
         raise _nothing_left(hardware.filter if hardware is not None else None, wanted, request.global_batch_size)
     recipes: dict[tuple[object, ...], Recipe] = {}
+    quick: set[tuple[object, ...]] = set()
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
         recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
         spread = strategy if machine.num_gpus > 1 else Strategy.SINGLE
         recipe = replace(recipe, parallel=replace(recipe.parallel, strategy=spread, num_gpus=machine.num_gpus))
         recipes[machine.kind] = recipe
-        return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
+        evaluator = evaluator_of(case, recipe, case.answerer.estimate(recipe))
+        if evaluator.is_quick:
+            quick.add(machine.kind)
+        return evaluator, replace(goal, num_gpus=machine.num_gpus)
 
     works = _Works(inventory=case.inventory, recipes=recipes)
 
@@ -84,7 +88,8 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     if request.confirm:
         searched: set[tuple[object, ...]] = set()
         for place, (_, choice) in sorted(enumerate(found), key=lambda pair: order(pair[1][0])):
-            if choice.machine.num_gpus == 1 and len(searched) < MAX_REPLAYS:
+            # a traced step would be traced anew for each card
+            if choice.machine.num_gpus == 1 and choice.machine.kind in quick and len(searched) < MAX_REPLAYS:
                 recipe = _on(choice.machine.gpu, recipes[choice.machine.kind])
                 confirmed = _confirmed(case, recipe, choice.machine, headroom, goal, searched)
                 found[place] = shown(confirmed, Basis.REPLAYED), confirmed

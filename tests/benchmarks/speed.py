@@ -123,7 +123,7 @@ def all_cards() -> list[tuple[str, str, str]]:
     plan(question(512))
     seconds = [_timed(lambda length=length: plan(question(length))) for length in range(1024, 2048, 64)]
     rows = plan(question(1024))["gpus"]
-    naive = _timed(lambda: _one_by_one(prepare(read_estimate(_without(question(1024), "global_batch_size"))), rows))
+    naive = _timed(lambda: _one_by_one(prepare(read_estimate(_without(question(1024), "global_batch_size", "confirm"))), rows))
     planned = statistics.median(seconds)
     confirmed = _timed(lambda: plan({**question(1040), "confirm": True}))
     return [
@@ -133,8 +133,8 @@ def all_cards() -> list[tuple[str, str, str]]:
     ]
 
 
-def _without(request: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in request.items() if key != name}
+def _without(request: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if key not in names}
 
 
 def _one_by_one(case: Case, rows: list[dict[str, Any]]) -> None:
