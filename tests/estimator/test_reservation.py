@@ -17,7 +17,7 @@ from estimator.optimizers import step_lists, step_temporary_bytes
 from estimator.patterns import copies
 from estimator.phases import Basis, Item
 from estimator.recipe import Loss, QuantizationKind, Recipe
-from estimator.reservation import _unlimited, reservation
+from estimator.reservation import _MAX_PAUSED, _paused, _unlimited, reservation
 from estimator.schedule import MicroBatch, Schedule, decode_schedule, encode_schedule
 from estimator.sources.resolve import resolve
 from estimator.static_memory import Preparation, loaded_tensors, static_memory
@@ -120,6 +120,19 @@ def test_a_run_that_is_too_large_is_known_to_be_so_before_its_end(enough: int | 
     assert found <= whole - beside
     assert found == whole - beside or (enough is not None and found > enough)
     assert asked.holding.get().without_pressure_bytes == whole - beside
+
+
+def test_few_runs_are_held_unfinished_and_one_that_was_let_go_is_played_again() -> None:
+    asked = [answered(training(2, 256 + 64 * place, accumulation=2)) for place in range(_MAX_PAUSED + 4)]
+    _unlimited.cache_clear()
+    _paused.clear()
+    for found in asked:
+        found.without_pressure_bytes(0)
+    assert len(_paused) == _MAX_PAUSED
+    whole = answered(training(2, 256, accumulation=2)).holding.get().without_pressure_bytes
+    assert asked[0].without_pressure_bytes(2**40) == asked[0].without_pressure_bytes() == whole
+    _unlimited.cache_clear()
+    assert answered(training(2, 256, accumulation=2)).holding.get().without_pressure_bytes == whole
 
 
 def test_cards_of_one_kind_share_their_replays() -> None:
