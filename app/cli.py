@@ -99,6 +99,7 @@ def sweep(
     batches: Annotated[str | None, typer.Option(help="micro-batches: 1..16, or 1,2,4")] = None,
     lengths: Annotated[str | None, typer.Option(help="lengths: 512..8192:512, or 1024,2048")] = None,
     ranks: Annotated[str | None, typer.Option(help="ranks of the adapter: 8,16")] = None,
+    confirm: Annotated[bool, typer.Option(help="replay the allocator for the largest batch of the first lengths")] = True,
     csv: Annotated[Path | None, typer.Option(help="write every point as a table")] = None,
     svg: Annotated[Path | None, typer.Option(help="write a picture, with the largest batch that fits at each length")] = None,
 ) -> None:
@@ -108,7 +109,8 @@ def sweep(
 
     axes = {"per_device_train_batch_size": batches, "max_length": lengths, "r": ranks}
     given = {name: value for name, value in axes.items() if value is not None}
-    found = run_sweep(_payload(model, request, merged(options, {"sweep": given} if given else {})))
+    more = ({"sweep": given} if given else {}) | ({} if confirm else {"confirm": False})
+    found = run_sweep(_payload(model, request, merged(options, more)))
     if csv is not None:
         _write(csv, csv_of(found).encode())
     if svg is not None:

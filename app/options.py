@@ -119,6 +119,7 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("hardware.filter", "str", "cards to choose from, instead of one: '24GB..80GB bf16'"),
         _option("sort", "str", "of the cards: price, margin, batch, length, memory, speed or cost"),
         _option("epoch_tokens", "int", "tokens of an epoch, for what one costs"),
+        _option("confirm", "flag", "replay the allocator for the first cards of the list; without, what it caches is modelled"),
     ),
 }
 

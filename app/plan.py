@@ -1,22 +1,23 @@
 """`plan`: the largest micro-batch, the longest sequence or the most margin on a card, or what is missing; without a card, which fit."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from app.answer import SCHEMA_VERSION, Json, device_bytes
 from app.evaluation import evaluator_of
 from app.reading import Question, read_plan
 from app.request import MAX_BATCH, MAX_LENGTH, PlanRequest, Request, TrainingFields
+from app.search import Search
 from app.service import Case, prepare, render
-from app.shortfall import Outcome, Shortage, payload_of, shortfall
+from app.shortfall import Shortage, payload_of, shortfall
 from app.which import which
 from estimator.correction import margin_without_interval
-from estimator.device import context_bytes
 from estimator.errors import RequestError
 from estimator.grid import Evaluator, Sizes
-from estimator.planner import LENGTH_STEP, Goal, PlanObjective, divisors, largest, last_near, lengths, search
-from estimator.recipe import Recipe, Training
+from estimator.planner import LENGTH_STEP, Goal, PlanObjective, divisors, largest, lengths
+from estimator.recipe import Training
 
 NUM_ALTERNATIVES = 4
 
@@ -32,8 +33,8 @@ def plan(payload: Mapping[str, Any]) -> Json:
     goal = goal_of(question.request, case)
     if case.card is None:
         return which(question.request, case, goal)
-    search = _Search(case=case, request=question.request, payload=payload, goal=goal)
-    return {"schema_version": SCHEMA_VERSION, **search.answer(), "gpus": None}
+    found = _Plan(search=Search(case=case, goal=goal), request=question.request, payload=payload)
+    return {"schema_version": SCHEMA_VERSION, **found.answer(), "gpus": None}
 
 
 def _completed(question: Question[PlanRequest]) -> Question[Request]:
@@ -71,92 +72,30 @@ def goal_of(request: PlanRequest, case: Case) -> Goal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Search:
+class _Plan:
     """One case whose batch and length vary, on one card."""
 
-    case: Case
+    search: Search
     request: PlanRequest
     payload: Mapping[str, Any]
-    goal: Goal
+
+    @property
+    def case(self) -> Case:
+        return self.search.case
+
+    @property
+    def goal(self) -> Goal:
+        return self.search.goal
 
     def answer(self) -> Json:
         evaluator = evaluator_of(self.case, self.case.recipe, self.case.answerer.estimate(self.case.recipe))
-        assert self.case.card is not None
-        found = self.found(evaluator)
+        found = self.search.found(evaluator)
         if found is None:
             return {"plan": None, "shortfall": shortfall(self.shortage(self.goal.smallest()))}
         return {"plan": self.rendered(evaluator, found), "shortfall": None}
 
-    def found(self, evaluator: Evaluator) -> Sizes | None:
-        """The best size that fits with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
-        candidates = self.goal.candidates()
-        if self.goal.objective is PlanObjective.MOST_MARGIN:
-            return self.with_most_margin(evaluator, candidates)
-        if self.goal.keeps_global_batch:  # few, and unlike each other
-            place = next((place for place in reversed(range(len(candidates))) if self.fits(candidates.at([place]))), None)
-            return None if place is None else candidates.at([place])
-        return self.near(evaluator, candidates, lambda usable: search(evaluator, self.goal, usable, self.context_bytes))
-
-    def with_most_margin(self, evaluator: Evaluator, candidates: Sizes) -> Sizes | None:
-        """The size that leaves most: of a given global batch each divisor is replayed, else the best with the cache modelled."""
-        assert self.case.card is not None
-        if not self.goal.keeps_global_batch:
-            guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
-            return guess if guess is not None and self.fits(guess) else None
-        asked = [(self.outcome(candidates.at([place])), place) for place in range(len(candidates))]
-        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if outcome.fits]
-        return candidates.at([-min(fitting)[1]]) if fitting else None
-
-    def near(
-        self, evaluator: Evaluator, candidates: Sizes, guessed: Callable[[int], Sizes | None], known: Sizes | None = None
-    ) -> Sizes | None:
-        """The last candidate that fits with the allocator replayed, looked for around a guess.
-
-        Args:
-            guessed: the last that fits so many bytes with the cache modelled.
-            known: a size whose replay tells how far the model is off; the first guess if None.
-        """
-        assert self.case.card is not None
-        usable = self.case.card.usable_bytes
-        guess = guessed(usable) if known is None else known
-        known = guess if guess is not None else candidates.at([0])
-        outcome = self.outcome(known)
-        if outcome.may_fit:
-            modelled = int(evaluator.memory(known).required_bytes(self.context_bytes)[0])
-            guess = guessed(usable * modelled // outcome.required_unpressed_bytes())
-        start = -1 if guess is None else _place(candidates, guess)
-        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
-        return None if place is None else candidates.at([place])
-
-    def fits(self, sizes: Sizes) -> bool:
-        """Whether one size fits, by its own estimate."""
-        return self.outcome(sizes).fits
-
-    def outcome(self, sizes: Sizes) -> Outcome:
-        """One size on the card."""
-        assert self.case.card is not None
-        recipe = self.recipe(sizes)
-        return Outcome(recipe=recipe, card=self.case.card, estimate=self.case.answerer.estimate(recipe))
-
-    @property
-    def context_bytes(self) -> int:
-        return context_bytes(self.case.recipe.num_multiprocessors)
-
-    def recipe(self, sizes: Sizes) -> Recipe:
-        training = self.case.recipe.training
-        assert training is not None
-        return replace(
-            self.case.recipe,
-            training=replace(
-                training,
-                micro_batch_size=int(sizes.batch[0]),
-                sequence_length=int(sizes.length[0]),
-                gradient_accumulation_steps=int(sizes.steps[0]),
-            ),
-        )
-
     def shortage(self, sizes: Sizes) -> Shortage:
-        recipe = self.recipe(sizes)
+        recipe = self.search.recipe(sizes)
         training = recipe.training
         assert training is not None
         return Shortage(
@@ -167,7 +106,7 @@ class _Search:
         )
 
     def rendered(self, evaluator: Evaluator, found: Sizes) -> Json:
-        recipe = self.recipe(found)
+        recipe = self.search.recipe(found)
         training = recipe.training
         assert training is not None
         rendered = render(replace(self.case, recipe=recipe), self.case.answerer.estimate(recipe))
@@ -185,7 +124,7 @@ class _Search:
         """Sizes with what each leaves free on the card."""
         card = self.case.card
         assert card is not None
-        estimates = [self.case.answerer.estimate(self.recipe(sizes.at([n]))) for n in range(len(sizes))]
+        estimates = [self.case.answerer.estimate(self.search.recipe(sizes.at([n]))) for n in range(len(sizes))]
         return [
             {
                 "per_device_train_batch_size": int(sizes.batch[n]),
@@ -199,14 +138,14 @@ class _Search:
 
     def longest(self, evaluator: Evaluator, training: Training) -> int | None:
         """The longest sequence at a micro-batch; None where one estimate after the other would be needed."""
-        assert self.case.card is not None
         if self.goal.objective is PlanObjective.LONGEST_SEQUENCE:
             return training.sequence_length
         if not evaluator.is_quick:
             return None
         candidates = lengths(training.micro_batch_size, training.gradient_accumulation_steps, self.goal.length_limit)
         known = Sizes.of(training.micro_batch_size, training.sequence_length, training.gradient_accumulation_steps)
-        found = self.near(evaluator, candidates, lambda usable: largest(evaluator, candidates, usable, self.context_bytes), known)
+        guessed = partial(largest, evaluator, candidates, context_bytes=self.search.context_bytes)
+        found = self.search.near(evaluator, candidates, guessed, known)
         return training.sequence_length if found is None else max(training.sequence_length, int(found.length[0]))
 
     def policy(self, interval: Json | None) -> Json:
@@ -226,12 +165,6 @@ class _Search:
             return []
         sizes = Sizes.of(smaller[::-1], training.sequence_length, [total // size for size in reversed(smaller)])
         return self.described(sizes)
-
-
-def _place(candidates: Sizes, found: Sizes) -> int:
-    """Where a size stands among candidates."""
-    same = (candidates.batch == found.batch[0]) & (candidates.length == found.length[0]) & (candidates.steps == found.steps[0])
-    return int(same.argmax())
 
 
 def as_fields(training: Training) -> Json:

@@ -256,6 +256,8 @@ class PlanRequest(Request):
     """Of the cards, where none is named: `cost` is that of a token."""
     epoch_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None
     """Tokens of an epoch, for what one costs."""
+    confirm: bool = True
+    """Whether the allocator is replayed for the first cards of a list, as it is in a plan for one; else what it caches is modelled."""
 
 
 Axis = (
@@ -278,3 +280,5 @@ class SweepRequest(Request):
     """A question to `POST /v1/sweep`."""
 
     sweep: SweepFields = SweepFields()
+    confirm: bool = True
+    """Whether the allocator is replayed where the largest batch that fits is looked for; else what it caches is modelled."""

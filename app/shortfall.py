@@ -19,6 +19,7 @@ from estimator.device import context_bytes
 from estimator.engine import Device
 from estimator.errors import VramplanError
 from estimator.estimate import Engine, Estimate
+from estimator.grid import Sizes
 from estimator.phases import Basis
 from estimator.planner import largest, lengths
 from estimator.recipe import Recipe
@@ -26,7 +27,7 @@ from estimator.shortfall import Chosen, minimal_sets, missing_by_phase
 from estimator.units import MIB
 
 # Fields of a plan that are none of an estimate.
-PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens")
+PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens", "confirm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,17 +143,17 @@ class Shortage:
         return [replace(lever, set=spelled(self.payload, lever.set)) for lever in found]
 
     def _longest(self) -> int | None:
-        """The longest sequence that fits with all else as it is."""
-        training = self.case.recipe.training
+        """The longest sequence that fits with all else as it is, the allocator's cache modelled, and put right by the replay at hand."""
+        training, context = self.case.recipe.training, context_bytes(self.case.recipe.num_multiprocessors)
         assert training is not None
         if training.sequence_length <= 1:
             return None
-        found = largest(
-            evaluator_of(self.case, self.case.recipe, self.estimate),
-            lengths(training.micro_batch_size, training.gradient_accumulation_steps, training.sequence_length - 1),
-            self.card.usable_bytes,
-            context_bytes(self.case.recipe.num_multiprocessors),
-        )
+        evaluator = evaluator_of(self.case, self.case.recipe, self.estimate)
+        batch, steps = training.micro_batch_size, training.gradient_accumulation_steps
+        modelled = int(evaluator.memory(Sizes.of(batch, training.sequence_length, steps)).required_bytes(context)[0])
+        replayed = Outcome(recipe=self.case.recipe, card=self.card, estimate=self.estimate).required_unpressed_bytes()
+        usable = self.card.usable_bytes * modelled // replayed
+        found = largest(evaluator, lengths(batch, steps, training.sequence_length - 1), usable, context)
         return None if found is None else int(found.length[0])
 
 

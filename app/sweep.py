@@ -4,16 +4,17 @@ import csv
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from app.answer import SCHEMA_VERSION, Json
+from app.answer import SCHEMA_VERSION, Json, device_bytes
 from app.card import Card
 from app.evaluation import evaluator_of
 from app.heatmap import draw
 from app.reading import read_sweep
 from app.request import MAX_BATCH, MAX_LENGTH, MAX_RANK
 from app.service import Case, prepare
+from app.shortfall import Outcome, required_bytes
 from app.training import check_length
 from estimator.device import context_bytes
 from estimator.errors import RequestError
@@ -23,6 +24,8 @@ from estimator.sweep import Sweep
 from estimator.sweep import sweep as swept
 
 MAX_POINTS = 100_000
+# Points that are replayed for one sweep: four take about a second.
+MAX_REPLAYS = 16
 # One estimate after the other, where there are no closed forms.
 MAX_SLOW_POINTS = 2_000
 _DEFAULT_BATCHES = "1..16"
@@ -38,6 +41,8 @@ class Swept:
     case: Case
     grids: tuple[tuple[int | None, Sweep], ...]
     """A rank and the grid for it; None where there is no adapter."""
+    confirmed: tuple[tuple[bool, ...], ...]
+    """For each grid and length, whether the largest batch that fits was found with the allocator replayed."""
 
     @property
     def card(self) -> Card | None:
@@ -66,7 +71,61 @@ def sweep(payload: Mapping[str, Any]) -> Swept:
     recipes = _ranked(case, axis("sweep.r", fields.r, MAX_RANK) if fields.r is not None else None)
     if len(batches) * len(lengths) * len(recipes) > MAX_POINTS:
         raise RequestError(f"sweep: at most {MAX_POINTS:,} points are accepted", field="sweep")
-    return Swept(case=case, grids=tuple((rank, _grid(case, recipe, batches, lengths)) for rank, recipe in recipes))
+    budget = MAX_REPLAYS if request.confirm and case.card is not None and not case.recipe.parallel.is_spread else 0
+    grids, confirmed = [], []
+    for rank, recipe in recipes:
+        grid, columns, budget = _confirmed(replace(case, recipe=recipe), _grid(case, recipe, batches, lengths), budget)
+        grids.append((rank, grid))
+        confirmed.append(columns)
+    return Swept(case=case, grids=tuple(grids), confirmed=tuple(confirmed))
+
+
+def _confirmed(case: Case, grid: Sweep, budget: int) -> tuple[Sweep, tuple[bool, ...], int]:
+    """The grid with the points around its border replayed, for as many lengths as the budget goes; what is left of it."""
+    device, required = grid.device_bytes.copy(), grid.required_bytes.copy()
+    columns = [False] * len(grid.lengths)
+    for column, length in enumerate(grid.lengths):
+        if budget <= 0 or case.card is None:
+            break
+        border = _Border(case=case, batches=grid.batches, length=length)
+        border.find(int((grid.required_bytes[:, column] <= case.card.usable_bytes).nonzero()[0].max(initial=-1)))
+        for row, outcome in border.asked.items():
+            if outcome.may_fit:
+                budget -= 1
+                device[row, column] = device_bytes(outcome.estimate)
+                required[row, column] = required_bytes(outcome.recipe, outcome.card, outcome.estimate)
+        columns[column] = True
+    return replace(grid, device_bytes=device, required_bytes=required), tuple(columns), budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Border:
+    """What fits of one length."""
+
+    case: Case
+    batches: tuple[int, ...]
+    length: int
+    asked: dict[int, Outcome] = field(default_factory=dict)
+    """By place of the micro-batch."""
+
+    def find(self, row: int) -> None:
+        """Asks from a guess on, down or up, until one fits and the next does not."""
+        if row >= 0 and not self._fits(row):
+            while row > 0 and not self._fits(row - 1):
+                row -= 1
+            return
+        while row + 1 < len(self.batches) and self._fits(row + 1):
+            row += 1
+
+    def _fits(self, row: int) -> bool:
+        if row not in self.asked:
+            training, card = self.case.recipe.training, self.case.card
+            assert training is not None
+            assert card is not None
+            sized = replace(training, micro_batch_size=self.batches[row], sequence_length=self.length)
+            recipe = replace(self.case.recipe, training=sized)
+            self.asked[row] = Outcome(recipe=recipe, card=card, estimate=self.case.answerer.estimate(recipe))
+        return self.asked[row].fits
 
 
 def _ranked(case: Case, ranks: list[int] | None) -> list[tuple[int | None, Recipe]]:
@@ -148,10 +207,15 @@ def answer_sweep(found: Swept) -> Json:
                 "required_bytes": grid.required_bytes.tolist(),
                 "verdicts": None if card is None else grid.verdicts(card.usable_bytes),
                 "frontier": None if card is None else grid.frontier(card.usable_bytes),
+                "frontier_basis": None if card is None else [_basis(is_replayed) for is_replayed in columns],
             }
-            for rank, grid in found.grids
+            for (rank, grid), columns in zip(found.grids, found.confirmed, strict=True)
         ],
     }
+
+
+def _basis(is_replayed: bool) -> str:
+    return (Basis.REPLAYED if is_replayed else Basis.MODELLED).value
 
 
 def _steps(found: Swept) -> int:

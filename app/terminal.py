@@ -70,7 +70,7 @@ def print_which(console: Console, answer: Json) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("gpu", "verdict"):
         table.add_column(name)
-    for name in ("batch × steps", "tokens", "to spare", "~tokens/s", "USD/h", "~USD/M tokens"):
+    for name in ("batch × steps", "tokens", "memory", "~tokens/s", "USD/h", "~USD/M tokens"):
         table.add_column(name, justify="right")
     table.add_column("at")
     for row in answer["gpus"]:
@@ -78,19 +78,23 @@ def print_which(console: Console, answer: Json) -> None:
         number = f"{row['num_gpus']} × " if row["num_gpus"] > 1 else ""
         table.add_row(
             escape(number + row["gpu"]),
-            f"[{_COLOURS[verdict]}]{verdict.replace('_', ' ')}[/]",
+            f"[{_COLOURS[verdict]}]{verdict.replace('_', ' ')}[/]{'*' if row['reserved_basis'] == 'modelled' else ''}",
             f"{row['per_device_train_batch_size']} × {row['gradient_accumulation_steps']}" if verdict == "fits" else "–",
             f"{row['max_length']:,}" if verdict == "fits" else "–",
-            gib(row["margin_bytes"]) if verdict != "does_not_fit" else f"−{gib(-row['margin_bytes'])}",
+            f"{gib(row['margin_bytes'])} to spare" if verdict == "fits" else f"{gib(row['missing_bytes'])} missing",
             "–" if speed is None else f"{speed['tokens_per_second']:,.0f}",
             "–" if price is None else f"{price[0]:.2f}" if price[0] == price[1] else f"{price[0]:.2f}–{price[1]:.2f}",
             "–" if cost is None else f"{cost['usd_per_million_tokens']:.2f}",
             "" if offer is None else escape(f"{offer['provider']} ({offer['date']})"),
         )
     console.print(table)
-    console.print(
-        "~ a first estimate, from FLOPs and bandwidth; the lowest price of those known, on their date", style="dim", highlight=False
-    )
+    notes = ["~ a first estimate, from FLOPs and bandwidth; the lowest price of those known, on their date"]
+    if any(row["reserved_basis"] == "modelled" for row in answer["gpus"]):
+        notes.append("* modelled: what the allocator caches was not replayed; near a border a plan for the card may say otherwise")
+    if any(row["verdict"] == "tight" for row in answer["gpus"]):
+        notes.append("tight: the estimate fits, what is missing is its margin for errors")
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
 
 
 def print_sweep(console: Console, answer: Json) -> None:
@@ -104,12 +108,16 @@ def print_sweep(console: Console, answer: Json) -> None:
         what = f"device bytes at batch {batches[-1]}" if grid["frontier"] is None else "largest batch that fits"
         table.add_column(what + (f", r = {grid['r']}" if grid["r"] is not None else ""), justify="right")
     for column, length in enumerate(answer["max_length"]):
-        cells = (
-            gib(grid["device_bytes"][-1][column]) if grid["frontier"] is None else str(grid["frontier"][column] or "none")
-            for grid in answer["grids"]
-        )
-        table.add_row(f"{length:,}", *cells)
+        table.add_row(f"{length:,}", *(_frontier_cell(grid, column) for grid in answer["grids"]))
     console.print(table)
+    if any(grid["frontier"] is None or "modelled" in grid["frontier_basis"] for grid in answer["grids"]):
+        console.print("* modelled: what the allocator caches was not replayed; a plan may find another batch", style="dim", highlight=False)
+
+
+def _frontier_cell(grid: Json, column: int) -> str:
+    if grid["frontier"] is None:
+        return f"{gib(grid['device_bytes'][-1][column])}*"
+    return f"{grid['frontier'][column] or 'none'}{'*' if grid['frontier_basis'][column] == 'modelled' else ''}"
 
 
 def print_trace(console: Console, answer: Json) -> None:

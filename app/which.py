@@ -1,18 +1,21 @@
 """Which cards a run fits: every card of the catalogue, with the best plan on each and its price.
 
-Hundreds of plans are asked for at once: what the allocator caches is modelled here, and replayed in the plan for a card of one's choice.
+Hundreds of plans are asked for at once, with what the allocator caches modelled. Those for single cards are then confirmed with the
+allocator replayed, as a plan for one card is, in the order of the list and as far as `MAX_REPLAYS` goes; each row says which it is.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from app.answer import SCHEMA_VERSION, Json
+from app.answer import SCHEMA_VERSION, Json, device_bytes
 from app.card import card_for
 from app.evaluation import evaluator_of
 from app.prices import current
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
+from app.search import Search
 from app.service import Case
+from app.shortfall import required_bytes
 from estimator.choice import NEWER_KERNELS, Choice, Machine, choices
 from estimator.errors import RequestError
 from estimator.gpu_filter import GpuFilter, split_words
@@ -27,6 +30,8 @@ from estimator.recipe import Recipe
 from estimator.throughput import StepWork, step_work, time_of
 
 _LAST = float("inf")
+# Sizes that are replayed for one list: four take about a second.
+MAX_REPLAYS = 16
 # What "sort" may say: the smallest of it comes first.
 SORTS: dict[str, Callable[[Json], float]] = {
     "price": lambda row: row["usd_per_hour"][0] if row["usd_per_hour"] else _LAST,
@@ -58,22 +63,63 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     if not machines:
         raise _nothing_left(hardware.filter if hardware is not None else None, wanted, request.global_batch_size)
     recipes: dict[tuple[object, ...], Recipe] = {}
+    quick: set[tuple[object, ...]] = set()
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
         recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
         spread = strategy if machine.num_gpus > 1 else Strategy.SINGLE
         recipe = replace(recipe, parallel=replace(recipe.parallel, strategy=spread, num_gpus=machine.num_gpus))
         recipes[machine.kind] = recipe
-        return evaluator_of(case, recipe, case.answerer.estimate(recipe)), replace(goal, num_gpus=machine.num_gpus)
+        evaluator = evaluator_of(case, recipe, case.answerer.estimate(recipe))
+        if evaluator.is_quick:
+            quick.add(machine.kind)
+        return evaluator, replace(goal, num_gpus=machine.num_gpus)
 
     works = _Works(inventory=case.inventory, recipes=recipes)
-    rows = [
-        _row(choice, strategy, offer) | _speed(choice, works, offer, request.epoch_tokens)
-        for choice in choices(machines, answered)
-        for offer in (cheapest_of(choice, wanted),)
-    ]
-    rows.sort(key=lambda row: (("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]))
-    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows, "reserved_basis": Basis.MODELLED.value}
+
+    def shown(choice: Choice, basis: Basis) -> Json:
+        offer = cheapest_of(choice, wanted)
+        return _row(choice, strategy, offer, basis) | _speed(choice, works, offer, request.epoch_tokens)
+
+    def order(row: Json) -> tuple[object, ...]:
+        return ("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]
+
+    found = [(shown(choice, Basis.MODELLED), choice) for choice in choices(machines, answered)]
+    if request.confirm:
+        searched: set[tuple[object, ...]] = set()
+        for place, (_, choice) in sorted(enumerate(found), key=lambda pair: order(pair[1][0])):
+            # a traced step would be traced anew for each card
+            if choice.machine.num_gpus == 1 and choice.machine.kind in quick and len(searched) < MAX_REPLAYS:
+                recipe = _on(choice.machine.gpu, recipes[choice.machine.kind])
+                confirmed = _confirmed(case, recipe, choice.machine, headroom, goal, searched)
+                found[place] = shown(confirmed, Basis.REPLAYED), confirmed
+    rows = sorted((row for row, _ in found), key=order)
+    return {"schema_version": SCHEMA_VERSION, "plan": None, "shortfall": None, "gpus": rows}
+
+
+def _on(gpu: Gpu, recipe: Recipe) -> Recipe:
+    return replace(recipe, compute_capability=gpu.compute_capability, num_multiprocessors=gpu.num_sms)
+
+
+def _confirmed(
+    case: Case, recipe: Recipe, machine: Machine, headroom: int | str | None, goal: Goal, searched: set[tuple[object, ...]]
+) -> Choice:
+    """What a plan for the card alone would find."""
+    card = card_for(machine.gpu, headroom)
+    answerer = replace(case.answerer, device=replace(case.answerer.device, usable_bytes=card.usable_bytes))
+    search = Search(case=replace(case, recipe=recipe, card=card, answerer=answerer), goal=replace(goal, num_gpus=1), replayed=searched)
+    sizes = search.found(evaluator_of(search.case, recipe, answerer.estimate(recipe)))
+    asked = search.goal.smallest() if sizes is None else sizes
+    outcome = search.outcome(asked)
+    return Choice(
+        machine=machine,
+        fits=sizes is not None,
+        micro_batch_size=int(asked.batch[0]),
+        gradient_accumulation_steps=int(asked.steps[0]),
+        sequence_length=int(asked.length[0]),
+        device_bytes=device_bytes(outcome.estimate),
+        required_bytes=required_bytes(outcome.recipe, card, outcome.estimate),
+    )
 
 
 def _cards(wanted: GpuFilter) -> Iterator[Gpu]:
@@ -106,7 +152,7 @@ def _meets(gpu: Gpu, word: str, wanted: GpuFilter) -> bool:
     return any(one.accepts(gpu, number) for number in one.counts())
 
 
-def _row(choice: Choice, strategy: Strategy, offer: Offer | None) -> Json:
+def _row(choice: Choice, strategy: Strategy, offer: Offer | None, basis: Basis) -> Json:
     gpu, number = choice.machine.gpu, choice.machine.num_gpus
     return {
         "gpu": gpu.id,
@@ -114,6 +160,7 @@ def _row(choice: Choice, strategy: Strategy, offer: Offer | None) -> Json:
         "num_gpus": number,
         "strategy": strategy.value if number > 1 else Strategy.SINGLE.value,
         "verdict": choice.verdict,
+        "reserved_basis": basis.value,
         "per_device_train_batch_size": choice.micro_batch_size,
         "gradient_accumulation_steps": choice.gradient_accumulation_steps,
         "max_length": choice.sequence_length,

@@ -18,7 +18,8 @@ def verdict_sentence(answer: Json) -> str:
     free = fit["free_bytes"]
     taken = f" and {gib(fit['occupied_bytes'])} in use by others" if fit.get("occupied_bytes") else ""
     headroom = f"with {gib(fit['headroom_bytes'])} kept free{taken}"
-    rest = f"{gib(free)} to spare, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
+    spare = "to spare" if fit["verdict"] == "fits" else "left by the estimate, less than its margin for errors"
+    rest = f"{gib(free)} {spare}, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
     when = f" in {peak['phase']}" if peak else ""
     return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
 

@@ -460,7 +460,7 @@ class _Held:
             limit -= device_bytes(reserved_bytes=0, context_bytes=prepared.context_bytes, paged_bytes=prepared.static.paged_bytes)
         least = reserved_loaded_bytes(peak_bytes)
         pressed = None
-        # What is allocated at the peak does not shrink under pressure.
+        # What is allocated at the peak does not shrink under pressure; paged states alone may leave nothing.
         if limit is not None and least <= limit < free:
             recipe = _on_any_card(self.recipe)
             pressed = reservation(self.inventory, recipe, schedule, self._inputs(), self.device.settings, limit)

@@ -3,7 +3,9 @@
 Nothing here is fitted: sizes and order come from the program, the rules from the allocator.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
 from typing import Generic
@@ -68,27 +70,55 @@ def held_without_limit(
 class _Unlimited:
     """A run without a limit, played as far as somebody wanted to know: of a search most sizes are too large, and show it early."""
 
-    def __init__(self, stages: Iterator[int]) -> None:
-        self._stages: Iterator[int] | None = stages
+    def __init__(self, play: Callable[[], Iterator[int]]) -> None:
+        self._play = play
+        self._stages: Iterator[int] | None = None
         self._reserved_bytes = 0
+        self._is_finished = False
         self._lock = Lock()
 
     def max_reserved_bytes(self, enough_bytes: int | None) -> int:
         with self._lock:
-            while self._stages is not None and (enough_bytes is None or self._reserved_bytes <= enough_bytes):
-                reserved = next(self._stages, None)
-                if reserved is None:
-                    self._stages = None
+            if not self._is_finished and (enough_bytes is None or self._reserved_bytes <= enough_bytes):
+                stages = self._stages if self._stages is not None else self._play()
+                self._stages = None  # what is interrupted is played again
+                for reserved in stages:
+                    self._reserved_bytes = max(self._reserved_bytes, reserved)
+                    if enough_bytes is not None and reserved > enough_bytes:
+                        self._stages = stages
+                        break
                 else:
-                    self._reserved_bytes = reserved
-            return self._reserved_bytes
+                    self._is_finished = True
+            is_paused, found = self._stages is not None, self._reserved_bytes
+        if is_paused:
+            _pause(self)
+        return found
+
+    def rewind(self) -> None:
+        """Lets go of the allocator: who wants to know more has the run played from its start."""
+        if self._lock.acquire(blocking=False):
+            self._stages = None
+            self._lock.release()
 
 
-@lru_cache(maxsize=256)
+# Runs that were not played to their end: each holds an allocator with its blocks, a few MiB.
+_paused: deque[_Unlimited] = deque()
+_MAX_PAUSED = 16
+
+
+def _pause(run: _Unlimited) -> None:
+    _paused.append(run)
+    while len(_paused) > _MAX_PAUSED:
+        with suppress(IndexError):  # another thread took it
+            if (oldest := _paused.popleft()) is not run:
+                oldest.rewind()
+
+
+@lru_cache(maxsize=1024)
 def _unlimited(
     inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...], settings: AllocatorSettings | None
 ) -> _Unlimited:
-    return _Unlimited(_stages(CachingAllocator(settings), inventory, recipe, schedule, inputs))
+    return _Unlimited(lambda: _stages(CachingAllocator(settings), inventory, recipe, schedule, inputs))
 
 
 @lru_cache(maxsize=1024)

@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 from app import examples
 from app.check import check
 from app.cli import cli
+from app.plan import plan
 from app.service import answer
 from app.settings import applied
+from app.wording import verdict_sentence
 from estimator.errors import RequestError
 
 SMALL = {**examples.QLORA, "hardware": {"gpu": "a100-80"}}
@@ -41,6 +43,25 @@ def test_a_smaller_micro_batch_keeps_the_global_batch() -> None:
     assert change["set"] == {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 4}
 
 
+def test_smaller_micro_batches_are_named_before_another_trainer() -> None:
+    """Both are enough on 24 GB: two samples at a time need no other code."""
+    request = {**examples.QLORA, "hardware": {"gpu": "rtx4090"}}
+    assert answer({**request, "trainer": "trl"})["fit"]["verdict"] == "fits"
+    change = check(request)["change"]
+    assert change["set"] == {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 8}
+
+
+@pytest.mark.parametrize("gpu", ["rtx4090", "rtx3060-12"])
+def test_the_change_of_a_check_is_the_first_of_all_that_a_plan_would_list(gpu: str) -> None:
+    request = {**examples.QLORA, "hardware": {"gpu": gpu}, "training": {**examples.QLORA["training"], "per_device_train_batch_size": 1}}
+    listed = plan({**request, "global_batch_size": 4})["shortfall"]
+    if listed is None:
+        assert check(request)["change"] is None
+        return
+    first = listed["changes"][0]
+    assert check(request)["change"] == {name: first[name] for name in ("set", "saves_bytes", "costs")}
+
+
 @pytest.mark.parametrize(
     ("request_", "options", "code"),
     [
@@ -61,6 +82,9 @@ def test_strict_counts_what_is_tight_as_not_fitting() -> None:
     found = check(SMALL)
     tight = {**SMALL, "hardware": {"capacity_gib": (found["device_bytes"] + 2**29) / 2**30}}
     assert check(tight)["verdict"] == "tight"
+    sentence = verdict_sentence(answer(tight))
+    assert "less than its margin for errors" in sentence
+    assert "to spare" not in sentence
     for options, code in (([], 0), (["--strict"], 3)):
         assert CliRunner().invoke(cli, ["check", "--request", "-", *options], input=json.dumps(tight)).exit_code == code
 

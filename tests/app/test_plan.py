@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 
 from app import examples
+from app.check import check
+from app.levers import Cost, upcast_parts
 from app.plan import plan
-from app.service import answer
+from app.reading import read_estimate
+from app.service import answer, prepare
 from estimator.errors import RequestError
 
 
@@ -171,6 +174,10 @@ def _set(asked: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def usable(found: dict[str, Any]) -> int:
+    return int(found["fit"]["capacity_bytes"] - found["fit"]["headroom_bytes"])
+
+
 @pytest.mark.parametrize("name", SHORT_OF_MEMORY)
 def test_a_lever_saves_what_asking_again_with_it_gives(name: str) -> None:
     shortfall = plan({**SHORT_OF_MEMORY[name], "global_batch_size": 4})["shortfall"]
@@ -181,7 +188,12 @@ def test_a_lever_saves_what_asking_again_with_it_gives(name: str) -> None:
     assert OFFERED[name] <= {path for change in shortfall["changes"] for path in change["set"]}
     for change in shortfall["changes"]:
         after = answer(_set(smallest, change["set"]))
-        assert before - after["peak"]["device_bytes"] == change["saves_bytes"], change["set"]
+        if "hardware.gpu" in change["set"]:
+            assert change["saves_bytes"] == 0
+            assert change["adds_bytes"] == usable(after) - usable(shortfall["estimate"]) > 0
+        else:
+            assert before - after["peak"]["device_bytes"] == change["saves_bytes"], change["set"]
+            assert change["adds_bytes"] == 0
         assert (after["fit"]["verdict"] == "fits") == change["fits"], change["set"]
 
 
@@ -249,3 +261,58 @@ def test_more_cards_are_offered_only_where_they_share_the_global_batch() -> None
     asked = request(global_batch_size=7, hardware={"gpu": "t4"})
     changes = plan(asked)["shortfall"]["changes"]
     assert not [change for change in changes if "hardware.num_gpus" in change["set"]]
+
+
+def test_growing_segments_are_the_first_change_where_they_are_enough_and_their_saving_is_replayed() -> None:
+    sizes = {**examples.QLORA["training"], "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    asked = {**examples.QLORA, "training": sizes, "pytorch_cuda_alloc_conf": "garbage_collection_threshold:0.8"}
+    required = check({**asked, "hardware": {"capacity_gib": 80}})["required_bytes"]
+    asked["hardware"] = {"capacity_gib": required / 2**30, "headroom": "64MiB"}
+    change = plan({**asked, "global_batch_size": 1})["shortfall"]["changes"][0]
+    assert change["set"] == {"pytorch_cuda_alloc_conf": "garbage_collection_threshold:0.8,expandable_segments:True"}
+    assert change["fits"]
+    before, after = answer(asked)["peak"], answer(_set(asked, change["set"]))["peak"]
+    assert before["reserved_basis"] == after["reserved_basis"] == "replayed"
+    assert before["allocated_bytes"] == after["allocated_bytes"]
+    assert change["saves_bytes"] == before["reserved_bytes"] - after["reserved_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "changed", [{"pytorch_cuda_alloc_conf": "expandable_segments:True"}, {"hardware": {"gpu": "mi300x", "headroom": "98%"}}]
+)
+def test_growing_segments_are_not_offered_to_who_has_them_or_has_no_cuda(changed: dict[str, Any]) -> None:
+    asked = {**examples.QLORA, "hardware": {"gpu": "rtx3060-12"}, **changed, "global_batch_size": 1}
+    shortfall = plan(asked)["shortfall"]
+    assert not [change for change in shortfall["changes"] if "pytorch_cuda_alloc_conf" in change["set"]]
+    assert shortfall["advice"] == []
+
+
+def test_without_a_replay_growing_segments_are_advice_that_says_so() -> None:
+    asked = {**examples.QLORA, "hardware": {"gpu": "rtx3060-12", "num_gpus": 2, "strategy": "ddp"}, "global_batch_size": 2}
+    (advice,) = plan(asked)["shortfall"]["advice"]
+    assert advice["environment"] == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert "modelled and not replayed" in advice["costs"]
+
+
+@pytest.mark.parametrize(
+    ("model", "begins", "said"),
+    [
+        # 48 layers × 128 experts × 3 × 768 × 2048 weights of 2 bytes
+        ("Qwen/Qwen3-30B-A3B", "experts (54.00 GiB), ", ("embedding (", "head (", "norms (")),
+        # 128256 × 4096 weights of 2 bytes
+        (LLAMA, "", ("embedding (0.98 GiB)", "head (0.98 GiB)", "norms (")),
+    ],
+)
+def test_what_the_preparation_would_cast_is_named_with_its_size(model: str, begins: str, said: tuple[str, ...]) -> None:
+    case = prepare(read_estimate({**examples.QLORA, "model": model, "peft": {"target_modules": ["q_proj", "v_proj"]}}))
+    told = upcast_parts(case.inventory, case.recipe)
+    assert told.startswith(begins)
+    assert all(part in told for part in said)
+    assert ("experts" in told) == bool(begins)
+
+
+def test_changes_that_are_enough_come_in_the_order_of_what_they_cost() -> None:
+    changes = plan({**examples.QLORA, "hardware": {"gpu": "rtx3060-12"}, "global_batch_size": 4})["shortfall"]["changes"]
+    ranks = [Cost(change["cost"]).rank for change in changes if change["fits"]]
+    assert len(set(ranks)) > 2
+    assert ranks == sorted(ranks)

@@ -118,7 +118,8 @@ def check_shortfall(request: dict[str, Any], shortfall: dict[str, Any], lacks: i
     for change in shortfall["changes"]:
         changed = applied(smallest, change["set"])
         case = prepare(read_estimate(changed))
-        assert held - device_bytes(case.answerer.estimate(case.recipe)) == change["saves_bytes"], change
+        saved = 0 if "hardware.gpu" in change["set"] else held - device_bytes(case.answerer.estimate(case.recipe))
+        assert saved == change["saves_bytes"], change
         assert max(0, missing(changed)) == change["missing_bytes"], change
         assert change["fits"] == (change["missing_bytes"] == 0)
         assert change["set"] == joined(change["parts"])

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+import app.sweep
 from app import examples
+from app.check import check
 from app.heatmap import draw
 from app.reading import read_estimate
 from app.service import prepare
@@ -22,7 +24,7 @@ def request(**changes: Any) -> dict[str, Any]:
 
 
 def test_every_point_is_the_estimate_of_that_run() -> None:
-    found = answer_sweep(sweep(request()))
+    found = answer_sweep(sweep(request(confirm=False)))
     assert found["max_length"] == [512, 1024, 1536, 2048]
     assert [grid["r"] for grid in found["grids"]] == [8, 64]
     for grid in found["grids"]:
@@ -44,6 +46,29 @@ def test_the_border_is_the_largest_batch_that_fits_at_each_length() -> None:
                 batch for batch, row in zip(found["per_device_train_batch_size"], grid["verdicts"], strict=True) if row[column] == "fits"
             ]
             assert largest == max(fitting, default=None)
+
+
+def test_the_border_is_what_checks_of_single_runs_say() -> None:
+    axes = {"per_device_train_batch_size": [1, 2, 3, 4, 6, 8], "max_length": [1024, 2048, 4096]}
+    found = answer_sweep(sweep(request(sweep=axes, hardware={"gpu": "rtx3090"})))
+    (grid,) = found["grids"]
+    assert grid["frontier_basis"] == ["replayed"] * 3
+    assert len(set(grid["frontier"])) > 1
+    batches = found["per_device_train_batch_size"]
+    for column, (length, largest) in enumerate(zip(found["max_length"], grid["frontier"], strict=True)):
+        place = -1 if largest is None else batches.index(largest)
+        for row in {max(place, 0), min(place + 1, len(batches) - 1)}:
+            training = {**examples.QLORA["training"], "per_device_train_batch_size": batches[row], "max_length": length}
+            alone = check({**examples.QLORA, "training": training, "hardware": {"gpu": "rtx3090"}})
+            assert grid["verdicts"][row][column] == alone["verdict"], (batches[row], length)
+
+
+def test_what_the_budget_does_not_reach_is_marked_as_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.sweep, "MAX_REPLAYS", 1)
+    (grid,) = answer_sweep(sweep(request(sweep={**SWEEP, "r": [8]})))["grids"]
+    assert grid["frontier_basis"] == ["replayed", *["modelled"] * 3]
+    (grid,) = answer_sweep(sweep(request(sweep={**SWEEP, "r": [8]}, confirm=False)))["grids"]
+    assert grid["frontier_basis"] == ["modelled"] * 4
 
 
 def test_the_table_has_every_point_in_quoted_cells() -> None:

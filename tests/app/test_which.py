@@ -1,13 +1,17 @@
 """Which cards fit: the answer to a plan without a card, against plans for each card alone."""
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+import app.which
 from app import examples
 from app.plan import plan
 from app.reading import read_estimate
 from app.service import prepare
+from app.terminal import print_which
 from estimator.errors import RequestError
 from estimator.gpus import Vendor, all_gpus
 from estimator.offers import cheapest
@@ -25,26 +29,46 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("objective", ["largest_micro_batch", "longest_sequence", "most_margin"])
 def test_every_card_has_the_estimate_of_its_sizes(objective: str) -> None:
-    found = rows(objective=objective, hardware={"filter": "1"})
+    found = rows(objective=objective, hardware={"filter": "1"}, confirm=False)
     assert {row["gpu"] for row in found} == {g.id for g in all_gpus() if g.vendor is Vendor.NVIDIA and not g.is_modified}
     for row in found[::5]:
         training = {**REQUEST["training"], **{name: row[name] for name in SIZES}}
         case = prepare(read_estimate({**examples.QLORA, "training": training, "hardware": {"gpu": row["gpu"]}}))
         alone = case.answerer.estimate(case.recipe)
         assert case.card is not None
+        assert row["reserved_basis"] == "modelled"
         assert row["device_bytes"] == alone.quick_device_bytes
         assert row["margin_bytes"] == case.card.usable_bytes - alone.quick_device_bytes
         assert (row["missing_bytes"] == 0) == (row["verdict"] == "fits")
 
 
-def test_the_plan_for_a_card_lies_near_the_one_in_the_list() -> None:
-    """The list models what the allocator caches, the plan replays it: they differ by one divisor of the global batch at most."""
-    divisors = [1, 2, 4, 8, 16]
-    for row in rows(hardware={"filter": "1"})[::7]:
-        alone = plan({**REQUEST, "hardware": {"gpu": row["gpu"]}})["plan"]
-        listed = divisors.index(row["per_device_train_batch_size"]) + 1 if row["verdict"] == "fits" else 0
-        planned = divisors.index(alone["per_device_train_batch_size"]) + 1 if alone is not None else 0
-        assert abs(listed - planned) <= 1, row["gpu"]
+@pytest.mark.parametrize(
+    ("objective", "total"), [("largest_micro_batch", 16), ("largest_micro_batch", None), ("longest_sequence", None), ("most_margin", 4)]
+)
+def test_a_row_that_is_confirmed_says_what_a_plan_for_its_card_says(objective: str, total: int | None) -> None:
+    asked = {"objective": objective, "global_batch_size": total, "hardware": {"filter": "10GB..24GB 1"}}
+    confirmed = [row for row in rows(**asked) if row["reserved_basis"] == "replayed"]
+    assert len(confirmed) > 3
+    assert {row["verdict"] for row in confirmed} >= {"fits"}
+    for row in confirmed[::3]:
+        alone = plan({**REQUEST, **asked, "hardware": {"gpu": row["gpu"]}})
+        found = alone["plan"]
+        assert (row["verdict"] == "fits") == (found is not None), row["gpu"]
+        if found is None:
+            fit = alone["shortfall"]["estimate"]["fit"]
+            assert (row["verdict"], row["margin_bytes"]) == (fit["verdict"], fit["free_bytes"])
+            assert row["missing_bytes"] == alone["shortfall"]["missing_bytes"]
+        else:
+            assert [row[name] for name in SIZES] == [found[name] for name in SIZES]
+            assert row["margin_bytes"] == found["margin_bytes"]
+
+
+def test_confirming_changes_rows_of_single_cards_alone_and_as_many_as_its_budget_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [row for row in rows(hardware={"filter": "24GB..48GB 2..8"}) if row["reserved_basis"] == "replayed"]
+    monkeypatch.setattr(app.which, "MAX_REPLAYS", 1)
+    few = [row["reserved_basis"] for row in rows(hardware={"filter": "24GB..80GB 1"})]
+    assert {"replayed", "modelled"} == set(few)
+    assert few.index("modelled") <= 4  # the first of the list are confirmed
 
 
 def test_cards_come_in_numbers_and_keep_the_global_batch_together() -> None:
@@ -128,3 +152,16 @@ def test_an_empty_list_says_what_left_nothing(changes: dict[str, Any], field: st
     with pytest.raises(RequestError, match=said) as caught:
         plan({**REQUEST, "hardware": None, **changes})
     assert [error.field for error in caught.value.errors] == [field]
+
+
+def test_the_table_says_to_spare_of_what_fits_alone_and_marks_what_is_modelled() -> None:
+    found = plan({**REQUEST, "hardware": {"filter": "15GB..24GB 1..2"}})
+    assert {row["verdict"] for row in found["gpus"]} == {"fits", "tight", "does_not_fit"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_which(console, found)
+    _, *lines = console.export_text().splitlines()
+    for row, line in zip(found["gpus"], lines, strict=False):
+        assert ("to spare" in line) == (row["verdict"] == "fits"), line
+        assert ("missing" in line) == (row["verdict"] != "fits"), line
+        assert (f"{row['verdict'].replace('_', ' ')}*" in line) == (row["reserved_basis"] == "modelled"), line
+    assert any(line.startswith("* modelled") for line in lines)

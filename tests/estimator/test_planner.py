@@ -69,7 +69,7 @@ def test_lengths_go_in_steps_up_to_the_limit_and_a_short_limit_is_the_only_one()
 
 
 def test_a_global_batch_that_the_cards_cannot_share_is_refused() -> None:
-    with pytest.raises(RequestError, match="not a multiple of 4 GPUs"):
+    with pytest.raises(RequestError, match="not a multiple of 4 GPUs; expected 4 or 8"):
         Goal(
             objective=PlanObjective.LARGEST_MICRO_BATCH,
             micro_batch_size=1,

@@ -8,6 +8,7 @@ import pytest
 from estimator.allocator import SMALL_SEGMENT_BYTES
 from estimator.allocator_settings import parse_settings
 from estimator.caching_allocator import CachingAllocator
+from estimator.device import context_bytes
 from estimator.engine import Device, estimate, largest
 from estimator.estimate import Estimate
 from estimator.introspect.trace.tasks import Session
@@ -16,7 +17,7 @@ from estimator.optimizers import step_lists, step_temporary_bytes
 from estimator.patterns import copies
 from estimator.phases import Basis, Item
 from estimator.recipe import Loss, QuantizationKind, Recipe
-from estimator.reservation import reservation
+from estimator.reservation import _MAX_PAUSED, _paused, _unlimited, reservation
 from estimator.schedule import MicroBatch, Schedule, decode_schedule, encode_schedule
 from estimator.sources.resolve import resolve
 from estimator.static_memory import Preparation, loaded_tensors, static_memory
@@ -98,6 +99,50 @@ def test_short_of_memory_the_allocator_gives_its_cache_back() -> None:
 def test_what_does_not_fit_is_told_by_what_it_would_hold() -> None:
     recipe = training(4, 1024, method="full")
     assert answered(recipe, usable_bytes=2 * GIB).holding.get() == answered(recipe).holding.get()
+
+
+@pytest.mark.parametrize("options", ["", "expandable_segments:True"])
+def test_where_paged_states_alone_are_too_much_the_run_is_told_by_what_it_would_hold(options: str) -> None:
+    recipe, settings = training(1, 512, method="full", optimizer="paged_adamw_32bit"), parse_settings(options)
+    found = answered(recipe, usable_bytes=2 * GIB, settings=settings)
+    assert found.paged_bytes > 2 * GIB
+    assert found.holding.get() == answered(recipe, settings=settings).holding.get()
+
+
+@pytest.mark.parametrize("enough", [0, 2 * GIB, 2**40, None])
+def test_a_run_that_is_too_large_is_known_to_be_so_before_its_end(enough: int | None) -> None:
+    recipe = training(2, 512, accumulation=2)
+    whole = answered(recipe).holding.get().without_pressure_bytes
+    asked = answered(replace(recipe, num_multiprocessors=80))  # the same run, on which nothing else was asked
+    _unlimited.cache_clear()
+    found = asked.without_pressure_bytes(enough)
+    beside = context_bytes(108) - context_bytes(80)
+    assert found <= whole - beside
+    assert found == whole - beside or (enough is not None and found > enough)
+    assert asked.holding.get().without_pressure_bytes == whole - beside
+
+
+def test_few_runs_are_held_unfinished_and_one_that_was_let_go_is_played_again() -> None:
+    asked = [answered(training(2, 256 + 64 * place, accumulation=2)) for place in range(_MAX_PAUSED + 4)]
+    _unlimited.cache_clear()
+    _paused.clear()
+    for found in asked:
+        found.without_pressure_bytes(0)
+    assert len(_paused) == _MAX_PAUSED
+    whole = answered(training(2, 256, accumulation=2)).holding.get().without_pressure_bytes
+    assert asked[0].without_pressure_bytes(2**40) == asked[0].without_pressure_bytes() == whole
+    _unlimited.cache_clear()
+    assert answered(training(2, 256, accumulation=2)).holding.get().without_pressure_bytes == whole
+
+
+def test_cards_of_one_kind_share_their_replays() -> None:
+    recipe = training(2, 512)
+    _unlimited.cache_clear()
+    for capability, multiprocessors in (((8, 0), 108), ((8, 6), 82), ((8, 9), 128)):
+        answered(replace(recipe, compute_capability=capability, num_multiprocessors=multiprocessors)).holding.get()
+    assert _unlimited.cache_info().misses == 1
+    answered(replace(recipe, compute_capability=(9, 0))).holding.get()
+    assert _unlimited.cache_info().misses == 2
 
 
 def test_more_accumulation_than_two_micro_batches_adds_the_ids_alone() -> None:
