@@ -84,3 +84,12 @@ def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
 def engine_phrase(answer: Json) -> str:
     """What the step was worked out with, and why."""
     return f"{'closed forms' if answer['engine'] == 'analytic' else 'traced'} ({answer['engine_reason']})"
+
+
+def written_sentence(name: str, file: Json) -> str:
+    """What became of a plan that was written as a file."""
+    if file["device_bytes"] is None:
+        return f"{name}: written."
+    verdict = {True: ", which fits", False: ", which does not fit", None: ""}[file["fits"]]
+    otherwise = f"; its trainer runs it otherwise ({'; '.join(file['differences'])})" if file["differences"] else ""
+    return f"{name}: written; read back, it peaks at {gib(file['device_bytes'])}{verdict}{otherwise}."
