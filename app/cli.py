@@ -1,6 +1,7 @@
 """The command line: one question, one answer, and an exit code that scripts can read."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,9 +44,18 @@ def estimate(model: str | None, request: str | None, as_json: bool, options: Jso
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def plan(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
+def plan(
+    model: str | None,
+    request: str | None,
+    as_json: bool,
+    options: Json,
+    write: Annotated[
+        tuple[str, str],
+        typer.Option(metavar="KIND OUT", help="write the plan: trl (YAML, or a script where OUT ends in .py), axolotl, llamafactory, …"),
+    ] = ("", ""),
+) -> None:
     """The largest batch or length that fits the card, or what is missing; without a card, which cards fit."""
-    _plan(_payload(model, request, options), as_json)
+    _plan(_payload(model, request, options), as_json, write, options.get("files", []))
 
 
 def which(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
@@ -57,7 +67,7 @@ def which(model: str | None, request: str | None, as_json: bool, options: Json) 
     _plan(payload, as_json)
 
 
-def _plan(payload: Json, as_json: bool) -> None:
+def _plan(payload: Json, as_json: bool, write: tuple[str, str] = ("", ""), files: Sequence[Json] = ()) -> None:
     from app.plan import plan as make_plan
 
     result = make_plan(payload)
@@ -67,7 +77,24 @@ def _plan(payload: Json, as_json: bool) -> None:
         from app.terminal import print_plan, print_which
 
         (print_plan if result["gpus"] is None else print_which)(_console(), result)
+    if write[0] and result["plan"] is not None:
+        _write_plan(payload, result["plan"], *write, files)
     if result["plan"] is None and not any(row["verdict"] == "fits" for row in result["gpus"] or ()):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _write_plan(payload: Json, found: Json, kind: str, out: str, files: Sequence[Json]) -> None:
+    """The plan as a file; 3 if its trainer makes a run of it that does not fit."""
+    from app.shortfall import payload_of
+    from app.trainer_files.writing import written
+    from app.wording import written_sentence
+
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    planned = payload_of(payload, {f"training.{name}": found[name] for name in names})
+    file = written(planned, kind, out, files)
+    _write(Path(out), file.text.encode())
+    print(written_sentence(out, file.rendered()), file=sys.stderr)
+    if file.fits is False:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 

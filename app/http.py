@@ -31,7 +31,8 @@ from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
 from app.trace import answer_trace, snapshot_of, svg_of, trace
-from app.trainer_files.opening import converted, opened
+from app.trainer_files.opening import opened
+from app.trainer_files.writing import convert
 from app.transfer import body_of
 from app.work import Workers
 from estimator.errors import FieldError, SourceUnavailableError, VramplanError
@@ -137,9 +138,10 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     )(_trace)
     app.post(
         "/v1/convert",
-        summary="Files of trainers as a request",
+        summary="Files of trainers as a request, and a run as such a file",
         description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or as "
-        "objects; every other route takes `files` beside its own fields too.",
+        "objects; every other route takes `files` beside its own fields too. `write` names the kind of file to write: trl, axolotl, "
+        "llamafactory, accelerate or deepspeed; `as` is its name, which for a script of TRL ends in .py.",
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"examples": dict(examples.CONVERT)}}}},
     )(_convert)
     app.get("/v1/models", summary="Bundled models")(_models)
@@ -202,7 +204,7 @@ async def _check(request: Request) -> Response:
 
 async def _convert(request: Request) -> Response:
     payload = read_json(await body_of(request))
-    return Reply(await in_thread(request, payload, partial(converted, payload)))
+    return Reply(await in_thread(request, payload, partial(convert, payload)))
 
 
 async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:

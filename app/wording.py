@@ -135,3 +135,12 @@ def _bounds(interval: Json | None) -> str:
 def change_sentence(setting: Json) -> str:
     """A change in one line, each field by the library's own name."""
     return ", ".join(f"{name.rpartition('.')[2]} = {value!r}" for name, value in _flat(setting) if value is not None)
+
+
+def written_sentence(name: str, file: Json) -> str:
+    """What became of a plan that was written as a file."""
+    if file["device_bytes"] is None:
+        return f"{name}: written."
+    verdict = {True: ", which fits", False: ", which does not fit", None: ""}[file["fits"]]
+    otherwise = f"; its trainer runs it otherwise ({'; '.join(file['differences'])})" if file["differences"] else ""
+    return f"{name}: written; read back, it peaks at {gib(file['device_bytes'])}{verdict}{otherwise}."

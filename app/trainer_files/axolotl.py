@@ -257,8 +257,8 @@ def _batches(keys: Keys, attention: str | None) -> None:
     if packs and attention in _PACKS and not in_rows:
         keys.put("training.padding_free", True, "sample_packing")
         return
-    masks = packs or pads is True or (batch or 1) > 1 or (pads is None and (length or 1) % multiple != 0)
-    keys.put("padded", masks, "sample_packing" if packs else "pad_to_sequence_len")
+    # A sample a little shorter than the longest is filled up like any other.
+    keys.put("padded", packs or pads is not False or (batch or 1) > 1, "sample_packing" if packs else "pad_to_sequence_len")
     if packs and attention == Attention.SDPA and "sdpa_varlen" not in keys:
         keys.not_modelled("sdpa_varlen", UNMODELLED["sdpa_varlen"] + "; axolotl turns it on where torch has it")
 

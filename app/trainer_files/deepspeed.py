@@ -1,6 +1,6 @@
 """A JSON of DeepSpeed, as transformers' Trainer hands it on.
 
-Source: deepspeed 0.18, runtime/config.py and runtime/zero/config.py; transformers 5.23, integrations/deepspeed.py,
+Source: deepspeed 0.19, runtime/config.py and runtime/zero/config.py; transformers 5.23, integrations/deepspeed.py,
 HfTrainerDeepSpeedConfig.trainer_config_process.
 """
 
@@ -33,11 +33,13 @@ _UNMODELLED = {
     "tensor_parallel": "layers are cut over several processes",
 }
 _INERT_OF_ZERO = names("""
-    allgather_bucket_size allgather_partitions elastic_checkpoint gather_16bit_weights_on_model_save ignore_unused_parameters
-    legacy_stage1 load_from_fp32_weights log_trace_cache_warnings memory_efficient_linear model_persistence_threshold
-    module_granularity_threshold param_persistence_threshold reduce_scatter round_robin_gradients
-    stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save stage3_max_reuse_distance
-    stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
+    allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm cpu_offload_use_pin_memory elastic_checkpoint
+    enable_sanity_checks gather_16bit_weights_on_model_save ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights
+    log_trace_cache_warnings max_reuse_distance memory_efficient_linear model_persistence_threshold module_granularity_threshold
+    override_module_apply parameter_alignment pipeline_loading_checkpoint reduce_scatter round_robin_gradients
+    save_muon_momentum_buffer_in_memory stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save
+    stage3_max_reuse_distance stage3_use_all_reduce_for_fetch_params sub_group_size use_all_reduce_for_fetch_params
+    use_multi_rank_bucket_allreduce
 """)
 _INERT_OF_OFFLOADING = names("buffer_count buffer_size fast_init max_in_cpu nvme_path pin_memory pipeline pipeline_read pipeline_write")
 _INERT_OF_PRECISION = names("""
@@ -57,6 +59,8 @@ _UNMODELLED_OF_ZERO = {
 }
 _DEFAULTS_OF_ZERO = {"mics_shard_size": -1, "zero_hpz_partition_size": 1}
 _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_param_persistence_threshold")
+# Deprecated spellings.
+_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _AUTO = "auto"
 # Source: deepspeed, runtime/engine.py, DeepSpeedEngine._configure_basic_optimizer: FusedAdam, or DeepSpeedCPUAdam where it is offloaded.
 _ADAM = {"adam": "adamw_torch_fused", "adamw": "adamw_torch_fused"}
@@ -135,7 +139,11 @@ def _zero(zero: Keys) -> None:
             section.ignore("ratio")
         section.rest(inert=_INERT_OF_OFFLOADING, unmodelled={"ratio": "a part of it stays on the card"}, trainer=_TRAINER)
     for key in _SIZES:
-        zero.put(f"{path}.{key}", _size(zero, key), key)
+        for name in dict.fromkeys((key, key.removeprefix("stage3_"))):
+            zero.put(f"{path}.{key}", _size(zero, name), name)
+    for key, name in _OFFLOADS.items():
+        if zero.flag(key):
+            zero.put(f"{path}.{name}.device", "cpu", key)
     for key in ("overlap_comm", "contiguous_gradients"):
         if key in zero:
             zero.put(f"{path}.{key}", zero.flag(key), key)

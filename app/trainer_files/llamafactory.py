@@ -170,4 +170,4 @@ def _batches(keys: Keys, attention: str | None, *, pretrains: bool) -> None:
         keys.put("training.padding_free", True, "neat_packing")
         return
     keys.found.put("training.pad_to_multiple_of", _PAD_TO, keys.named("cutoff_len"))
-    keys.put("padded", neat or length % _PAD_TO != 0 or (several and not packs), "packing" if packs else "cutoff_len")
+    keys.put("padded", neat or not packs or length % _PAD_TO != 0, "packing" if packs else "cutoff_len")

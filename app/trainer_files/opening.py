@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.answer import Json
+from app.answer import SCHEMA_VERSION, Json
 from app.options import merged
 from app.trainer_files import accelerate, adapter_config, axolotl, deepspeed, llamafactory, trl
 from app.trainer_files.formats import Format, format_of
@@ -38,16 +38,14 @@ def opened(payload: Mapping[str, Any]) -> Json:
 
 
 def converted(payload: Mapping[str, Any]) -> Json:
-    """The answer to `convert`: the request that files stand for, and whose files they are.
+    """The request that files stand for, and whose files they are.
 
     Raises:
         RequestError: as `opened` does.
     """
     files = payload.get(FIELD)
-    if files is None:
-        raise RequestError(f"{FIELD}: is required", field=FIELD)
-    _, formats = _read(files)
-    return {"schema_version": 1, "formats": formats, "request": opened(payload)}
+    formats = _read(files)[1] if files is not None else {}
+    return {"schema_version": SCHEMA_VERSION, "formats": formats, "request": opened(payload)}
 
 
 def _is_several(number: object) -> bool:

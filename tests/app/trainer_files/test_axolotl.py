@@ -72,12 +72,12 @@ def test_packed_samples_lie_in_one_row_under_flash_attention_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "padded", "multiple"),
     [
-        ({"micro_batch_size": 1}, False, 64),
-        ({"micro_batch_size": 1, "sequence_len": 2000}, True, 64),
+        ({"micro_batch_size": 1}, True, 64),
         ({"micro_batch_size": 1, "pad_to_sequence_len": True}, True, 64),
         ({"micro_batch_size": 2}, True, 64),
         ({"micro_batch_size": 1, "pad_to_sequence_len": False}, False, None),
-        ({"micro_batch_size": 1, "pad_to_multiple_of": 8, "sequence_len": 2000}, False, 8),
+        ({"micro_batch_size": 2, "pad_to_sequence_len": False}, True, None),
+        ({"micro_batch_size": 1, "pad_to_multiple_of": 8}, True, 8),
     ],
 )
 def test_batches_are_filled_to_a_multiple_of_64(changes: Json, padded: bool, multiple: int | None) -> None:
