@@ -20,6 +20,12 @@ def parse_version(field: str, text: str) -> Version:
     return tuple(int(part) for part in match.group().split("."))
 
 
+_CACHE_SETTING_REACHES_DECODER = frozenset(
+    ("idefics2", "idefics3", "lighton_ocr", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "smolvlm", "video_llava")
+)
+"""Models whose `use_cache` their text decoder is told; other decoders inside a model go by their own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
     """The library versions to answer for; facts that follow from them are properties."""
@@ -417,3 +423,26 @@ class Stack:
         Source: transformers until 4.53, models/gpt_bigcode/modeling_gpt_bigcode.py, GPTBigCodeModel.forward (`presents`).
         """
         return self.transformers < (4, 54) and model_type == "gpt_bigcode"
+
+    @property
+    def sft_trains_without_cache(self) -> bool:
+        """Whether SFTTrainer asks for no keys and values, whatever the model's configs say.
+
+        Source: trl 0.22 (absent from 0.20), trainer/sft_trainer.py, SFTTrainer.compute_loss (`use_cache`).
+        """
+        return self.trl >= (0, 22)
+
+    def keeps_cache_in_training(self, root_model_type: str, *, is_composite: bool, by_trl: bool) -> bool:
+        """Whether a model without checkpointing stores keys and values while it is trained, and holds them until the loss is there.
+
+        The Trainer switches the cache off in the config of the whole model. The text decoder inside reads its own, unless a model around
+        it reads that of the whole and hands on what it says; TRL says it by argument, which goes before all configs.
+
+        Source: transformers, trainer.py, Trainer.__init__ (since 5.0); utils/generic.py, merge_with_config_defaults (check_model_inputs in
+        5.0), where it decorates the forward of a model around the decoder: read in 5.0 and 5.23, run in 5.23.
+        """
+        if self.transformers < (5,) or not is_composite or (by_trl and self.sft_trains_without_cache):
+            return False
+        if self.transformers < (5, 1) and root_model_type in ("fast_vlm", "got_ocr2", "internvl", "llava", "vipllava"):
+            return False
+        return root_model_type not in _CACHE_SETTING_REACHES_DECODER

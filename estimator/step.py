@@ -22,7 +22,7 @@ from estimator.loss import head_logits, label_logits, stock_loss
 from estimator.modules import Modules
 from estimator.operators import cast, scale
 from estimator.phases import Item, Phase
-from estimator.recipe import Attention, CacheKind, Loss, Recipe
+from estimator.recipe import Attention, CacheKind, Loss, Recipe, Trainer
 from estimator.repetition import IrregularError, repeated, sample
 from estimator.schedule import MicroBatch, Schedule, told_apart
 from estimator.scoring import Rows, rows_of
@@ -197,8 +197,9 @@ class _Step:
         """Keys and values by kind of layer, in inference."""
         self.caches: list[list[Value]] = [[] for _ in range(inventory.num_layers)]
         """Keys and values of all layers, in inference."""
+        self.keeps_cache = keeps_cache(inventory, recipe)
         hands_out = training is not None and recipe.stack.hands_out_key_values_in_training(inventory.model_type)
-        self.handed_out: list[Value] | None = [] if hands_out else None
+        self.handed_out: list[Value] | None = [] if hands_out or self.keeps_cache else None
         """What the layers return beside the hidden states, held until the loss is there."""
         self.handed_out_by_copies: list[tuple[Held, int]] = []
         self.tape = Tape(
@@ -497,11 +498,11 @@ class _Step:
             decoding=spans is not None and spans.decoding,
             compiled=spans is not None and spans.decoding and self.tape.cuda_kernels and compiles_decoding(self.recipe),
             handed_out=self.handed_out if self.tape.phase is Phase.FORWARD else None,
+            keeps_cache=self.keeps_cache,
         )
 
-        # A checkpointed layer holds on to its arguments: the mask of its own kind alone.
-        is_sliding = layer.layer_type == "sliding_attention"
-        own = replace(around, others=(), mask=None) if is_sliding else replace(around, others=(), sliding_mask=None)
+        # A checkpointed layer holds on to its arguments: those of its own kind alone.
+        own = around.of(is_sliding=layer.layer_type == "sliding_attention")
 
         def function(x: Value) -> Value:
             return self.family.layer(layer, x, own)
@@ -602,6 +603,15 @@ def compiles_decoding(recipe: Recipe) -> bool:
     inference = recipe.inference
     static = inference is not None and inference.cache is CacheKind.STATIC
     return static and recipe.stack.compiles_static_decoding and recipe.quantization is None
+
+
+def keeps_cache(inventory: Inventory, recipe: Recipe) -> bool:
+    """Whether keys and values are stored in training too, where a text decoder inside another model is not told otherwise."""
+    training = recipe.training
+    if training is None or training.gradient_checkpointing:
+        return False
+    root, is_composite = (inventory.config.get(name) for name in ("root_model_type", "is_composite"))
+    return recipe.stack.keeps_cache_in_training(str(root), is_composite=bool(is_composite), by_trl=recipe.trainer is Trainer.TRL)
 
 
 def needs_mask(recipe: Recipe) -> bool:

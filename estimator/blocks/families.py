@@ -124,14 +124,16 @@ def _rotary(frame: Frame, dtype: DType, mask_dtype: DType, width: int | None = N
     with frame.tape.recording(False):
         cos, sin = (frame.tape.new(frame.positions(width), dtype) for _ in range(2))
         # Where layer types have frequencies of their own, so do their cos and sin: as large.
-        more = tuple(frame.tape.new(frame.positions(width), dtype) for _ in range(2 * (_num_frequency_sets(frame.config) - 1)))
+        own = _num_frequency_sets(frame.config) > 1
+        sliding_cos, sliding_sin = (frame.tape.new(frame.positions(width), dtype) if own else None for _ in range(2))
     full, sliding = _mask_kinds(frame)
     return Surroundings(
         cos=cos,
         sin=sin,
         mask=mask(frame, mask_dtype, frame.masked) if full else None,
         sliding_mask=mask(frame, mask_dtype, frame.sliding_masked, sliding=True) if sliding else None,
-        others=more,
+        sliding_cos=sliding_cos,
+        sliding_sin=sliding_sin,
     )
 
 

@@ -9,7 +9,7 @@ from estimator.dtypes import DType
 from estimator.extent import Extent
 from estimator.kv_cache import QUERIES, Span, Update
 from estimator.modules import Modules
-from estimator.operators import clone
+from estimator.operators import clone, concatenate
 from estimator.phases import Item
 from estimator.recipe import Attention
 from estimator.tape import Value
@@ -24,8 +24,18 @@ class Surroundings:
     mask: Value | None = None
     """Bool for sdpa, in the model's type for eager; None where the kernel's causal flag does."""
     sliding_mask: Value | None = None
+    sliding_cos: Value | None = None
+    """Where layers with a window have frequencies of their own."""
+    sliding_sin: Value | None = None
     others: tuple[Value, ...] = ()
     """Held as long as the rest, but not looked at."""
+
+    def of(self, *, is_sliding: bool) -> "Surroundings":
+        """What a layer of one kind is given, and a checkpoint of it holds on to."""
+        mask, sliding_mask = (None, self.sliding_mask) if is_sliding else (self.mask, None)
+        own = is_sliding and self.sliding_cos is not None
+        cos, sin = (self.sliding_cos, self.sliding_sin) if own else (self.cos, self.sin)
+        return Surroundings(cos=cos, sin=sin, mask=mask, sliding_mask=sliding_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +58,8 @@ class Layer:
     """Whether torch.compile runs the layer."""
     handed_out: list[Value] | None = None
     """Where a layer puts what it returns beside the hidden states."""
+    keeps_cache: bool = False
+    """Whether keys and values are stored in training too."""
 
     @property
     def copies_experts(self) -> bool:
@@ -96,7 +108,7 @@ class Layer:
             heads_first: whether query and key lie in memory head after head, as a concatenation leaves them, and not token after token.
         """
         mask = around.sliding_mask if self.layer_type == "sliding_attention" else around.mask
-        cached = self.span is not None
+        cached = self.span is not None or self.keeps_cache
         if self.attention is Attention.EAGER:
             return eager(
                 query,
@@ -136,7 +148,7 @@ class Layer:
         """
         span, cache = self.span, self.cache
         if span is None or cache is None:
-            return key, value
+            return self._stored_in_training(key, value) if self.keeps_cache else (key, value)
         tape = key.tape
         new = (key, value)
         if span.before is None and span.update is not Update.JOINED:
@@ -162,6 +174,18 @@ class Layer:
             case _:
                 assert_never(span.update)
         key, value = (cached.view(_of(x, span.attended)) for cached, x in zip(cache, new, strict=True))
+        return key, value
+
+    def _stored_in_training(self, key: Value, value: Value) -> tuple[Value, Value]:
+        """Keys and values joined to a cache that holds nothing yet, and for a layer with a window its length as a tensor.
+
+        Source: transformers, cache_utils.py, DynamicLayer.update and DynamicSlidingWindowLayer.__init__.
+        """
+        assert self.handed_out is not None
+        key, value = concatenate([key]), concatenate([value])
+        self.handed_out.extend((key.view(), value.view()))
+        if self.layer_type == "sliding_attention":
+            self.handed_out.append(key.tape.new(Extent(1), DType.INT64))
         return key, value
 
 

@@ -134,12 +134,19 @@ class Family:
     layers_field: str = "num_hidden_layers"
     per_layer: Mapping[str, str] = field(default_factory=dict)
     """Fields that need one entry per layer, and that entry."""
+    around: str | None = None
+    """Config class of a model that the text decoder lies in."""
+    beside: Mapping[str, object] = field(default_factory=dict)
+    """Fields of that config."""
 
     def config(self, layers: int, **overrides: object) -> PretrainedConfig:
         values = {"tie_word_embeddings": False} | dict(self.values) | {self.layers_field: layers}
         values |= {name: [entry] * layers for name, entry in self.per_layer.items()}
         made: PretrainedConfig = getattr(transformers, self.config_class)(**(values | overrides))
-        return made
+        if self.around is None:
+            return made
+        whole: PretrainedConfig = getattr(transformers, self.around)(text_config=made.to_dict(), **self.beside)
+        return whole
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -221,6 +228,31 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+COMPOSITES: Mapping[str, Family] = MappingProxyType(
+    {
+        "gemma3": replace(
+            FAMILIES["gemma3_text"],
+            around="Gemma3Config",
+            beside={"vision_config": _VISION, "image_token_index": 1},
+            per_layer={"layer_types": "sliding_attention"},
+        ),
+        "got_ocr2": replace(
+            FAMILIES["qwen2"],
+            around="GotOcr2Config",
+            attention="eager",
+            beside={"vision_config": _VISION | {"output_channels": 32, "mlp_dim": 32, "global_attn_indexes": []}, "image_token_index": 1},
+        ),
+    }
+)
+"""Text decoders inside another model, which train on text alone."""
+
+
+def family_of(name: str) -> Family:
+    """A family of either kind by name."""
+    return COMPOSITES[name] if name in COMPOSITES else FAMILIES[name]
+
 
 def build(
     family: str,
@@ -245,7 +277,7 @@ def build(
         config: fields of the config to override.
         labels: of a classification head in place of the vocabulary.
     """
-    kind = FAMILIES[family]
+    kind = family_of(family)
     torch.manual_seed(0)
     extra = {"experts_implementation": experts} if experts else {}
     auto = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification

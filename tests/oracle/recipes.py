@@ -23,7 +23,7 @@ from estimator.recipe import (
     Training,
 )
 from estimator.stack import Stack
-from tests.oracle.models import FAMILIES, Mode
+from tests.oracle.models import Mode, family_of
 from tests.oracle.run import mode_of
 
 _DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16, torch.float16: DType.FLOAT16}
@@ -41,7 +41,7 @@ def inventory(family: str, layers: int, config: Mapping[str, object] | None = No
 @lru_cache(maxsize=256)
 def _inventory(family: str, layers: int, config: tuple[tuple[str, object], ...]) -> Inventory:
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in config}
-    made = FAMILIES[family].config(layers, **fields)
+    made = family_of(family).config(layers, **fields)
     made.architectures = None
     data = made.to_dict()
     return inspect(data, f"oracle {family} {layers} {config}")
@@ -123,7 +123,7 @@ def loaded(family: str, mode: str | Mode, *, attention: str | None = None) -> Re
         )
     return Recipe(
         dtype=_DTYPES[mode.load_dtype],
-        attention=Attention(attention or FAMILIES[family].attention),
+        attention=Attention(attention or family_of(family).attention),
         quantization=quantization,
         adapter=adapter,
         prepare_for_kbit_training=mode.prepared,

@@ -15,7 +15,7 @@ from estimator.introspect.trace.objectives import reference_model
 from estimator.phases import Phase
 from estimator.timeline import Timeline
 from tests.oracle import recipes
-from tests.oracle.models import FAMILIES, Mode
+from tests.oracle.models import Mode, family_of
 
 
 def type_of(config: PretrainedConfig) -> str:
@@ -39,7 +39,7 @@ def timeline(
     Args:
         num_steps: optimizer steps with their updates; 0 for one without.
     """
-    made = FAMILIES[family].config(layers, **dict(config or {}))
+    made = family_of(family).config(layers, **dict(config or {}))
     recipe = recipes.recipe(family, mode, B, S, **options)  # type: ignore[arg-type]
     assert recipe.training is not None
     prefix = recipes.inventory(family, layers, config).layers_prefix

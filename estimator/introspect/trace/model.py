@@ -54,7 +54,7 @@ def traced_model(
         RefusedError: if the libraries refuse the recipe.
     """
     dtype = TORCH_DTYPES[recipe.dtype]
-    base.config.use_cache = False
+    _switch_cache_off(base, recipe)
     _keep_float32(base, recipe)
     if kept_layers is not None and layers_prefix is not None:
         _drop_layers(base, layers_prefix, kept_layers)
@@ -94,6 +94,16 @@ def _checkpoint(base: Any, recipe: Recipe, layers_prefix: str | None, kept_layer
     if kept_layers is not None and layers_prefix is not None:
         for index, layer in zip(kept_layers, base.get_submodule(layers_prefix), strict=True):
             layer.gradient_checkpointing = index % every_n == 0
+
+
+def _switch_cache_off(model: Any, recipe: Recipe) -> None:
+    """Of the whole model, as the Trainer does; TRL's argument goes before what the configs of models inside it say.
+
+    Source: transformers, trainer.py, Trainer.__init__; trl, trainer/sft_trainer.py, SFTTrainer.compute_loss.
+    """
+    model.config.use_cache = False
+    if recipe.trainer is Trainer.TRL and recipe.stack.sft_trains_without_cache:
+        model.config.get_text_config().use_cache = False
 
 
 def _keep_float32(model: Any, recipe: Recipe) -> None:
