@@ -84,3 +84,15 @@ def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
 def engine_phrase(answer: Json) -> str:
     """What the step was worked out with, and why."""
     return f"{'closed forms' if answer['engine'] == 'analytic' else 'traced'} ({answer['engine_reason']})"
+
+
+def corrections_sentence(told: Json) -> str:
+    """What was corrected, and on what evidence."""
+    if told["not_applied"] is not None:
+        return f"corrections {told['version']} are not applied: {told['not_applied']}"
+    terms = ", ".join(
+        f"{row['term'].replace('_', ' ')} × {row['factor']:.3f} ({row['num_measurements']} measurements of {row['num_models']} models, "
+        f"off by up to {row['worst_error']:.1%}, {row['group']})"
+        for row in told["terms"]
+    )
+    return f"corrections {told['version']} ({told['evidence']}): {terms}"
