@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from app import corrections
+from app.check import check
 from app.cli import cli
+from app.plan import plan
 from app.prediction import predict
 from app.service import answer
 from calibration.case import Case
@@ -167,3 +169,12 @@ def test_a_file_that_is_none_is_refused_by_name(content: str | None, message: st
     monkeypatch.setenv(corrections.VARIABLE, str(path))
     with pytest.raises(RequestError, match=message):
         answer(REQUEST)
+
+
+@pytest.mark.usefixtures("in_use")
+def test_a_plan_and_a_check_rest_on_corrected_estimates() -> None:
+    planned = plan({**REQUEST, "hardware": {"gpu": "rtx4090"}})["plan"]
+    assert planned["estimate"]["corrections"]["version"] == found().version
+    assert planned["estimate"]["peak"]["reserved_basis"] == "fitted"
+    checked = check({**REQUEST, "hardware": {"gpu": "rtx4090"}})
+    assert checked["verdict"] == "fits"
