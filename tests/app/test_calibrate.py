@@ -1,8 +1,10 @@
+import shlex
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from app import calibrate as cli
@@ -100,3 +102,13 @@ def test_a_share_of_a_single_case_is_refused(request_file: Path) -> None:
     result = invoke("--request", request_file, "--out", request_file.with_name("records.jsonl"), "--shard", "1/2")
     assert result.exit_code == 1
     assert "campaigns" in result.stderr
+
+
+def test_every_command_of_the_guide_exists_with_its_options() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
+    lines = [shlex.split(line, comments=True)[2:] for line in guide.splitlines() if line.startswith("vramplan calibrate ")]
+    commands: Any = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {line[0] for line in lines} == {"run", "caps", "compare", "report", "fit", "submit", "merge"}
+    for name, *arguments in lines:
+        options = {spelling for parameter in commands[name].params for spelling in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("--")} <= options, name
