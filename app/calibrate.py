@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 import typer
@@ -19,7 +19,7 @@ from rich.table import Table
 from app import caps as capped
 from app.prediction import predict
 from calibration import campaign as campaigns
-from calibration import schedule
+from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all
 from calibration.caps import Proof, proofs
 from calibration.caps import sentence as caps_sentence
@@ -30,6 +30,7 @@ from calibration.comparison import compare as compared
 from calibration.models import config_of
 from calibration.record import Figures, Kind, Outcome, Record, RecordFile, environment_here
 from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
+from calibration.shards import Shard
 from estimator.errors import RequestError, VramplanError
 from estimator.fitted import dumped
 from estimator.units import gib
@@ -60,16 +61,21 @@ def run(
     max_length: Annotated[int | None, typer.Option(min=1, help="Instead of the request's.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
     again: Annotated[bool, typer.Option("--again", help="Measure even what the file has an answer for.")] = False,
+    shard: Annotated[str | None, typer.Option(help="Of a campaign the share NUMBER/OF only, as several machines divide it.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local for one on this machine.")] = None,
 ) -> None:
     """Run one case or a campaign, each case in a fresh process, and append the records."""
     console = Console()
     with _errors():
         if (request is None) == (campaign is None):
             raise RequestError("give either --request or --campaign", field="request")
+        if request is not None and (shard or ray):
+            raise RequestError("--shard and --ray are for campaigns", field="shard" if shard else "ray")
         runner = _runner(device, gpu, timeout)
         records = RecordFile(out)
         if campaign is not None:
-            _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again)
+            share = Shard.parse(shard) if shard is not None else Shard(number=1, of=1)
+            _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again, share=share, ray=ray)
             return
         assert request is not None
         case = read_case(request, batch_size=batch_size, max_length=max_length)
@@ -146,6 +152,52 @@ def caps(
 
 
 @app.command()
+def submit(
+    campaign: Annotated[str, typer.Option(help="Its name, or the path of a YAML file that the nodes see.")],
+    folder: Annotated[Path, typer.Option(file_okay=False, help="Folder that all nodes see, for records and logs.")],
+    jobs: Annotated[int, typer.Option(min=1, max=10_000, help="Into how many jobs the campaign is divided, a card each.")] = 4,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of each job, instead of the campaign's.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="slurm, or local for processes on this machine.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's.")] = None,
+    device: Annotated[Device, typer.Option(help="cpu and trace are dry runs: nothing is measured.")] = Device.CUDA,
+) -> None:
+    """Divide a campaign into jobs of a Slurm cluster (submitit); `merge` puts their records together."""
+    with _errors():
+        declared = campaigns.read(campaign)
+        submitted = on_slurm.submit(
+            campaign,
+            folder,
+            num_jobs=jobs,
+            minutes=minutes if minutes is not None else declared.budget_minutes,
+            arguments=["--device", device.value],
+            cluster=cluster,
+            gpus=1 if device is Device.CUDA else 0,
+            options={"slurm_partition": partition} if partition is not None else None,
+        )
+        console = Console()
+        console.print(f"submitted: {', '.join(str(job.job_id) for job in submitted)}", highlight=False)
+        console.print(f"then: vramplan calibrate merge {escape(str(folder))}/records-*.jsonl --out records.jsonl", highlight=False)
+
+
+@app.command()
+def merge(
+    files: RecordFiles,
+    out: Annotated[Path, typer.Option(help="The file that holds them all; what it has already stays.")],
+) -> None:
+    """Put records of several machines together, each once: merging again changes nothing."""
+    with _errors():
+        before = list(RecordFile(out))
+        together = schedule.merged([before, *(RecordFile(path) for path in files)])
+        part = out.with_name(f".{out.name}.part")
+        part.unlink(missing_ok=True)
+        whole = RecordFile(part)
+        for record in together:
+            whole.append(record)
+        whole.path.replace(out) if together else out.touch()
+        Console().print(f"{escape(str(out))}: {len(together)} records, {len(together) - len(before)} of them new", highlight=False)
+
+
+@app.command()
 def report(
     files: RecordFiles,
     out: Annotated[Path, typer.Option(help="The page: one HTML file that carries everything.")],
@@ -172,7 +224,7 @@ def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:
     """Every recommendation with what the runs under its cap showed, and all of them in a sentence."""
     table = Table("card", "case", "planned", "true maximum", "planned / maximum", "verdict", box=None, pad_edge=False)
     for proof in found:
-        largest = f"{max(proof.ran, default=0)} or more" if proof.largest is None and not proof.ran_out else str(proof.largest or 0)
+        largest = f"{max(proof.ran, default=0)} or more" if proof.largest is None else str(proof.largest)
         share = "" if proof.tightness is None else f"{proof.tightness:.0%}"
         verdict = proof.verdict.value if proof.planned else "none fits"
         name = escape(proof.case.model or str(proof.case.config.get("model_type")))
@@ -198,21 +250,44 @@ def _runner(device: Device, gpu: int, timeout: float) -> Runner:
 
 
 def _run_campaign(
-    campaign: campaigns.Campaign, runner: Runner, records: RecordFile, console: Console, *, minutes: float | None, again: bool
+    campaign: campaigns.Campaign,
+    runner: Runner,
+    records: RecordFile,
+    console: Console,
+    *,
+    minutes: float | None,
+    again: bool,
+    share: Shard,
+    ray: str | None,
 ) -> None:
     key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
-    done = frozenset() if again else schedule.answered(records, runner.kind, key)
-    cases = campaign.cases()
-    costs = {case.hash: _cost(case) for case in cases}
+    done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else key)
+    whole = campaign.cases()
+    costs = {case.hash: _cost(case) for case in whole}
+    cases = share.take(whole, lambda case: costs[case.hash])
     waiting = schedule.pending(cases, done, lambda case: costs[case.hash])
     if len(waiting) < len(cases):
         console.print(f"{len(cases) - len(waiting)} of {len(cases)} cases are answered in {escape(str(records.path))} already")
     counts: Counter[Outcome] = Counter()
-    budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True) as bar:
+
+        def lost(case: Case, reason: str) -> None:
+            bar.console.print(f"[yellow]lost[/yellow] {_named(case)}: {escape(reason)}")
+
         task = bar.add_task(campaign.name, total=len(waiting), left="")
-        for step in schedule.run(waiting, measure=runner.run, records=records, cost=lambda case: costs[case.hash], budget_seconds=budget):
+        common: dict[str, Any] = {
+            "measure": runner.run,
+            "records": records,
+            "cost": lambda case: costs[case.hash],
+            "budget_seconds": 60 * (minutes if minutes is not None else campaign.budget_minutes),
+        }
+        if ray is None:
+            steps = schedule.run(waiting, **common)
+        else:
+            address = None if ray == "local" else ray
+            steps = on_ray.run(waiting, **common, lost=lost, address=address, num_gpus=1 if runner.device is Device.CUDA else 0)
+        for step in steps:
             counts[step.record.outcome] += 1
             bar.update(task, completed=step.num_done, left=f"about {step.remaining_seconds / 60:.0f} min left")
             if step.record.error and step.record.outcome is not Outcome.OOM:

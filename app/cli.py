@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +30,19 @@ cli = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
-def estimate(model: str | None, request: str | None, as_json: bool, options: Json) -> None:
+def estimate(
+    model: str | None,
+    request: str | None,
+    as_json: bool,
+    options: Json,
+    corrections: Annotated[Path | None, typer.Option(help="file of `calibrate fit`: scales what is not exact")] = None,
+) -> None:
     """How much memory a run takes, in each phase."""
+    from app.corrections import using
     from app.service import answer
 
-    result = answer(_payload(model, request, options))
+    with nullcontext() if corrections is None else using(corrections):
+        result = answer(_payload(model, request, options))
     if as_json:
         _print_json(result)
     else:

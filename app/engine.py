@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from app.corrections import applied
 from app.versions import installed, shown
 from estimator.engine import UNLIMITED, Device, why_not_modelled
 from estimator.engine import estimate as analytic
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
+from estimator.fitted import Corrections
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.recipe import Loss, ObjectiveKind, Recipe
@@ -30,13 +32,23 @@ class Answerer:
     subject: Subject
     device: Device = UNLIMITED
     tracer: Callable[[], Tracer] = default_tracer
+    corrections: Corrections | None = None
+    """Scale what is not exact."""
 
     @property
     def inventory(self) -> Inventory:
         return self.subject.inventory
 
     def estimate(self, recipe: Recipe) -> Estimate:
-        """Memory of one run.
+        """Memory of one run, corrected where there are corrections.
+
+        Raises:
+            as `as_modelled`.
+        """
+        return applied(self.as_modelled(recipe), recipe, self.corrections)
+
+    def as_modelled(self, recipe: Recipe) -> Estimate:
+        """Memory of one run, before any correction.
 
         Raises:
             RequestError: if the libraries would refuse the combination, or if a trace was asked for and cannot stand for the request.

@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl")
 
 
 def predict(case: Case, environment: Environment | None, *, engine: str = "auto") -> Prediction:
-    """The prediction for one case.
+    """The prediction for one case, as it is modelled: corrections in use are what it is to be judged with.
 
     Args:
         case: what was run, or is to be.
@@ -30,7 +30,7 @@ def predict(case: Case, environment: Environment | None, *, engine: str = "auto"
     """
     answered = prepare(read_estimate(payload_of(case, environment, engine=engine)))
     recipe = _on(environment, answered.recipe)
-    estimate = answered.answerer.estimate(recipe)
+    estimate = answered.answerer.as_modelled(recipe)
     if not is_modelled(estimate):
         raise RequestError(f"model: the step of {answered.inventory.model_class} is not modelled", field="model")
     return Prediction(recipe=recipe, estimate=estimate)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from app import corrections
 from app.answer import Json, device_bytes, is_modelled, render_estimate
 from app.answered import Answered
 from app.card import Card, card_of
@@ -73,7 +74,7 @@ def prepare(question: Question[Request]) -> Case:
     recipe = resolve_recipe(request, model.inventory, card)
     subject = Subject(config=model.config, inventory=model.inventory, is_public=model.is_public)
     device = Device(usable_bytes=card.usable_bytes if card is not None else None, settings=parse_settings(request.pytorch_cuda_alloc_conf))
-    answerer = Answerer(engine=request.engine, subject=subject, device=device)
+    answerer = Answerer(engine=request.engine, subject=subject, device=device, corrections=corrections.current())
     return Case(question=question, model=model, recipe=recipe, card=card, answerer=answerer)
 
 
@@ -101,7 +102,7 @@ def render(case: Case, estimate: Estimate) -> Json:
     bounds = interval_of(case.recipe, estimate)
     question = case.question
     unmodelled = tuple(field for field in question.unmodelled if bears(field, case.recipe))
-    return render_estimate(
+    rendered = render_estimate(
         model=case.model_json(),
         recipe=case.recipe,
         estimate=estimate,
@@ -130,14 +131,21 @@ def render(case: Case, estimate: Estimate) -> Json:
         ),
         ignored=sorted({*question.ignored, *question.unmodelled, *question.request.set_aside.ignored} - {*unmodelled}),
     )
+    in_use = case.answerer.corrections
+    return rendered if in_use is None else {**rendered, "corrections": corrections.described(estimate, case.recipe, in_use)}
 
 
 def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:
-    """How wrong the estimate may be, as far as published measurements tell."""
+    """How wrong the estimate may be, as far as published measurements tell; a corrected one, as far as those behind the corrections do."""
     if not is_modelled(estimate):
         return None
+    in_use = corrections.current()
     return interval(
-        recipe=recipe, kernels=estimate.kernels, allocated_bytes=estimate.peak.allocated_bytes, device_bytes=device_bytes(estimate)
+        recipe=recipe,
+        kernels=estimate.kernels,
+        allocated_bytes=estimate.peak.allocated_bytes,
+        device_bytes=device_bytes(estimate),
+        classes=None if in_use is None else corrections.residual_classes(in_use),
     )
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
-from app.wording import engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
+from app.wording import corrections_sentence, engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
@@ -30,6 +30,8 @@ def print_estimate(console: Console, answer: Json) -> None:
     console.print(_phase_table(answer, bar_width=max(4, min(24, console.width - _TABLE_WIDTH))))
     rest = "traced" if answer["engine"] == "trace" else "modelled"
     console.print(f"~ {rest}; all else is exact to the byte", style="dim", highlight=False)
+    if "corrections" in answer:
+        console.print(escape(corrections_sentence(answer["corrections"])), style="dim", highlight=False)
     _print_warnings(console, answer)
 
 

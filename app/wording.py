@@ -144,3 +144,15 @@ def written_sentence(name: str, file: Json) -> str:
     verdict = {True: ", which fits", False: ", which does not fit", None: ""}[file["fits"]]
     otherwise = f"; its trainer runs it otherwise ({'; '.join(file['differences'])})" if file["differences"] else ""
     return f"{name}: written; read back, it peaks at {gib(file['device_bytes'])}{verdict}{otherwise}."
+
+
+def corrections_sentence(told: Json) -> str:
+    """What was corrected, and on what evidence."""
+    if told["not_applied"] is not None:
+        return f"corrections {told['version']} are not applied: {told['not_applied']}"
+    terms = ", ".join(
+        f"{row['term'].replace('_', ' ')} × {row['factor']:.3f} ({row['num_measurements']} measurements of {row['num_models']} models, "
+        f"off by up to {row['worst_error']:.1%}, {row['group']})"
+        for row in told["terms"]
+    )
+    return f"corrections {told['version']} ({told['evidence']}): {terms}"

@@ -163,24 +163,16 @@ def bugs(rows: Iterable[Row]) -> Iterator[Bug]:
                 yield Bug(record_hash=row.record.case_hash, model=row.model, term=term, measured_bytes=measured, predicted_bytes=predicted)
 
 
-def fit(rows: Sequence[Row], *, date: str, with_residuals: bool = True) -> Corrections:
+def fit(rows: Sequence[Row], *, date: str) -> Corrections:
     """The corrections that the rows determine.
 
     Args:
         rows: records with predictions for their own versions and card.
         date: of the fit, ISO 8601.
-        with_residuals: whether every model is left out once, for the intervals.
 
     Returns:
         For each group and each of its parents the terms with at least five rows of two models; other terms stay as they are modelled.
     """
-    seen = tuple(observations(rows))
-    groups: dict[Group, dict[Term, Correction]] = {}
-    for group in dict.fromkeys(parent for one in seen for parent in one.group.parents):
-        inside = [one for one in seen if group in one.group.parents]
-        terms = {term: found for term in Term if (found := _factor(term, [o for o in inside if o.term is term])) is not None}
-        if terms:
-            groups[group] = terms
     used = usable(rows)
     digest = hashlib.sha256("".join(sorted(row.record.model_dump_json() for row in used)).encode()).hexdigest()[:12]
     models = sorted({row.model for row in used})
@@ -188,9 +180,20 @@ def fit(rows: Sequence[Row], *, date: str, with_residuals: bool = True) -> Corre
         version=f"{date}-{digest}",
         date=date,
         evidence=f"{len(used)} measurements of {len(models)} models ({', '.join(models[:6])}{', …' if len(models) > 6 else ''})",
-        groups=groups,
-        residuals=_residuals(left_out(rows, lambda row: row.model)) if with_residuals else {},
+        groups=factors_of(tuple(observations(rows))),
+        residuals=_residuals(left_out(rows, lambda row: row.model)),
     )
+
+
+def factors_of(seen: Sequence[Observation]) -> Mapping[Group, Mapping[Term, Correction]]:
+    """Of each group and each of its parents the terms that are determined."""
+    groups: dict[Group, dict[Term, Correction]] = {}
+    for group in dict.fromkeys(parent for one in seen for parent in one.group.parents):
+        inside = [one for one in seen if group in one.group.parents]
+        terms = {term: found for term in Term if (found := _factor(term, [o for o in inside if o.term is term])) is not None}
+        if terms:
+            groups[group] = terms
+    return groups
 
 
 def _factor(term: Term, rows: Sequence[Observation]) -> Correction | None:
@@ -234,11 +237,14 @@ def left_out(rows: Sequence[Row], key: Callable[[Row], object]) -> tuple[Error, 
         rows: all of them.
         key: what is left out together.
     """
-    kept = usable(rows)
+    kinds: dict[object, list[Row]] = {}
+    for row in usable(rows):
+        kinds.setdefault(key(row), []).append(row)
+    seen = {kind: tuple(observations(own)) for kind, own in kinds.items()}
     found: list[Error] = []
-    for kind in dict.fromkeys(key(row) for row in kept):
-        rest = fit([row for row in kept if key(row) != kind], date="", with_residuals=False)
-        found += errors([row for row in kept if key(row) == kind], rest)
+    for kind, own in kinds.items():
+        others = tuple(one for other, terms in seen.items() if other != kind for one in terms)
+        found += errors(own, Corrections(version="", date="", evidence="", groups=factors_of(others), residuals={}))
     return tuple(found)
 
 

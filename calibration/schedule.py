@@ -21,7 +21,7 @@ class Progress:
     """From the time that cases have taken so far, in proportion to their cost."""
 
 
-def answered(records: Iterable[Record], kind: Kind, key: tuple[str | None, ...]) -> frozenset[str]:
+def answered(records: Iterable[Record], kind: Kind, key: tuple[str | None, ...] | None) -> frozenset[str]:
     """Hashes of the cases that need not be run again: those that ended, or ran out of memory, on this card with these libraries.
 
     Failures and timeouts are no answer.
@@ -29,12 +29,14 @@ def answered(records: Iterable[Record], kind: Kind, key: tuple[str | None, ...])
     Args:
         records: all there are.
         kind: of the answer that is wanted.
-        key: of the environment (`Environment.key`).
+        key: of the environment (`Environment.key`); None where any card will do.
     """
     return frozenset(
         record.case_hash
         for record in records
-        if record.kind is kind and record.outcome in _DONE and record.environment is not None and record.environment.key == key
+        if record.kind is kind
+        and record.outcome in _DONE
+        and (key is None or (record.environment is not None and record.environment.key == key))
     )
 
 

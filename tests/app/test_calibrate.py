@@ -1,8 +1,10 @@
+import shlex
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from app import calibrate as cli
@@ -81,3 +83,32 @@ def test_a_file_that_is_no_request_is_refused(content: str, tmp_path: Path) -> N
     result = invoke("--request", path, "--out", tmp_path / "records.jsonl", "--device", "cpu")
     assert result.exit_code == 1
     assert result.stderr.startswith("error:")
+
+
+def test_records_of_several_machines_are_put_together_once(tmp_path: Path) -> None:
+    first, second, out = (RecordFile(tmp_path / name) for name in ("1.jsonl", "2.jsonl", "all.jsonl"))
+    for size in (1, 2):
+        first.append(record(case().at(batch_size=size)))
+    second.append(record(case().at(batch_size=2)))
+    second.append(record(case().at(batch_size=3)))
+    for new, told in (([first], "2 records, 2 of them new"), ([first, second], "3 records, 1 of them new"), ([second], "3 records, 0")):
+        done = CliRunner().invoke(cli.app, ["merge", *(str(one.path) for one in new), "--out", str(out.path)])
+        assert done.exit_code == 0, done.output
+        assert told in " ".join(done.stdout.split())
+    assert sorted(one.case.batch_size for one in out) == [1, 2, 3]
+
+
+def test_a_share_of_a_single_case_is_refused(request_file: Path) -> None:
+    result = invoke("--request", request_file, "--out", request_file.with_name("records.jsonl"), "--shard", "1/2")
+    assert result.exit_code == 1
+    assert "campaigns" in result.stderr
+
+
+def test_every_command_of_the_guide_exists_with_its_options() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
+    lines = [shlex.split(line, comments=True)[2:] for line in guide.splitlines() if line.startswith("vramplan calibrate ")]
+    commands: Any = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {line[0] for line in lines} == {"run", "caps", "compare", "report", "fit", "submit", "merge"}
+    for name, *arguments in lines:
+        options = {spelling for parameter in commands[name].params for spelling in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("--")} <= options, name

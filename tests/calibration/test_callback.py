@@ -20,17 +20,18 @@ from estimator.errors import RequestError
 from estimator.nvidia_smi import SmiProcess
 from estimator.units import GIB, MIB
 from tests.calibration.cases import LLAMA, case
+from tests.calibration.test_worker import Listener
 
 VOCABULARY = LLAMA["vocab_size"]
 
 
-class Counters:
+class Counters(Listener):
     """A meter that notes what it is told, and a card with so much free."""
 
     kind = Kind.MEASURED
 
     def __init__(self, *, free: int = 8 * GIB, others: Sequence[SmiProcess] | None = ()) -> None:
-        self.told: list[str] = []
+        super().__init__()
         self.others = others
         self._free = free
 
@@ -47,15 +48,6 @@ class Counters:
     def environment(self) -> Environment:
         card = {"gpu": "NVIDIA A100-SXM4-80GB", "compute_capability": "8.0", "num_multiprocessors": 108, "total_bytes": 80 * GIB}
         return environment_here(**card)
-
-    def loaded(self, model: torch.nn.Module) -> None:
-        self.told.append("loaded")
-
-    def begin_step(self) -> None:
-        self.told.append("step")
-
-    def close(self, span: str) -> None:
-        self.told.append(span)
 
     def figures(self) -> Figures:
         number = self.told.count("step")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
-from calibration.record import Kind, Outcome, PhasePeak
+from calibration.record import Figures, Kind, Outcome, PhasePeak
 from calibration.runner import Device, Runner
 from calibration.worker.generation import generate
 from calibration.worker.meter import CudaMeter, count_parameters
@@ -54,7 +54,7 @@ def test_preparing_for_kbit_training_makes_the_rest_float32() -> None:
     assert rest == {torch.float32}
 
 
-class _Listener:
+class Listener:
     """A meter that only remembers what it was told."""
 
     def __init__(self) -> None:
@@ -69,14 +69,14 @@ class _Listener:
     def close(self, span: str) -> None:
         self.told.append(span)
 
-    def figures(self) -> None:
+    def figures(self) -> Figures | None:
         return None
 
 
 def test_every_phase_of_the_trainers_loop_is_closed_in_order() -> None:
     training = {**QLORA["training"], "gradient_accumulation_steps": 2, "optim": "adamw_torch"}
     accumulated = case(training=training)
-    listener = _Listener()
+    listener = Listener()
     train(accumulated, build(accumulated, CPU), listener, on_cpu=True)
     micro_batch = ["forward", "loss", "backward_head", "backward_layers"]
     step = ["step", *micro_batch, *micro_batch, "optimizer_step"]
@@ -94,7 +94,7 @@ def test_every_phase_of_the_trainers_loop_is_closed_in_order() -> None:
 )
 def test_a_generation_is_parted_where_the_prompt_is_read(changes: dict[str, Any], new: int, told: list[str]) -> None:
     one = case(training=None, inference={"batch_size": 2, "prompt_length": 12, "max_new_tokens": new}, **changes)
-    listener = _Listener()
+    listener = Listener()
     assert generate(one, build(one, CPU), listener, CPU) > 0
     assert listener.told == ["loaded", *told, *told]
 

@@ -139,8 +139,21 @@ def test_the_objects_of_a_script_are_those_of_the_run(request_: Json) -> None:
     )
     module.prepare_model_for_kbit_training = lambda model, use_gradient_checkpointing: loaded.update(prepared=use_gradient_checkpointing)
     module.model()
-    kept = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim", "optim_args", "bf16", "fp16", "packing",
-            "padding_free", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor")  # fmt: skip
+    kept = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+        "optim",
+        "optim_args",
+        "bf16",
+        "fp16",
+        "packing",
+        "padding_free",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "use_liger_kernel",
+        "label_smoothing_factor",
+    )
     pasted: Json = {
         "model": loaded["model"],
         "dtype": str(loaded["dtype"]).removeprefix("torch."),

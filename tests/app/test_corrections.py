@@ -1,0 +1,180 @@
+"""A corrections file scales what is not exact, and the answer says on what evidence."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from app import corrections
+from app.check import check
+from app.cli import cli
+from app.plan import plan
+from app.prediction import predict
+from app.service import answer
+from calibration.case import Case
+from calibration.fit import fit
+from calibration.models import config_of
+from estimator.errors import RequestError
+from estimator.fitted import Corrections, Term, dumped
+from tests.calibration.test_fit import PLANTED, rows
+
+REQUEST: dict[str, Any] = {
+    "model": "meta-llama/Llama-3.1-8B",
+    "dtype": "bfloat16",
+    "quantization": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "peft": {"r": 16, "target_modules": "all-linear"},
+    "training": {
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "per_device_train_batch_size": 1,
+        "max_length": 512,
+        "optim": "paged_adamw_8bit",
+    },
+    "hardware": {"gpu": "a100-80"},
+}
+EXACT = ("weights", "quantization_state", "buffers", "adapter_weights", "optimizer_states", "gradients", "checkpoints", "logits")
+
+
+@cache
+def found() -> Corrections:
+    """Fitted to simulated measurements with known factors."""
+    return fit(rows(), date="2026-01-01")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "corrections.json"
+    path.write_text(dumped(found()))
+    return path
+
+
+@pytest.fixture
+def in_use(file: Path) -> Iterator[None]:
+    with corrections.using(file):
+        yield
+
+
+def items(answered: dict[str, Any], names: tuple[str, ...]) -> dict[tuple[str, str], int]:
+    return {(p["phase"], i["name"]): i["bytes"] for p in answered["phases"] for i in p["items"] if i["name"] in names}
+
+
+def test_only_what_is_not_exact_is_scaled(file: Path) -> None:
+    plain = answer(REQUEST)
+    with corrections.using(file):
+        scaled = answer(REQUEST)
+    assert items(scaled, EXACT) == items(plain, EXACT)
+    workspace = items(plain, ("workspace",))[("backward", "workspace")]
+    assert items(scaled, ("workspace",))[("backward", "workspace")] == round(PLANTED[Term.WORKSPACE] * workspace)
+    context = plain["peak"]["device_bytes"] - plain["peak"]["reserved_bytes"] - plain["peak"]["paged_bytes"]
+    assert scaled["peak"]["device_bytes"] - scaled["peak"]["reserved_bytes"] - scaled["peak"]["paged_bytes"] == pytest.approx(
+        PLANTED[Term.CONTEXT] * context, abs=2
+    )
+    assert "corrections" not in plain
+
+
+@pytest.mark.usefixtures("in_use")
+def test_the_answer_says_on_what_evidence() -> None:
+    told = answer(REQUEST)["corrections"]
+    assert told["version"] == found().version
+    assert (told["date"], told["not_applied"]) == ("2026-01-01", None)
+    assert told["evidence"].startswith("48 measurements of 4 models")
+    (context,) = (row for row in told["terms"] if row["term"] == "context")
+    assert context["factor"] == pytest.approx(PLANTED[Term.CONTEXT], rel=0.001)
+    assert (context["num_measurements"], context["num_models"]) == (48, 4)
+    assert context["group"] == "compute capability 8.0, transformers 5"
+    assert context["seen_bytes"][0] <= context["seen_bytes"][1]
+
+
+@pytest.mark.usefixtures("in_use")
+def test_a_run_beyond_what_was_measured_says_so() -> None:
+    near = answer(REQUEST)
+    large = {**REQUEST["training"], "per_device_train_batch_size": 8, "max_length": 8192}
+    far = answer({**REQUEST, "model": "meta-llama/Llama-3.1-70B", "training": large, "hardware": None})
+    (warning,) = (one for one in far["warnings"] if one["code"] == "outside_measured_range")
+    assert "slack was seen on" in warning["message"]
+    assert found().version in warning["message"]
+    assert not any(one["code"] == "outside_measured_range" for one in near["warnings"])
+
+
+@pytest.mark.usefixtures("in_use")
+def test_an_interval_is_made_of_the_corrections_own_left_out_errors() -> None:
+    bounds = answer(REQUEST)["peak"]["interval"]
+    assert bounds is not None
+    assert "48 measurements of 4 models" in bounds["basis"]
+    assert "each model left out of the fit that it judges" in bounds["basis"]
+    other = answer({**REQUEST, "quantization": None})["peak"]["interval"]
+    assert other is None  # no measurement of that kind is behind the file
+
+
+@pytest.mark.usefixtures("in_use")
+def test_what_nothing_was_measured_of_stays_as_it_is_modelled() -> None:
+    spread = {**REQUEST, "hardware": {"gpu": "a100-80", "num_gpus": 2, "strategy": "ddp"}}
+    told = answer(spread)
+    assert told["corrections"]["not_applied"] == "runs over several cards were not measured"
+    assert told["corrections"]["terms"] == []
+    assert all(item["basis"] != "fitted" for phase in told["phases"] for item in phase["items"])
+
+
+@pytest.mark.usefixtures("in_use")
+def test_predictions_that_corrections_are_judged_by_stay_uncorrected() -> None:
+    plain = {**REQUEST, "hardware": None}
+    one = Case.from_request(plain, config_of(plain))
+    assert all(item.basis != "fitted" for phase in predict(one, None).estimate.phases for item in phase.items)
+
+
+def test_a_setting_applies_them_to_every_answer_and_a_command_to_its_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(corrections.VARIABLE, str(file))
+    assert answer(REQUEST)["corrections"]["version"] == found().version
+    other = file.with_name("other.json")
+    other.write_text(file.read_text().replace(found().version, "another"))
+    with corrections.using(other):
+        assert answer(REQUEST)["corrections"]["version"] == "another"
+    file.write_text(file.read_text().replace(found().version, "newer-than-before"))
+    assert answer(REQUEST)["corrections"]["version"] == "newer-than-before"
+
+
+def test_the_command_line_takes_a_file_and_says_what_it_did(file: Path) -> None:
+    arguments = [
+        "estimate",
+        "EleutherAI/pythia-14m",
+        "--per-device-train-batch-size",
+        "1",
+        "--max-length",
+        "128",
+        "--corrections",
+        str(file),
+    ]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.stdout.split())
+    assert f"corrections {found().version} (48 measurements of 4 models" in told
+    assert "context × 1.250 (48 measurements of 4 models, off by up to 0.0%, compute capability 8.0, transformers 5)" in told
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{}", "not a file of")])
+def test_a_file_that_is_none_is_refused_by_name(content: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "missing.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RequestError, match=message), corrections.using(path):
+        pass
+    monkeypatch.setenv(corrections.VARIABLE, str(path))
+    with pytest.raises(RequestError, match=message):
+        answer(REQUEST)
+
+
+@pytest.mark.usefixtures("in_use")
+def test_a_plan_and_a_check_rest_on_corrected_estimates() -> None:
+    planned = plan({**REQUEST, "hardware": {"gpu": "rtx4090"}})["plan"]
+    assert planned["estimate"]["corrections"]["version"] == found().version
+    assert planned["estimate"]["peak"]["reserved_basis"] == "fitted"
+    checked = check({**REQUEST, "hardware": {"gpu": "rtx4090"}})
+    assert checked["verdict"] == "fits"
