@@ -17,7 +17,7 @@ from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES
 from app.redaction import redacted
 from app.reference import router as reference
-from app.rendering import HEADERS, STATIC, content, in_thread, page_of
+from app.rendering import HEADERS, STATIC, UNSTORED, content, in_thread, page_of
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -72,9 +72,9 @@ async def part(request: Request, name: str) -> Response:
     if name == "answer":
         context = await _answered(request, form, error)
         headers = {"hx-replace-url": form.address} if form.address is not None and error is None else {}
-        return page_of("answer.html", {**context, "is_part": True}, headers=headers)
+        return page_of("answer.html", {**context, "is_part": True}, headers={**UNSTORED, **headers})
     found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
-    return page_of(f"{name}.html", {"part": found})
+    return page_of(f"{name}.html", {"part": found}, headers=UNSTORED)
 
 
 @router.get("/static/{name}")

@@ -21,7 +21,10 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-HEADERS = {"content-security-policy": POLICY, "vary": "hx-request"}
+# `same-origin`: under `no-referrer` browsers send forms with the origin `null`, which a check of the origin cannot tell from a stranger's.
+HEADERS = {"content-security-policy": POLICY, "referrer-policy": "same-origin"}
+# Of a part that may be of somebody's private model.
+UNSTORED = {"cache-control": "no-store"}
 STATIC = {"style.css": "text/css", "page.js": "text/javascript", "htmx.min.js": "text/javascript"}
 
 

@@ -12,6 +12,7 @@ from app.answer import Json, is_modelled
 from app.card import card_of
 from app.chart import chart_of, largest_bytes, usable_bytes
 from app.form import AGAINST, EXTRA, MODEL, Form
+from app.holding import cards_that_hold
 from app.plan import plan
 from app.reading import MAX_BODY_BYTES, read_estimate, read_json
 from app.service import answer, prepare
@@ -27,6 +28,7 @@ _NUM_BATCHES, _NUM_LENGTHS = 16, 16
 _LENGTH_STEP = 128
 _MIN_LENGTHS = 4096
 _SHOWN_CARDS = 12
+_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
 _SHOWN_CHANGES = 12
 
 
@@ -49,6 +51,7 @@ def answered(form: Form, origin: str) -> Json:
     }
     # Each edit of a traced model would trace anew: there the rest waits until it is asked for.
     view["is_quick"] = found["engine"] == "analytic"
+    view["is_modelled"] = found["peak"] is not None
     view["is_training"] = request.get("training") is not None and found["peak"] is not None
     return view
 
@@ -144,9 +147,7 @@ def _longest(form: Form, made: Json) -> Json | None:
 
 def _sized(form: Form, sizes: Json) -> str | None:
     """The address of the form with the sizes of a plan."""
-    return form.changed(
-        {f"training.{name}": sizes[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")}
-    ).address
+    return form.changed({f"training.{name}": sizes[name] for name in _SIZES}).address
 
 
 def changed(form: Form) -> Json:
@@ -174,22 +175,22 @@ def changed(form: Form) -> Json:
 
 def cards(form: Form) -> Json:
     """Which cards fit, with the best batch on each and its price."""
-    found = plan(form.cards_request())["gpus"]
+    request = form.cards_request()
+    is_planned = request.get("training") is not None
+    found = plan(request)["gpus"] if is_planned else cards_that_hold(form.request(), str(request["hardware"].get("filter", "")))
     fitting = [row for row in found if row["verdict"] == "fits"]
     rows = [{**row, "address": _on_card(form, row)} for row in fitting]
-    return {"cards": rows[:_SHOWN_CARDS], "more": rows[_SHOWN_CARDS:], "num_others": len(found) - len(fitting)}
+    others = len(found) - len(fitting)
+    return {"cards": rows[:_SHOWN_CARDS], "more": rows[_SHOWN_CARDS:], "num_others": others, "is_planned": is_planned}
 
 
 def _on_card(form: Form, row: Json) -> str | None:
-    number = row["num_gpus"]
-    setting = {
-        "hardware.gpu": row["gpu"],
-        "hardware.num_gpus": number if number > 1 else None,
-        "hardware.strategy": row["strategy"] if number > 1 else None,
-        "hardware.capacity_gib": None,
-        "hardware.nvidia_smi": None,
-        **{f"training.{name}": row[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")},
-    }
+    """The address of the form on a card of the list, with the sizes planned for it."""
+    setting = {"hardware.gpu": row["gpu"], "hardware.capacity_gib": None, "hardware.nvidia_smi": None}
+    if "strategy" in row:
+        number = row["num_gpus"]
+        setting |= {"hardware.num_gpus": number if number > 1 else None, "hardware.strategy": row["strategy"] if number > 1 else None}
+        setting |= {f"training.{name}": row[name] for name in _SIZES}
     return form.changed(setting).address
 
 

@@ -22,6 +22,12 @@ function opened() {
 
 document.addEventListener("DOMContentLoaded", () => {
   offerCopies(document);
+  // The token has no name in the form, so that no submission carries it: it goes along as a header, and only while this page is open.
+  const token = document.getElementById("f-token");
+  if (token) document.getElementById("token-field").hidden = false;
+  document.body.addEventListener("htmx:configRequest", (event) => {
+    if (token && token.value.trim()) event.detail.headers["X-HF-Token"] = token.value.trim();
+  });
   let open = [];
   document.body.addEventListener("htmx:beforeSwap", (event) => {
     if (event.detail.target.id === "answer") open = opened();

@@ -229,3 +229,18 @@ def test_a_dropped_file_is_put_where_it_can_be_read(visit: Open) -> None:
         }"""
     )
     expect(page.get_by_label("Config, request or training file")).to_have_value('{"model_type": "llama"}')
+
+
+def test_a_token_goes_along_as_a_header_and_nowhere_else(visit: Open) -> None:
+    token = "hf_" + "a1B2" * 8
+    page = visit(SMALL.address or "")
+    page.locator("details.more > summary").click()
+    page.get_by_label("Hub token").fill(token)
+    with page.expect_request("**/page/answer**") as asked:
+        page.get_by_label("max_length").fill("200")
+    assert asked.value.all_headers()["x-hf-token"] == token
+    assert token not in asked.value.url + (asked.value.post_data or "")
+    expect(page.locator("pre", has_text='"max_length": 200')).to_have_count(1)
+    page.get_by_role("button", name="Estimate", exact=True).click()
+    page.wait_for_url("**max_length=200**")
+    assert token not in page.url + page.content()

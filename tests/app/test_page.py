@@ -19,6 +19,7 @@ from app import copies, examples, presets, sections
 from app.chart import WIDTH, chart_of
 from app.cli import cli
 from app.form import Form
+from app.holding import cards_that_hold
 from app.http import create_app
 from app.service import answer
 from app.wording import headline
@@ -195,6 +196,26 @@ def test_a_card_of_the_list_is_a_link_to_the_run_on_it(client: TestClient) -> No
     used = Form.submitted(dict(parse_qsl(link.removeprefix("/?"))))
     assert (used["num_gpus"], used["strategy"], used["filter"]) == ("2", "ddp", "16GB..24GB 2")
     assert used.request()["hardware"]["gpu"]
+
+
+@pytest.mark.parametrize("method", ["inference", "load"])
+def test_cards_are_found_for_runs_without_training_too(client: TestClient, method: str) -> None:
+    form = presets.applied_to(FIRST, method)
+    text = client.get("/page/cards", params={**form.values, "filter": "16GB..24GB"}).text
+    for link in links(text)[:3]:
+        used = Form.submitted(dict(parse_qsl(link.removeprefix("/?"))))
+        assert (used["batch_size"], used["max_length"]) == (form["batch_size"], "")
+        assert answer(used.request())["fit"]["verdict"] == "fits"
+    assert len(links(text)) >= 3
+
+
+def test_a_card_that_holds_a_run_is_judged_by_its_own_estimate() -> None:
+    request = presets.applied_to(FIRST, "inference").request()
+    rows = {row["gpu"]: row for row in cards_that_hold(request, "12GB..24GB")}
+    assert rows["rtx4090"]["margin_bytes"] == answer(request)["fit"]["free_bytes"]
+    assert rows["rtx3060-12"]["verdict"] == "does_not_fit"
+    prices = [row["usd_per_hour"][0] for row in rows.values() if row["verdict"] == "fits" and row["usd_per_hour"]]
+    assert prices == sorted(prices)
 
 
 def test_a_length_of_the_grid_is_a_link_to_its_largest_batch() -> None:
