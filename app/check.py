@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
+from app.notices import REFUSALS
 from app.reading import read_estimate
 from app.service import prepare, render
 from app.shortfall import Shortage, missing_bytes, required_bytes, smallest_change
@@ -31,6 +32,7 @@ def check(payload: Mapping[str, Any]) -> Json:
     if missing > 0 and training is not None and is_modelled(estimate):
         global_batch = training.micro_batch_size * training.gradient_accumulation_steps
         best = smallest_change(Shortage(case=case, estimate=estimate, payload=dict(payload), global_batch=global_batch))
+    warnings = render(case, estimate)["warnings"]
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": "fits" if missing <= 0 else "tight" if needed <= card.usable_bytes else "does_not_fit",
@@ -40,6 +42,7 @@ def check(payload: Mapping[str, Any]) -> Json:
         "required_bytes": required_bytes(case.recipe, card, estimate),
         "usable_bytes": card.usable_bytes,
         "missing_bytes": max(0, missing),
-        "warnings": [warning["code"] for warning in render(case, estimate)["warnings"]],
+        "warnings": [warning["code"] for warning in warnings],
+        "refused": [warning["message"] for warning in warnings if warning["code"] in REFUSALS],
         "change": None if best is None else {name: best[name] for name in ("set", "saves_bytes", "costs")},
     }

@@ -123,6 +123,8 @@ def check(
         _print_json(result)
     else:
         print(check_sentence(result))
+        for message in result["refused"]:
+            print(f"but: {message}", file=sys.stderr)
     if result["verdict"] == "does_not_fit" or (strict and result["verdict"] != "fits"):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

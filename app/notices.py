@@ -15,6 +15,18 @@ from estimator.recipe import Attention, ObjectiveKind, Trainer, Training
 from estimator.storage import StoredTensor
 from estimator.units import gib
 
+# What a card or a library refuses whatever the memory, by code.
+REFUSALS = frozenset(
+    {
+        "bitsandbytes_needs_nvidia",
+        "flash_attention_unsupported",
+        "fp16_gradients_refused",
+        "no_bfloat16",
+        "outside_cuda",
+        "own_code_not_run",
+        "padding_free_refused",
+    }
+)
 # Share of the base weights that must stay unquantized before it is worth a sentence.
 NOTEWORTHY_SHARE = 0.10
 # Source: bitsandbytes, optim/optimizer.py, get_state_buffer.

@@ -94,3 +94,12 @@ def test_a_check_needs_a_card_and_a_run() -> None:
         check({**examples.QLORA, "hardware": None})
     with pytest.raises(RequestError, match="training or inference"):
         check({"model": "meta-llama/Llama-3.1-8B", "hardware": {"gpu": "t4"}})
+
+
+def test_what_the_card_refuses_whatever_its_memory_is_said_beside_the_verdict() -> None:
+    small = {**SMALL, "training": {**SMALL["training"], "per_device_train_batch_size": 1, "max_length": 256}}
+    told = {gpu: check({**small, "attn_implementation": "flash_attention_2", "hardware": {"gpu": gpu}}) for gpu in ("t4", "a100-80")}
+    assert [found["verdict"] for found in told.values()] == ["fits", "fits"]
+    assert not told["a100-80"]["refused"]
+    assert any("flash_attention_2 needs compute capability 8.0" in message for message in told["t4"]["refused"])
+    assert any("bfloat16 needs 8.0" in message for message in told["t4"]["refused"])
