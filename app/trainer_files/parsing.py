@@ -13,14 +13,14 @@ MAX_NODES = 20_000
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def parse(name: str, text: str) -> dict[str, Any]:
+def parse(name: str, text: str, max_characters: int = MAX_CHARACTERS) -> dict[str, Any]:
     """The mapping that a file holds.
 
     Raises:
         RequestError: if it holds anything else, or more than `MAX_NODES` values with its aliases written out.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise RequestError(f"{name}: longer than {MAX_CHARACTERS:,} characters", field=name)
+    if len(text) > max_characters:
+        raise RequestError(f"{name}: longer than {max_characters:,} characters", field=name)
     loader = yaml.SafeLoader(text)  # JSON is read as the YAML that it is
     try:
         node = loader.get_single_node()

@@ -74,6 +74,7 @@ def test_what_is_served_beside_the_page_is_what_the_page_asks_for(client: TestCl
         assert "immutable" in response.headers["cache-control"]
         assert "url(" not in response.text or "htmx" in address
     assert client.get("/static/page.html").status_code == 404
+    assert client.get("/static/page.js").headers["cache-control"] == "no-cache"
 
 
 def test_htmx_is_the_file_that_its_note_names() -> None:
@@ -118,7 +119,7 @@ def test_every_field_has_a_label_and_a_line_of_help(client: TestClient) -> None:
 
 def test_the_picker_knows_real_capacity_and_price(client: TestClient) -> None:
     # app/data and estimator/data/gpus.json: an RTX 4090 reports 23.52 GiB, not 24
-    assert re.search(r"GeForce RTX 4090 \(23\.52 GiB, from \d+\.\d\d USD/h\)", client.get("/").text)
+    assert re.search(r"GeForce RTX 4090, 23\.52 GiB, \d+\.\d\d USD/h<", client.get("/").text)
 
 
 def test_what_is_entered_is_escaped(client: TestClient) -> None:
@@ -370,3 +371,15 @@ def test_a_comparison_that_cannot_be_answered_is_left_out() -> None:
 def test_changes_are_for_training_runs() -> None:
     with pytest.raises(RequestError, match="training"):
         sections.changed(presets.applied_to(FIRST, "inference"))
+
+
+def test_a_pasted_training_file_becomes_the_form(client: TestClient) -> None:
+    pasted = "base_model: mistralai/Mistral-7B-v0.1\nadapter: qlora\nload_in_4bit: true\nsequence_len: 4096\nmicro_batch_size: 2\nbf16: auto\n"
+    pasted += "lora_r: 32\nlora_target_linear: true\ngradient_accumulation_steps: 4\noptimizer: adamw_bnb_8bit\n"
+    response = client.post("/", data={"model": "openai-community/gpt2", "request": pasted}, follow_redirects=False)
+    address = response.headers["location"] if response.status_code == 303 else ""
+    found = client.get(address) if address else response
+    assert found.status_code == 200
+    assert 'value="mistralai/Mistral-7B-v0.1"' in found.text
+    assert 'value="4096"' in found.text
+    assert "Takes " in found.text
