@@ -1,7 +1,7 @@
 """A run written as the file of a trainer or launcher, read back, and answered for as that trainer would run it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import orjson
@@ -22,7 +22,8 @@ from app.trainer_files.written.llamafactory import llamafactory
 from app.trainer_files.written.script import script
 from app.trainer_files.written.subject import Subject
 from app.trainer_files.written.trl import trl
-from estimator.errors import UnknownNameError
+from estimator.errors import RequestError, UnknownNameError
+from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
 from estimator.recipe import Recipe
 
 KINDS: Mapping[str, Callable[[Subject], Json]] = {
@@ -33,7 +34,7 @@ KINDS: Mapping[str, Callable[[Subject], Json]] = {
     "trl": trl,
 }
 SCRIPT = ".py"
-_COMPARED = ("dtype", "attention", "quantization", "adapter", "prepare_for_kbit_training", "trainer", "training", "parallel")
+_COMPARED = ("dtype", "attention", "quantization", "adapter", "prepare_for_kbit_training", "trainer", "training")
 # What a launcher's file says; all else of a run stays as it is.
 _LAUNCHERS = ("accelerate", "deepspeed")
 _COMMENT = "# Written by vramplan. Dataset, template, learning rate, epochs and lora_alpha have no bearing on memory: put in your own.\n"
@@ -113,8 +114,10 @@ def convert(payload: Mapping[str, Any]) -> Json:
         VramplanError: if the files cannot be read, or the run cannot be written.
     """
     rest = {name: value for name, value in payload.items() if name not in ("write", "as")}
-    found = converted(rest)
     kind, name = payload.get("write"), payload.get("as", "")
+    if kind is None and payload.get("files") is None:
+        raise RequestError("files: is required where nothing is to be written", field="files")
+    found = converted(rest)
     if kind is None:
         return {**found, "written": None}
     if not isinstance(kind, str) or not isinstance(name, str):
@@ -150,9 +153,21 @@ def _differences(asked: Recipe, found: Recipe) -> list[str]:
     """Choices in which two recipes differ; how several cards share the work counts where there are several."""
     sentences: list[str] = []
     for name in _COMPARED:
-        if name != "parallel" or asked.parallel.is_spread or found.parallel.is_spread:
-            sentences += _between(name, getattr(asked, name), getattr(found, name))
+        sentences += _between(name, getattr(asked, name), getattr(found, name))
+    if asked.parallel.is_spread or found.parallel.is_spread:
+        sentences += _between("parallel", _own_options(asked.parallel), _own_options(found.parallel))
     return sentences
+
+
+def _own_options(parallel: Parallel) -> Parallel:
+    """With the options of its own strategy alone: others are not read."""
+    strategy = parallel.strategy
+    return replace(
+        parallel,
+        ddp=parallel.ddp if strategy is Strategy.DDP else Ddp(),
+        zero=parallel.zero if strategy.zero_stage else Zero(),
+        fsdp=parallel.fsdp if strategy is Strategy.FSDP else Fsdp(),
+    )
 
 
 def _between(path: str, ours: object, theirs: object) -> Iterator[str]:

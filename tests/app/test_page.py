@@ -374,7 +374,9 @@ def test_changes_are_for_training_runs() -> None:
 
 
 def test_a_pasted_training_file_becomes_the_form(client: TestClient) -> None:
-    pasted = "base_model: mistralai/Mistral-7B-v0.1\nadapter: qlora\nload_in_4bit: true\nsequence_len: 4096\nmicro_batch_size: 2\nbf16: auto\n"
+    pasted = (
+        "base_model: mistralai/Mistral-7B-v0.1\nadapter: qlora\nload_in_4bit: true\nsequence_len: 4096\nmicro_batch_size: 2\nbf16: auto\n"
+    )
     pasted += "lora_r: 32\nlora_target_linear: true\ngradient_accumulation_steps: 4\noptimizer: adamw_bnb_8bit\n"
     response = client.post("/", data={"model": "openai-community/gpt2", "request": pasted}, follow_redirects=False)
     address = response.headers["location"] if response.status_code == 303 else ""

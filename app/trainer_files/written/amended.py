@@ -1,7 +1,8 @@
 """A user's own file with some of its values changed: comments, order and all other keys stay."""
 
-import re
 from collections.abc import Mapping
+
+import yaml
 
 from app.trainer_files.parsing import parse
 
@@ -15,7 +16,7 @@ SIZES: Mapping[str, tuple[str, str, str]] = {
 
 
 def amended(name: str, text: str, values: Mapping[str, int]) -> str:
-    """The text with top-level keys set; keys that it lacks are added at its end.
+    """The text with top-level keys set; keys that it lacks are added at its end, or at its beginning in braces.
 
     Args:
         name: of the file, for messages.
@@ -23,21 +24,19 @@ def amended(name: str, text: str, values: Mapping[str, int]) -> str:
         values: by key.
     """
     held = parse(name, text)
-    for key, value in values.items():
-        if held.get(key) == value:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode), "parse takes nothing else"
+    places = {key.value: (value.start_mark.index, value.end_mark.index) for key, value in root.value}
+    changed = {key: value for key, value in values.items() if held.get(key) != value}
+    for key in sorted(changed.keys() & places.keys(), key=places.__getitem__, reverse=True):
+        start, end = places[key]
+        text = f"{text[:start]}{' ' if text[start - 1] == ':' else ''}{changed[key]}{text[end:]}"
+    for key, value in changed.items():
+        if key in places:
             continue
-        text, number = re.subn(_line(key), rf"\g<1>{value}", text, count=1)
-        if not number:
-            text = _added(text, key, value)
+        if root.flow_style:
+            brace = root.start_mark.index + 1
+            text = f'{text[:brace]}"{key}": {value}, {text[brace:]}'
+        else:
+            text = f"{text.rstrip()}\n{key}: {value}\n"
     return text
-
-
-def _line(key: str) -> str:
-    """A key of the top level with the number, or nothing, that follows it."""
-    return rf"(?m)^((?:\s*[{{,])?[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*:[ \t]*)(?:\d+|null|~)?"
-
-
-def _added(text: str, key: str, value: int) -> str:
-    if text.lstrip().startswith("{"):
-        return text.replace("{", f'{{"{key}": {value}, ', 1)
-    return f"{text.rstrip()}\n{key}: {value}\n"

@@ -118,6 +118,7 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True, raising=False)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
 @pytest.mark.usefixtures("has_bfloat16")
 @pytest.mark.parametrize(
     "request_",
@@ -209,6 +210,7 @@ def _deepspeed(path: Path) -> None:
     assert theirs.get_value("zero_optimization.reduce_bucket_size") == 123_456
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
 @pytest.mark.usefixtures("has_bfloat16")
 @pytest.mark.parametrize(
     ("request_", "kind", "load"),
