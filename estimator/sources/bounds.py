@@ -16,6 +16,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 200_000
 MAX_LIST_LENGTH = 65_536
 MAX_TEXT_LENGTH = 65_536
+MAX_LABELS = 65_536
 MAX_PARAMETERS = 20 * 10**12
 """Ten times the largest model published so far (Kimi-K2 1.0e12, DeepSeek-V4-Pro 1.6e12)."""
 MAX_MODULES = 2**20
@@ -63,6 +64,10 @@ _BOUNDS = (
     _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16, exact=False),
     _bound(r".*chunk_size", -1, 2**24, exact=False),  # of audio samples in some
     _bound(r".*_position_embeddings|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31, exact=False),
+    _bound(r"block_sizes|block_repeats|attention_types|.*_per_block|num_blocks_.*", 0, 512, exact=False),
+    _bound(r"attn_layer_period|expert_layer_period|decoder_sparse_step", 1, 2**16, exact=False),
+    _bound(r"expand|expand_.*|.*_expand|.*_kernel|kernel_.*|.*_kernels", 0, 2**12, exact=False),
+    _bound(r"num_labels|num_classes|num_.*|n_.*", -1, 2**20, exact=False),
     _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", -1, 2**20, exact=False),
 )
 
@@ -187,6 +192,7 @@ def _parts(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[
             yield from _parts(value, f"{path}.{name}".removeprefix("."))
 
 
+_LABELS = ("id2label", "label2id")
 # Objects whose entries are no sizes of modules, and are never given to transformers as such.
 _NOT_SIZES = (
     "quantization_config",
@@ -212,7 +218,9 @@ def _typed_parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
 def _check_part(path: str, part: Mapping[str, Any], model_type: str) -> Iterator[ConfigError]:
     for name, value in part.items():
         where = f"{path}.{name}".removeprefix(".")
-        if name in _ROPE and isinstance(value, Mapping):
+        if name in _LABELS and isinstance(value, Mapping) and len(value) > MAX_LABELS:
+            yield _error(where, f"an object of {len(value)}", f"at most {MAX_LABELS} entries")
+        elif name in _ROPE and isinstance(value, Mapping):
             yield from _check_rope(where, value)
         else:
             yield from _check_field(where, name, value, model_type)
