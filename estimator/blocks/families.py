@@ -64,6 +64,11 @@ class Family:
     """Why a config of the family is not modelled, if it is not."""
 
 
+def _refused_by(name: str) -> Callable[[Mapping[str, object]], str | None]:
+    """A field of the config that turns on what has no form here."""
+    return lambda config: name if config.get(name) else None
+
+
 def embed_tokens(frame: Frame) -> Value:
     return frame.modules.embedding("embed_tokens", Extent(frame.width, 1, 1))
 
@@ -299,7 +304,9 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "mixtral": Family(layer=moe.mixtral_layer, embed=embed_tokens, surround=rotary, finish=finish_rms),
+    "mixtral": Family(
+        layer=moe.mixtral_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, refuses=_refused_by("router_jitter_noise")
+    ),
     "olmo": Family(layer=olmo.decoder_layer, embed=embed_tokens, surround=rotary_float32, finish=_finish_olmo),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, surround=_with_both_masks(rotary_float32)),
@@ -311,7 +318,13 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": _LLAMA,
     "qwen3_moe": _QWEN_MOE,
     "smollm3": Family(layer=llama.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_rms, variant=llama.rotates),
-    "stablelm": Family(layer=stablelm.decoder_layer, embed=embed_tokens, surround=rotary, finish=finish_layer_norm("norm")),
+    "stablelm": Family(
+        layer=stablelm.decoder_layer,
+        embed=embed_tokens,
+        surround=rotary,
+        finish=finish_layer_norm("norm"),
+        refuses=_refused_by("qk_layernorm"),  # norms of single heads run on parts that lie apart in memory
+    ),
     "starcoder2": Family(
         layer=starcoder2.decoder_layer,
         embed=embed_tokens,

@@ -9,16 +9,16 @@ MixtralTopKRouter and MixtralSparseMoeBlock; models/qwen3_moe/modeling_qwen3_moe
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from estimator.blocks import llama
 from estimator.blocks.layer import Layer, Surroundings
-from estimator.blocks.parts import gated_mlp, rotated
+from estimator.blocks.parts import activated, gated_mlp, rotated
 from estimator.dtypes import DType
 from estimator.extent import Extent
 from estimator.kernels import Kernel
 from estimator.modules import Modules
 from estimator.operators import (
-    activation,
     add,
     batched_product,
     cast,
@@ -192,7 +192,7 @@ def normalized(x: Value, chosen: int) -> Value:
 def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_width: int) -> Value:
     """All experts at once on tokens sorted by expert."""
     if layer.copies_experts:
-        return experts_copied(layer, hidden, weights, expert_width, gate)
+        return experts_copied(layer, hidden, weights, expert_width, partial(gate, layer))
     m = layer.modules
     tape = m.tape
     width, chosen = layer.integer("hidden_size"), experts_per_token(layer.config)
@@ -208,7 +208,7 @@ def experts(layer: Layer, hidden: Value, weights: Value, indices: Value, expert_
     # Folded weights are cached until the module returns.
     gate_up, up_factors = adapted(m, "mlp.experts.gate_up_proj")
     projected = grouped_product(selected, gate_up, offsets, width, 2 * expert_width)
-    projected = gate(projected)
+    projected = gate(layer, projected)
     down, down_factors = adapted(m, "mlp.experts.down_proj")
     projected = grouped_product(projected, down, offsets, expert_width, width)
     weighted = multiply(projected, sorted_weights)
@@ -257,9 +257,9 @@ def _copied_bias(m: Modules, name: str, extent: Extent) -> Value | None:
     return None if stored is None else m.tape.new(extent, stored.dtype)
 
 
-def gate(x: Value) -> Value:
+def gate(layer: Layer, x: Value) -> Value:
     first, second = split(x, (1, 1), 2)
-    return multiply(activation(first), second)
+    return multiply(activated(layer, first), second)
 
 
 def mixtral_block(layer: Layer, hidden: Value) -> Value:
@@ -278,7 +278,7 @@ def qwen_block(layer: Layer, hidden: Value) -> Value:
         return experts(layer, hidden, weights, indices, expert_width)
     shared = m.linear(
         "mlp.shared_expert.down_proj",
-        multiply(activation(m.linear("mlp.shared_expert.gate_proj", hidden)), m.linear("mlp.shared_expert.up_proj", hidden)),
+        multiply(activated(layer, m.linear("mlp.shared_expert.gate_proj", hidden)), m.linear("mlp.shared_expert.up_proj", hidden)),
     )
     weights, indices, _ = route(layer, hidden, casts_logits=False, normalizes=normalizes, casts_back=True)
     routed = experts(layer, hidden, weights, indices, expert_width)

@@ -59,12 +59,16 @@ def partly_rotated(query: Value, key: Value, around: Surroundings, width: int, h
     return query_rotated, key_rotated, (query_rotary, query_rest, key_rotary, key_rest)
 
 
+# Gemma's configs hold both of the first two, and its MLP reads the first.
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")
+
+
 def activated(layer: Layer, x: Value) -> Value:
-    """The activation of an MLP without gate: one operator, but for `gelu_new` and `gelu_fast`, which are written out.
+    """The activation of an MLP: one operator, but for `gelu_new` and `gelu_fast`, which are written out.
 
     Source: transformers, activations.py, ACT2FN, NewGELUActivation and FastGELUActivation.
     """
-    kind = layer.config.get("hidden_act") or layer.config.get("activation_function")
+    kind = next((found for name in _ACTIVATIONS if (found := layer.config.get(name))), None)
     match kind:
         case "gelu" | "gelu_pytorch_tanh" | "silu" | "swish":
             return activation(x)
@@ -81,4 +85,4 @@ def activated(layer: Layer, x: Value) -> Value:
 def gated_mlp(layer: Layer, x: Value, name: str = "mlp") -> Value:
     """Source: transformers, models/llama/modeling_llama.py, LlamaMLP."""
     m = layer.modules
-    return m.linear(f"{name}.down_proj", multiply(activation(m.linear(f"{name}.gate_proj", x)), m.linear(f"{name}.up_proj", x)))
+    return m.linear(f"{name}.down_proj", multiply(activated(layer, m.linear(f"{name}.gate_proj", x)), m.linear(f"{name}.up_proj", x)))

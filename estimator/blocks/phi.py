@@ -6,7 +6,7 @@ Source: transformers, models/phi/modeling_phi.py and models/phi3/modeling_phi3.p
 from estimator.attention import Heads
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import activated, partly_rotated, rotary_width, rotate_half
-from estimator.operators import activation, add, alias, concatenate, dropout, multiply, part, split
+from estimator.operators import add, alias, concatenate, dropout, multiply, part, split
 from estimator.tape import Value
 
 
@@ -92,7 +92,7 @@ def fused_mlp(layer: Layer, hidden: Value) -> Value:
     m = layer.modules
     up = m.linear("mlp.gate_up_proj", hidden)
     gate, up = split(up, (1, 1), 2)
-    up = multiply(up, activation(gate))
+    up = multiply(up, activated(layer, gate))
     return m.linear("mlp.down_proj", up)
 
 

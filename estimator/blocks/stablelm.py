@@ -5,15 +5,8 @@ Source: transformers, models/stablelm/modeling_stablelm.py.
 
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp, partly_rotated, rotary_width
-from estimator.modules import Modules
-from estimator.operators import add, concatenate, dropout, split
+from estimator.operators import add, dropout
 from estimator.tape import Value
-
-
-def norm_per_head(modules: Modules, name: str, x: Value, num_heads: int, head_dim: int) -> Value:
-    """A norm of its own for every head. Source: StableLmLayerNormPerHead.forward."""
-    heads = split(x, [1] * num_heads, num_heads)
-    return concatenate([modules.layer_norm(f"{name}.norms.{i}", head, head_dim) for i, head in enumerate(heads)])
 
 
 def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:
@@ -23,9 +16,6 @@ def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value,
     query = m.linear("self_attn.q_proj", hidden)
     key = m.linear("self_attn.k_proj", hidden)
     value = m.linear("self_attn.v_proj", hidden)
-    if m.has("self_attn.q_layernorm.norms.0.weight"):
-        query = norm_per_head(m, "self_attn.q_layernorm", query, heads.num_heads, heads.head_dim)
-        key = norm_per_head(m, "self_attn.k_layernorm", key, heads.num_key_value_heads, heads.head_dim)
     query, key, held = partly_rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
     key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(

@@ -418,3 +418,50 @@ def test_an_amd_card_has_no_interval_from_measurements_on_cards_of_cuda() -> Non
     found = answer(examples.SFT_LORA | {"hardware": {"gpu": "mi300x"}})
     assert found["peak"]["interval"] is None
     assert any("cards of AMD" in warning["message"] for warning in found["warnings"] if warning["code"] == "interval_unavailable")
+
+
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def _engines(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same question to the closed forms and to the trace."""
+    training = {"per_device_train_batch_size": 4, "max_length": 256, "optim": "sgd", "bf16": True}
+    asked = {"model": {"config": {**_SMALL, **config}}, "dtype": "bfloat16", "training": training}
+    return [answer({**asked, "engine": engine}) for engine in ("analytic", "trace")]
+
+
+# With so small a vocabulary activations are the peak.
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_act": "gelu_new"},
+        {"model_type": "mixtral", "hidden_act": "gelu_fast", "num_local_experts": 4},
+        {"model_type": "phi3", "hidden_act": "relu", "pad_token_id": 0},
+        {"model_type": "gemma2", "hidden_activation": "gelu_new"},
+    ],
+)
+def test_an_activation_that_is_written_out_takes_what_the_trace_sees(config: dict[str, Any]) -> None:
+    closed, traced = _engines(config)
+    assert closed["peak"]["allocated_bytes"] == pytest.approx(traced["peak"]["allocated_bytes"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "hidden_act": "relu2"},
+        {"model_type": "stablelm", "qk_layernorm": True},
+        {"model_type": "mixtral", "router_jitter_noise": 0.1, "num_local_experts": 4},
+    ],
+)
+def test_what_has_no_closed_form_is_left_to_the_trace(config: dict[str, Any]) -> None:
+    closed, traced = _engines(config)
+    assert closed["peak"] is None
+    assert traced["peak"] is not None
