@@ -329,7 +329,8 @@ def _read(request: str) -> Json:
         content = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if request == "-" else Path(request).read_bytes()
     except OSError as error:
         raise RequestError(f"request: {request!r} cannot be read: {error.strerror}", field="request") from None
-    if Path(request).suffix in (".yaml", ".yml"):
+    is_yaml = request == "-" and not content.lstrip().startswith(b"{")
+    if is_yaml or Path(request).suffix in (".yaml", ".yml"):
         return _read_yaml(content)
     return read_json(content)
 

@@ -18,7 +18,6 @@ from estimator.stack import Stack
 from estimator.units import gib
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-_WITH_IMAGES = ("image_text_to_text", "multimodal_lm")
 _ENCODER_DECODER = ("seq2seq_lm", "speech_seq2seq")
 _NOT_MODELLED = "not_modelled"
 
@@ -86,8 +85,6 @@ class Answerer:
                 message="without kernels of its own the model goes over its tokens one by one in Python: the trace followed short "
                 "sequences and carried on from them; with mamba-ssm, causal-conv1d or flash-linear-attention installed a run takes less.",
             )
-        if self.inventory.config.get("auto_class") in _WITH_IMAGES:
-            yield Notice(code="text_only", message="batches of text alone were traced: images and sound add their own towers' activations.")
         if step.routing_matters:
             worst = analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak
             yield Notice(

@@ -16,6 +16,8 @@ from estimator.units import gib
 
 # Source: transformers, training_args.py, TrainingArguments.per_device_eval_batch_size.
 DEFAULT_EVALUATION_BATCH = 8
+# Models that take images or sound beside text, by the auto class that builds them.
+_WITH_IMAGES = ("image_text_to_text", "multimodal_lm")
 # Source: trl 1.7–1.13, trainer/sft_config.py, SFTConfig.router_aux_loss_coef.
 DEFAULT_ROUTER_COEFFICIENT = 0.001
 
@@ -140,6 +142,20 @@ def _refused_padding_free(a: Answered) -> Iterable[str]:
         )
 
 
+def _adapted_head(a: Answered) -> Iterable[str]:
+    """Source: trl 1.16, trainer/sft_trainer.py, SFTTrainer.__init__ (BaseTunerLayer on the output embedding)."""
+    head = a.inventory.output_embedding
+    is_adapted = head is not None and any(t.pattern.startswith(f"{head}.lora_") for t in a.stored)
+    if is_adapted and _is_sft(a) and a.recipe.stack.sft_tiles_loss:
+        yield f"SFTTrainer of TRL {shown(a.recipe.stack.trl)} refuses an adapter on {head}: leave it out of target_modules."
+
+
+def _text_only(a: Answered) -> Iterable[str]:
+    has_towers = any(word in row.pattern for row in a.inventory.rows for word in ("vision", "audio"))
+    if is_modelled(a.estimate) and (has_towers or a.inventory.config.get("auto_class") in _WITH_IMAGES):
+        yield "the step is one of text alone: images and sound add their own towers' activations and tokens."
+
+
 def _unpatched(a: Answered) -> Iterable[str]:
     asked = a.request.training
     if asked and asked.use_liger_kernel and not patches(a.inventory):
@@ -172,6 +188,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_padding_free, "padding_free_needs_mask"),
     (_flash_padding, "flash_padding_not_modelled"),
     (_refused_padding_free, "padding_free_refused"),
+    (_adapted_head, "adapter_on_head_refused"),
+    (_text_only, "text_only"),
     (_unpatched, "liger_does_not_patch"),
     (_liger_layers, "liger_layers_not_modelled"),
 )

@@ -18,6 +18,7 @@ from estimator.units import gib
 # What a card or a library refuses whatever the memory, by code.
 REFUSALS = frozenset(
     {
+        "adapter_on_head_refused",
         "bitsandbytes_needs_nvidia",
         "flash_attention_unsupported",
         "fp16_gradients_refused",
@@ -198,7 +199,11 @@ def _loaded_in_float32(a: Answered) -> Iterable[str]:
     if asked is None and not recipe.stack.loads_checkpoint_dtype_by_default:
         why = f"transformers {shown(recipe.stack.transformers)} loads float32 then, whatever the checkpoint holds"
     elif a.inventory.checkpoint_dtype is None:
-        why = "the config names no type, which means float32"
+        yield (
+            f"{how}, and the config names no type: transformers would take that of the checkpoint's weights, which is not known here. "
+            f'float32 is assumed, an upper bound: {extra} more than with dtype="bfloat16". Give dtype.'
+        )
+        return
     else:
         why = "the checkpoint's own type is float32"
     yield f'{how}: {why}, {extra} more than with dtype="bfloat16".'

@@ -8,6 +8,7 @@ from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
 from estimator.inventory import Inventory
 from estimator.liger import fuses_loss
+from estimator.optimizers import MODELLED
 from estimator.recipe import Loss, ObjectiveKind, Training
 from estimator.stack import Stack
 from estimator.units import ceil_div
@@ -79,7 +80,7 @@ def _optimizer(name: str | None, stack: Stack) -> str:
         return "adamw_torch_fused" if stack.fused_adamw_by_default else "adamw_torch"
     name = name.removeprefix("OptimizerNames.").lower()
     if name not in fields.OPTIMIZERS:
-        raise UnknownNameError.of("training.optim", name, fields.OPTIMIZERS)
+        raise UnknownNameError.of("training.optim", name, MODELLED)
     return name
 
 

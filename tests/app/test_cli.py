@@ -201,3 +201,10 @@ def test_a_key_that_stands_twice_is_refused_by_its_name(command: str) -> None:
     result = CliRunner().invoke(cli, [command, "--request", "-"], input='{"model": "gpt2", "dtype": "bfloat16", "dtype": "float32"}')
     assert isinstance(result.exception, RequestError)
     assert "dtype: is given twice" in result.exception.message
+
+
+def test_a_request_on_standard_input_may_be_yaml() -> None:
+    request = "model: openai-community/gpt2\ndtype: bfloat16\n"
+    result = CliRunner().invoke(cli, ["estimate", "--request", "-", "--json"], input=request)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["model"]["id"] == "openai-community/gpt2"

@@ -465,3 +465,24 @@ def test_what_has_no_closed_form_is_left_to_the_trace(config: dict[str, Any]) ->
     closed, traced = _engines(config)
     assert closed["peak"] is None
     assert traced["peak"] is not None
+
+
+def _codes(**request: Any) -> list[str]:
+    return [warning["code"] for warning in answer(request)["warnings"]]
+
+
+def test_an_adapter_on_the_head_is_said_to_be_refused_by_trl() -> None:
+    asked = {
+        "model": "meta-llama/Llama-3.2-1B",
+        "dtype": "bfloat16",
+        "training": {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True},
+    }
+    for targets, trainer, expected in ((["lm_head"], "trl", True), (["q_proj"], "trl", False), (["lm_head"], "transformers", False)):
+        codes = _codes(**asked, trainer=trainer, peft={"r": 8, "target_modules": targets})
+        assert ("adapter_on_head_refused" in codes) == expected, (targets, trainer)
+
+
+def test_a_model_that_takes_images_is_answered_for_text_and_says_so() -> None:
+    asked = {"dtype": "bfloat16", "training": {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True}}
+    assert "text_only" in _codes(model="google/gemma-3-4b-it", **asked)
+    assert "text_only" not in _codes(model="google/gemma-3-1b-it", **asked)
