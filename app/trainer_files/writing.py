@@ -1,7 +1,7 @@
 """A run written as the file of a trainer or launcher, read back, and answered for as that trainer would run it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import orjson
@@ -23,6 +23,7 @@ from app.trainer_files.written.script import script
 from app.trainer_files.written.subject import Subject
 from app.trainer_files.written.trl import trl
 from estimator.errors import UnknownNameError
+from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
 from estimator.recipe import Recipe
 
 KINDS: Mapping[str, Callable[[Subject], Json]] = {
@@ -33,7 +34,7 @@ KINDS: Mapping[str, Callable[[Subject], Json]] = {
     "trl": trl,
 }
 SCRIPT = ".py"
-_COMPARED = ("dtype", "attention", "quantization", "adapter", "prepare_for_kbit_training", "trainer", "training", "parallel")
+_COMPARED = ("dtype", "attention", "quantization", "adapter", "prepare_for_kbit_training", "trainer", "training")
 # What a launcher's file says; all else of a run stays as it is.
 _LAUNCHERS = ("accelerate", "deepspeed")
 _COMMENT = "# Written by vramplan. Dataset, template, learning rate, epochs and lora_alpha have no bearing on memory: put in your own.\n"
@@ -147,12 +148,22 @@ def _is_written(strategy: object) -> bool:
 
 
 def _differences(asked: Recipe, found: Recipe) -> list[str]:
-    """Choices in which two recipes differ; how several cards share the work counts where there are several."""
+    """Choices in which two recipes differ."""
     sentences: list[str] = []
     for name in _COMPARED:
-        if name != "parallel" or asked.parallel.is_spread or found.parallel.is_spread:
-            sentences += _between(name, getattr(asked, name), getattr(found, name))
-    return sentences
+        sentences += _between(name, getattr(asked, name), getattr(found, name))
+    return [*sentences, *_between("parallel", _in_use(asked.parallel), _in_use(found.parallel))]
+
+
+def _in_use(parallel: Parallel) -> Parallel:
+    """How cards share the work, without the options of other strategies."""
+    strategy = parallel.strategy
+    return replace(
+        parallel,
+        ddp=parallel.ddp if strategy is Strategy.DDP else Ddp(),
+        zero=parallel.zero if strategy.zero_stage else Zero(),
+        fsdp=parallel.fsdp if strategy is Strategy.FSDP else Fsdp(),
+    )
 
 
 def _between(path: str, ours: object, theirs: object) -> Iterator[str]:

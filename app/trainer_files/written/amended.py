@@ -23,21 +23,20 @@ def amended(name: str, text: str, values: Mapping[str, int]) -> str:
         values: by key.
     """
     held = parse(name, text)
+    in_braces = text.lstrip().startswith("{")
     for key, value in values.items():
         if held.get(key) == value:
             continue
-        text, number = re.subn(_line(key), rf"\g<1>{value}", text, count=1)
-        if not number:
-            text = _added(text, key, value)
+        if key not in held:
+            text = _added(text, key, value, in_braces=in_braces)
+        elif in_braces:
+            text = re.sub(rf"(\"{re.escape(key)}\"\s*:\s*)[^,}}\s]+", rf"\g<1>{value}", text, count=1)
+        else:
+            text = re.sub(rf"(?m)^([\"']?{re.escape(key)}[\"']?[ \t]*:)[ \t]*[^\s#]*", rf"\g<1> {value}", text, count=1)
     return text
 
 
-def _line(key: str) -> str:
-    """A key of the top level with the number, or nothing, that follows it."""
-    return rf"(?m)^((?:\s*[{{,])?[ \t]*[\"']?{re.escape(key)}[\"']?[ \t]*:[ \t]*)(?:\d+|null|~)?"
-
-
-def _added(text: str, key: str, value: int) -> str:
-    if text.lstrip().startswith("{"):
+def _added(text: str, key: str, value: int, *, in_braces: bool) -> str:
+    if in_braces:
         return text.replace("{", f'{{"{key}": {value}, ', 1)
     return f"{text.rstrip()}\n{key}: {value}\n"

@@ -118,6 +118,12 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True, raising=False)
 
 
+_KEPT = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim", "optim_args", "bf16", "fp16", "packing"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor"),
+)
+
+
 @pytest.mark.usefixtures("has_bfloat16")
 @pytest.mark.parametrize(
     "request_",
@@ -137,16 +143,14 @@ def test_the_objects_of_a_script_are_those_of_the_run(request_: Json) -> None:
     module.AutoModelForCausalLM = type(
         "Auto", (), {"from_pretrained": staticmethod(lambda model, **given: loaded.update(model=model, **given))}
     )
-    module.prepare_model_for_kbit_training = lambda model, use_gradient_checkpointing: loaded.update(prepared=use_gradient_checkpointing)
+    module.__dict__["prepare_model_for_kbit_training"] = lambda model, use_gradient_checkpointing: loaded.update(prepared=True)
     module.model()
-    kept = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim", "optim_args", "bf16", "fp16", "packing",
-            "padding_free", "gradient_checkpointing", "gradient_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor")  # fmt: skip
     pasted: Json = {
         "model": loaded["model"],
         "dtype": str(loaded["dtype"]).removeprefix("torch."),
         "attn_implementation": loaded["attn_implementation"],
         "trainer": "trl" if "SFTTrainer" in module.__dict__ else "transformers",
-        "training": {name: arguments[name] for name in kept if arguments.get(name) is not None},
+        "training": {name: arguments[name] for name in _KEPT if arguments.get(name) is not None},
         "prepare_model_for_kbit_training": "prepared" in loaded,
         "padded": request_.get("padded", False),
         "stack": request_.get("stack", {}),
