@@ -22,7 +22,7 @@ from app.trainer_files.written.llamafactory import llamafactory
 from app.trainer_files.written.script import script
 from app.trainer_files.written.subject import Subject
 from app.trainer_files.written.trl import trl
-from estimator.errors import UnknownNameError
+from estimator.errors import RequestError, UnknownNameError
 from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
 from estimator.recipe import Recipe
 
@@ -113,6 +113,8 @@ def convert(payload: Mapping[str, Any]) -> Json:
     Raises:
         VramplanError: if the files cannot be read, or the run cannot be written.
     """
+    if "files" not in payload and "write" not in payload:
+        raise RequestError("files: give files to read, or with write a run to write", field="files")
     rest = {name: value for name, value in payload.items() if name not in ("write", "as")}
     found = converted(rest)
     kind, name = payload.get("write"), payload.get("as", "")

@@ -12,8 +12,9 @@ from app.answer import Json
 from app.cli import cli
 from app.http import create_app
 from app.trainer_files.formats import Format, format_of
-from app.trainer_files.opening import MAX_FILES, converted, opened
+from app.trainer_files.opening import MAX_FILES, opened
 from app.trainer_files.parsing import parse
+from app.trainer_files.writing import convert
 from estimator.errors import RequestError
 
 AXOLOTL = """\
@@ -117,9 +118,9 @@ def test_malformed_files_are_refused(files: object) -> None:
         opened({"files": files})
 
 
-def test_convert_needs_files() -> None:
-    with pytest.raises(RequestError, match="files: is required"):
-        converted({"model": "openai-community/gpt2"})
+def test_convert_needs_files_or_a_kind_to_write() -> None:
+    with pytest.raises(RequestError, match="give files to read, or with write"):
+        convert({"model": "openai-community/gpt2"})
 
 
 @pytest.mark.parametrize(
