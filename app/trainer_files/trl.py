@@ -127,4 +127,5 @@ def translate_arguments(keys: Keys, others: Mapping[str, Keys]) -> None:
         keys.put(f"hardware.ddp.{field}", keys.take(key), key)
     for key, value in keys.values.items():
         if key in fields.TRAINING and key not in keys.taken and value is not None:
-            keys.put(f"training.{key}", parse_number(keys.take(key)), key)
+            name = key.replace("activation_checkpointing", "gradient_checkpointing")  # spellings of one field
+            keys.put(f"training.{name}", parse_number(keys.take(key)), key)

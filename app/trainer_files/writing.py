@@ -113,11 +113,11 @@ def convert(payload: Mapping[str, Any]) -> Json:
     Raises:
         VramplanError: if the files cannot be read, or the run cannot be written.
     """
+    if "files" not in payload and "write" not in payload:
+        raise RequestError("files: give files to read, or with write a run to write", field="files")
     rest = {name: value for name, value in payload.items() if name not in ("write", "as")}
-    kind, name = payload.get("write"), payload.get("as", "")
-    if kind is None and payload.get("files") is None:
-        raise RequestError("files: is required where nothing is to be written", field="files")
     found = converted(rest)
+    kind, name = payload.get("write"), payload.get("as", "")
     if kind is None:
         return {**found, "written": None}
     if not isinstance(kind, str) or not isinstance(name, str):
@@ -150,17 +150,15 @@ def _is_written(strategy: object) -> bool:
 
 
 def _differences(asked: Recipe, found: Recipe) -> list[str]:
-    """Choices in which two recipes differ; how several cards share the work counts where there are several."""
+    """Choices in which two recipes differ."""
     sentences: list[str] = []
     for name in _COMPARED:
         sentences += _between(name, getattr(asked, name), getattr(found, name))
-    if asked.parallel.is_spread or found.parallel.is_spread:
-        sentences += _between("parallel", _own_options(asked.parallel), _own_options(found.parallel))
-    return sentences
+    return [*sentences, *_between("parallel", _in_use(asked.parallel), _in_use(found.parallel))]
 
 
-def _own_options(parallel: Parallel) -> Parallel:
-    """With the options of its own strategy alone: others are not read."""
+def _in_use(parallel: Parallel) -> Parallel:
+    """How cards share the work, without the options of other strategies."""
     strategy = parallel.strategy
     return replace(
         parallel,

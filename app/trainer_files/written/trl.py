@@ -20,6 +20,8 @@ def arguments(subject: Subject) -> Json:
     training, stack = subject.training, subject.recipe.stack
     asked = subject.request.training
     bf16, fp16 = subject.precision
+    # Source: transformers 5.23, training_args.py, TrainingArguments (the older name still works, with a warning).
+    checkpointing = "activation_checkpointing" if stack.transformers >= (5, 23) else "gradient_checkpointing"
     found: Json = {
         "output_dir": "outputs",
         "per_device_train_batch_size": training.micro_batch_size,
@@ -29,11 +31,11 @@ def arguments(subject: Subject) -> Json:
         "num_train_epochs": 1,
         "bf16": bf16,
         "fp16": fp16,
-        "gradient_checkpointing": training.gradient_checkpointing,
+        checkpointing: training.gradient_checkpointing,
         "use_liger_kernel": asked is not None and asked.use_liger_kernel,
     }
     if training.gradient_checkpointing:
-        found["gradient_checkpointing_kwargs"] = {"use_reentrant": training.use_reentrant}
+        found[f"{checkpointing}_kwargs"] = {"use_reentrant": training.use_reentrant}
     if training.optimizer_arguments:
         found["optim_args"] = ",".join(f"{name}={value}" for name, value in training.optimizer_arguments)
     if asked is not None and asked.label_smoothing_factor:

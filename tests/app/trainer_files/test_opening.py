@@ -118,8 +118,8 @@ def test_malformed_files_are_refused(files: object) -> None:
         opened({"files": files})
 
 
-def test_convert_needs_files() -> None:
-    with pytest.raises(RequestError, match="files: is required"):
+def test_convert_needs_files_or_a_kind_to_write() -> None:
+    with pytest.raises(RequestError, match="give files to read, or with write"):
         convert({"model": "openai-community/gpt2"})
 
 

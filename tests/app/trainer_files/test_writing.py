@@ -118,7 +118,12 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True, raising=False)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
+_KEPT = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim", "optim_args", "bf16", "fp16", "packing"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor"),
+)
+
+
 @pytest.mark.usefixtures("has_bfloat16")
 @pytest.mark.parametrize(
     "request_",
@@ -138,29 +143,14 @@ def test_the_objects_of_a_script_are_those_of_the_run(request_: Json) -> None:
     module.AutoModelForCausalLM = type(
         "Auto", (), {"from_pretrained": staticmethod(lambda model, **given: loaded.update(model=model, **given))}
     )
-    module.prepare_model_for_kbit_training = lambda model, use_gradient_checkpointing: loaded.update(prepared=use_gradient_checkpointing)
+    module.__dict__["prepare_model_for_kbit_training"] = lambda model, use_gradient_checkpointing: loaded.update(prepared=True)
     module.model()
-    kept = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_length",
-        "optim",
-        "optim_args",
-        "bf16",
-        "fp16",
-        "packing",
-        "padding_free",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "use_liger_kernel",
-        "label_smoothing_factor",
-    )
     pasted: Json = {
         "model": loaded["model"],
         "dtype": str(loaded["dtype"]).removeprefix("torch."),
         "attn_implementation": loaded["attn_implementation"],
         "trainer": "trl" if "SFTTrainer" in module.__dict__ else "transformers",
-        "training": {name: arguments[name] for name in kept if arguments.get(name) is not None},
+        "training": {name: arguments[name] for name in _KEPT if arguments.get(name) is not None},
         "prepare_model_for_kbit_training": "prepared" in loaded,
         "padded": request_.get("padded", False),
         "stack": request_.get("stack", {}),
@@ -210,7 +200,6 @@ def _deepspeed(path: Path) -> None:
     assert theirs.get_value("zero_optimization.reduce_bucket_size") == 123_456
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
 @pytest.mark.usefixtures("has_bfloat16")
 @pytest.mark.parametrize(
     ("request_", "kind", "load"),
