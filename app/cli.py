@@ -245,6 +245,17 @@ def calibrate(context: typer.Context) -> None:
     calibration(args=context.args, prog_name="vramplan calibrate")
 
 
+@cli.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def state(context: typer.Context) -> None:
+    """Keys, measurements and corrections of a service."""
+    from app.administer import app as administration
+
+    administration(args=context.args, prog_name="vramplan state")
+
+
 def main() -> None:
     """The console script."""
     try:

@@ -22,6 +22,7 @@ from app.configuration import Configuration
 from app.flood import RateLimiter, Refusal
 from app.front import SECURITY_HEADERS, Front
 from app.metrics import CONTENT_TYPE, Metrics
+from app.openapi import complete
 from app.page import router as page
 from app.plan import plan
 from app.prices import current
@@ -147,6 +148,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         app.get("/metrics", include_in_schema=False)(_metrics)
     app.include_router(calibrations)
     app.include_router(page)
+    complete(app)
     return app
 
 

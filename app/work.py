@@ -20,8 +20,8 @@ class Workers:
     """
 
     def __init__(self, *, threads: int = 8, timeout_seconds: float = 120.0) -> None:
-        self._quick = ThreadPoolExecutor(threads, thread_name_prefix="vramplan-quick")
-        self._slow = ThreadPoolExecutor(threads, thread_name_prefix="vramplan-slow")
+        self._threads = threads
+        self._pools: dict[bool, ThreadPoolExecutor] = {}
         self._timeout_seconds = timeout_seconds
 
     async def run(self, call: Callable[[], Result], *, is_quick: bool) -> Result:
@@ -34,7 +34,9 @@ class Workers:
         Raises:
             SourceUnavailableError: if it takes too long.
         """
-        pool = self._quick if is_quick else self._slow
+        if (pool := self._pools.get(is_quick)) is None:
+            name = "vramplan-quick" if is_quick else "vramplan-slow"
+            pool = self._pools[is_quick] = ThreadPoolExecutor(self._threads, thread_name_prefix=name)
         future = asyncio.wrap_future(pool.submit(copy_context().run, call))
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -43,6 +45,7 @@ class Workers:
             raise SourceUnavailableError("the answer takes too long; try again later", retry_after_seconds=10) from None
 
     def close(self) -> None:
-        """Takes no more work; what has not begun is dropped."""
-        for pool in (self._quick, self._slow):
+        """Drops what has not begun, and lets threads end. An application that is started again gets new ones."""
+        pools, self._pools = self._pools, {}
+        for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
