@@ -1,4 +1,4 @@
-# docker build -t vramplan . && docker run --rm -p 127.0.0.1:8000:8000 vramplan
+# docker build -t vramplan . && docker run --rm --read-only --tmpfs /tmp -p 127.0.0.1:8000:8000 vramplan
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS build
@@ -14,12 +14,14 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY calibration calibration
 COPY estimator estimator
-RUN /opt/vramplan/bin/pip install -c constraints.txt .
+RUN /opt/vramplan/bin/pip install -c constraints.txt '.[postgres]'
 
 FROM python:${PYTHON_VERSION}-slim
-RUN useradd --create-home --uid 10001 vramplan
+RUN useradd --create-home --uid 10001 vramplan && install -d -o vramplan -g vramplan /var/lib/vramplan
 COPY --from=build /opt/vramplan /opt/vramplan
-ENV PATH=/opt/vramplan/bin:$PATH PYTHONUNBUFFERED=1
+# The root may be read-only: state and caches go to the volume, temporary files to /tmp.
+ENV PATH=/opt/vramplan/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VRAMPLAN_CACHE_DIR=/var/lib/vramplan
+VOLUME /var/lib/vramplan
 USER vramplan
 WORKDIR /home/vramplan
 EXPOSE 8000

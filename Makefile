@@ -17,11 +17,11 @@ TEST_STAMP := $(VENV)/.installed-test
 SOURCES := app calibration estimator tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test serve test lint format pytest slow bench accuracy agreement coverage catalogue clean
+.PHONY: help install install-test serve test lint format pytest slow fuzz bench load container accuracy agreement coverage catalogue clean
 
 help:
 	@grep -E '^#   ' Makefile | cut -c5-
-	@echo "  also: install install-test lint format pytest slow bench accuracy agreement coverage catalogue clean"
+	@echo "  also: install install-test lint format pytest slow fuzz bench load container accuracy agreement coverage catalogue clean"
 
 $(PY):
 	sh .ci/venv "$(VENV)"
@@ -63,8 +63,18 @@ test: lint pytest
 slow: $(TEST_STAMP)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
+# 1,800 for each of twelve operations
+fuzz: $(TEST_STAMP)
+	VRAMPLAN_FUZZ_CASES=1800 $(PY) -m pytest tests/app/test_openapi.py $(PYTEST_ARGS)
+
 bench: $(TEST_STAMP)
 	$(PY) -m tests.benchmarks.speed
+
+load: $(TEST_STAMP)
+	$(PY) -m tests.benchmarks.load
+
+container:
+	.ci/container "$(TORCH_INDEX)"
 
 agreement: $(TEST_STAMP)
 	$(PY) -m calibration.agreement

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,9 @@ from app.logs import LOGGER
 from app.metrics import Metrics
 from estimator.errors import VramplanError
 from estimator.sources.access import Access, using
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 Respond = Callable[[Refusal | VramplanError], ASGIApp]
 
@@ -44,6 +48,7 @@ class Front:
         access: what everyone has; a caller's token is added to it.
         metrics: where requests are counted.
         respond: makes an answer of a refusal.
+        tracer: of spans; None for none.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Front:
         access: Callable[..., Access],
         metrics: Metrics,
         respond: Respond,
+        tracer: "Tracer | None" = None,
     ) -> None:
         self._app = app
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
@@ -64,6 +70,7 @@ class Front:
         self._access = access
         self._metrics = metrics
         self._respond = respond
+        self._tracer = tracer
         self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,6 +92,7 @@ class Front:
                 message["headers"] = [*message["headers"], *(header for header in added if header[0] not in given)]
             await send(message)
 
+        span = self._tracer.start_span("request") if self._tracer is not None else None
         self._active += 1
         self._metrics.active.inc()
         try:
@@ -95,14 +103,20 @@ class Front:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "unmatched")
             self._metrics.answered(scope["method"], route, status, seconds)
+            method = scope["method"][:16]
             fields = {
                 "request_id": request_id,
-                "method": scope["method"][:16],
+                "method": method,
                 "route": route,
                 "status": status,
                 "milliseconds": round(1000 * seconds, 2),
             }
             LOGGER.info("request", extra={"fields": fields})
+            if span is not None:
+                span.update_name(f"{method} {route}")
+                span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+                span.set_attribute("vramplan.request_id", request_id)
+                span.end()
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope["headers"])

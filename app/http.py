@@ -31,6 +31,7 @@ from app.reading import read_json
 from app.request import PlanRequest, SweepRequest
 from app.request import Request as EstimateRequest
 from app.service import answer
+from app.spans import tracer_of_environment
 from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import opened
 from app.trainer_files.writing import convert
@@ -83,6 +84,8 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         redoc_url=None,
         default_response_class=Reply,
         lifespan=_lifespan,
+        # FastAPI's own spans hold paths and queries, and so names of models and whatever was typed into the form.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.configuration = configuration
     app.state.metrics = metrics
@@ -119,6 +122,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         ),
         metrics=metrics,
         respond=_respond,
+        tracer=tracer_of_environment() if configuration.traces else None,
     )
     app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented(EstimateRequest, examples.ESTIMATE))(
         _estimate

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
 
@@ -296,3 +299,15 @@ def test_liveness_and_readiness_are_told_apart(mock: MockHub) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz")
     assert (ready.status_code, ready.json()["status"], ready.json()["hub"]) == (200, "ready", "asked")
+
+
+def test_a_span_holds_the_route_and_nothing_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("app.http.tracer_of_environment", lambda: provider.get_tracer("test"))
+    client = client_of(traces=True)
+    client.get(f"/v1/models/owner/secret-name?revision={TOKEN}", headers={"x-hf-token": "hf_headerheader"})
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "GET /v1/models/{model_id:path}"
+    assert not any(secret in span.to_json() for secret in ("secret-name", "CANARY", "headerheader"))
