@@ -58,7 +58,7 @@ SUGGESTIONS: Mapping[str, tuple[str, ...]] = {
 # Where a form says something else than the command line.
 _HELP: Mapping[str, str] = {
     "global_batch_size": "samples per optimizer step that the plan keeps; absent: batch × steps",
-    "hardware.gpu": "capacity as CUDA reports it, not the label",
+    "hardware.gpu": "capacity as CUDA reports it, and the lowest known price",
     "hardware.nvidia_smi": "what nvidia-smi printed on the machine, instead of a card",
     "stack": "versions to answer for: transformers=4.57,trl=0.25",
 }

@@ -13,11 +13,12 @@ from app import presets, sections
 from app.answer import Json
 from app.catalogue import list_gpus, list_models
 from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
+from app.pasting import pasted_form
 from app.problem import problem_of
 from app.reading import MAX_BODY_BYTES
 from app.redaction import redacted
 from app.reference import router as reference
-from app.rendering import HEADERS, STATIC, UNSTORED, content, in_thread, page_of
+from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, in_thread, page_of
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -55,7 +56,7 @@ async def show_posted(request: Request) -> Response:
         return await _page(request, form, error=error, shown=sent.get("show", ""))
     form, error = _read(sent)
     try:
-        form = sections.pasted_form(pasted, form)
+        form = pasted_form(pasted, form)
     except VramplanError as refused:
         return await _page(request, form, error=refused, pasted=pasted)
     if form.address is not None:
@@ -78,11 +79,12 @@ async def part(request: Request, name: str) -> Response:
 
 
 @router.get("/static/{name}")
-async def static(name: str) -> Response:
-    """Style sheet and scripts; their address changes with their content."""
+async def static(request: Request, name: str) -> Response:
+    """Style sheet and scripts; their address changes with their content, so that they may be kept under it."""
     if name not in STATIC:
         raise HTTPException(404)
-    return Response(content(name), media_type=STATIC[name], headers={"cache-control": "public, max-age=31536000, immutable"})
+    kept = "public, max-age=31536000, immutable" if request.url.query == fingerprint(name) else "no-cache"
+    return Response(content(name), media_type=STATIC[name], headers={"cache-control": kept})
 
 
 async def _sent(request: Request) -> dict[str, str]:
@@ -170,6 +172,6 @@ def _pickable(gpus: list[Json]) -> list[Json]:
     """Cards with what a picker says of each: real capacity, and the lowest price of one [USD/h]."""
     for gpu in gpus:
         paid = [offer["usd_per_hour"][0] / offer["count"] for offer in gpu["offers"] if offer["usd_per_hour"][1]]
-        price = f", from {min(paid):.2f} USD/h" if paid else ""
-        gpu["label"] = f"{gpu['name']} ({gib(gpu['capacity_bytes'])}{price})"
+        price = f", {min(paid):.2f} USD/h" if paid else ""
+        gpu["label"] = f"{gpu['name']}, {gib(gpu['capacity_bytes'])}{price}"
     return gpus

@@ -90,7 +90,7 @@ def read_quantization(stored: Mapping[str, Any]) -> QuantizationFields:
 
 
 def _read(payload: Mapping[str, Any], kind: type[RequestT]) -> Question[RequestT]:
-    _check_depth(payload)
+    check_depth(payload)
     pasted = canonical(payload)
     try:
         request = kind.model_validate(pasted.payload)
@@ -101,7 +101,12 @@ def _read(payload: Mapping[str, Any], kind: type[RequestT]) -> Question[RequestT
     )
 
 
-def _check_depth(payload: object) -> None:
+def check_depth(payload: object) -> None:
+    """Refuses what is nested too deep.
+
+    Raises:
+        RequestError: if it is.
+    """
     level: list[object] = [payload]
     for _ in range(MAX_DEPTH):
         level = [child for parent in level for child in _children(parent)]

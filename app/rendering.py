@@ -45,9 +45,14 @@ def content(name: str) -> bytes:
 
 
 @cache
+def fingerprint(name: str) -> str:
+    """What changes with a file's content."""
+    return hashlib.sha256(content(name)).hexdigest()[:12]
+
+
 def _address(name: str) -> str:
-    """Where a file is served, with its fingerprint."""
-    return f"/static/{name}?{hashlib.sha256(content(name)).hexdigest()[:12]}"
+    """Where a file is served."""
+    return f"/static/{name}?{fingerprint(name)}"
 
 
 def _breakable(name: str) -> Markup:

@@ -3,18 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import parse_qsl
 
-import orjson
-import yaml
 from markupsafe import Markup
 
 from app import copies
 from app.answer import Json, is_modelled
 from app.card import card_of
 from app.chart import chart_of, largest_bytes, usable_bytes
-from app.form import AGAINST, EXTRA, MODEL, Form
+from app.form import AGAINST, Form
 from app.holding import cards_that_hold
 from app.plan import plan
-from app.reading import MAX_BODY_BYTES, read_estimate, read_json
+from app.reading import read_estimate
 from app.service import answer, prepare
 from app.shortfall import Shortage, changes
 from app.sweep import answer_sweep, svg_of, sweep
@@ -243,46 +241,3 @@ QUICK = ("plan", "cards", "grid")
 def _need_card(form: Form) -> None:
     if card_of(read_estimate(form.request()).request.hardware) is None:
         raise RequestError("hardware: needs a card; pick a GPU or give its capacity", field="hardware")
-
-
-class _NoAliases(yaml.SafeLoader):
-    """YAML as data, without the anchors that make a short text a huge tree."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise RequestError("request: YAML aliases are not accepted", field="request")
-        return super().compose_node(parent, index)
-
-
-def pasted_form(text: str, form: Form) -> Form:
-    """The form that a pasted text stands for: a request, or a model's config.json, which replaces the model alone.
-
-    Raises:
-        RequestError: if it is neither, as JSON or YAML.
-    """
-    payload = _parsed(text)
-    if "model" not in payload and ("model_type" in payload or "architectures" in payload):
-        extra = {**form.further(), MODEL: {"config": payload}}
-        return form.edited(**{MODEL: "", EXTRA: copies.as_json(extra)})
-    if "model" not in payload and form[MODEL]:
-        payload = {MODEL: form[MODEL], **payload}
-    kept = {name: form[name] for name in (AGAINST,)}
-    return Form.of(payload).edited(**kept)
-
-
-def _parsed(text: str) -> Json:
-    try:
-        return read_json(text.encode())
-    except RequestError:
-        if text.lstrip().startswith("{"):
-            raise
-    if len(text) > MAX_BODY_BYTES // 16:
-        raise RequestError("request: so long a YAML text is not accepted", field="request")
-    try:
-        # once through JSON: what YAML has beyond it, such as dates and numbers as keys, is no field of a request
-        payload = orjson.loads(orjson.dumps(yaml.load(text, Loader=_NoAliases)))
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise RequestError(f"request: neither JSON nor YAML: {str(error).splitlines()[0]}", field="request") from None
-    if not isinstance(payload, dict):
-        raise RequestError("request: expected the fields of a request, or a config.json", field="request")
-    return payload

@@ -74,6 +74,7 @@ def test_what_is_served_beside_the_page_is_what_the_page_asks_for(client: TestCl
         assert "immutable" in response.headers["cache-control"]
         assert "url(" not in response.text or "htmx" in address
     assert client.get("/static/page.html").status_code == 404
+    assert client.get("/static/page.js").headers["cache-control"] == "no-cache"
 
 
 def test_htmx_is_the_file_that_its_note_names() -> None:
@@ -118,7 +119,7 @@ def test_every_field_has_a_label_and_a_line_of_help(client: TestClient) -> None:
 
 def test_the_picker_knows_real_capacity_and_price(client: TestClient) -> None:
     # app/data and estimator/data/gpus.json: an RTX 4090 reports 23.52 GiB, not 24
-    assert re.search(r"GeForce RTX 4090 \(23\.52 GiB, from \d+\.\d\d USD/h\)", client.get("/").text)
+    assert re.search(r"GeForce RTX 4090, 23\.52 GiB, \d+\.\d\d USD/h<", client.get("/").text)
 
 
 def test_what_is_entered_is_escaped(client: TestClient) -> None:
