@@ -11,6 +11,8 @@ from urllib.parse import parse_qsl, urlencode
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ import app.page
 from app import copies, examples, presets, sections
 from app.chart import WIDTH, chart_of
 from app.cli import cli
-from app.form import Form
+from app.form import Form, fields
 from app.holding import cards_that_hold
 from app.http import create_app
 from app.service import answer
@@ -302,6 +304,7 @@ def test_a_pasted_config_takes_the_place_of_the_model(client: TestClient) -> Non
         "x: 2020-01-01\n1: 2",
         ": : :",
         "[" * 500,
+        '{"a":' * 200 + "1" + "}" * 200,
         "!!python/object:os.system {}",
     ],
 )
@@ -385,3 +388,25 @@ def test_a_pasted_training_file_becomes_the_form(client: TestClient) -> None:
     assert 'value="mistralai/Mistral-7B-v0.1"' in found.text
     assert 'value="4096"' in found.text
     assert "Takes " in found.text
+
+
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["", "true", "false", "1", "0", "-1", "99999999999", "1e9", "NaN", "∞", "all-linear", "[", "a,b", "x=1", "{}", "fp4", "t4"]
+    ),
+    st.sampled_from(['{"training": {}}', '{"model": {"config": {}}}', '{"peft": null}', '{"hardware": 3}', "a" * 3000, "?a=1&b=2", "%00"]),
+    st.text(max_size=12),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    values=st.dictionaries(st.sampled_from([*fields(), "extra", "against", "preset", "show"]), TEXTS, max_size=5),
+    path=st.sampled_from(["/", "/page/answer", "/page/grid"]),
+    is_posted=st.booleans(),
+)
+def test_whatever_stands_in_the_form_is_answered_or_refused(client: TestClient, values: dict[str, str], path: str, is_posted: bool) -> None:
+    sent = {**SMALL.values, **values, "engine": "analytic", "show": ""}
+    response = client.post(path, data=sent) if is_posted else client.get(path, params=sent)
+    assert response.status_code in (200, 422)
+    assert "Traceback" not in response.text
