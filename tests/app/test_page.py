@@ -39,6 +39,15 @@ SMALL = Form.of(
 )
 LARGE = SMALL.edited(per_device_train_batch_size="64", gradient_accumulation_steps="1", max_length="1024")
 
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
+
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
@@ -279,19 +288,11 @@ def test_a_pasted_request_becomes_an_address(client: TestClient, pasted: str) ->
 
 
 def test_a_pasted_config_takes_the_place_of_the_model(client: TestClient) -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 256,
-    }
     response = client.post(
-        "/", data={**SMALL.values, "attn_implementation": "", "request": orjson.dumps(config).decode()}, follow_redirects=False
+        "/", data={**SMALL.values, "attn_implementation": "", "request": orjson.dumps(CONFIG).decode()}, follow_redirects=False
     )
     used = dict(parse_qsl(response.headers["location"].removeprefix("/?")))
-    assert Form.submitted(used).request()["model"] == {"config": config}
+    assert Form.submitted(used).request()["model"] == {"config": CONFIG}
     assert used["max_length"] == "128"
 
 
@@ -316,16 +317,8 @@ def test_what_cannot_be_pasted_is_refused_and_kept(client: TestClient, pasted: s
 
 
 def test_a_form_too_long_for_an_address_is_posted(client: TestClient) -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 256,
-    }
     long = SMALL.edited(
-        model="", extra=orjson.dumps({"model": {"config": {**config, "id2label": {str(n): "x" * 40 for n in range(400)}}}}).decode()
+        model="", extra=orjson.dumps({"model": {"config": {**CONFIG, "id2label": {str(n): "x" * 40 for n in range(400)}}}}).decode()
     )
     text = client.post("/", data=dict(long.values)).text
     assert 'method="post" action="/" hx-post="/page/answer"' in text
