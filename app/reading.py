@@ -183,10 +183,12 @@ def _request_error(error: ValidationError, kind: type[Request]) -> RequestError:
     # A union reports every member; the branch that got furthest is what the user meant, the first error says enough.
     seen: dict[str, FieldError] = {}
     for detail in details:
+        if len(seen) == _SHOWN_ERRORS:  # each takes a search for what was meant, and there may be tens of thousands
+            break
         field = _location(detail["loc"])
         seen.setdefault(field, FieldError(field=field, message=_message(field, detail, kind)))
     # Of a list, the element that is wrong says more than that a number would have been accepted as well.
-    errors = [e for e in seen.values() if not any(other.startswith(f"{e.field}.") for other in seen)][:_SHOWN_ERRORS]
+    errors = [e for e in seen.values() if not any(other.startswith(f"{e.field}.") for other in seen)]
     return RequestError("; ".join(e.message for e in errors), errors=errors)
 
 

@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import cli
-from app.configuration import documented
 from estimator.units import GIB
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +79,3 @@ def test_the_readme_s_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     [code] = blocks(README, "python")
     exec(compile(code, str(README), "exec"), {})
     assert re.search(r"^\d+\.\d GiB in \w+$", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_the_service_page_lists_every_setting_as_it_is() -> None:
-    assert documented() in (ROOT / "docs" / "service.md").read_text()

@@ -38,6 +38,14 @@ def test_every_example_of_the_documentation_runs(client: TestClient) -> None:
             assert response.status_code == 200, response.text
 
 
+def test_the_same_question_gets_the_same_answer_and_another_gets_another(client: TestClient) -> None:
+    first = client.post("/v1/estimate", json=examples.QLORA)
+    again = client.post("/v1/estimate", json=dict(reversed(examples.QLORA.items())))
+    assert first.content == again.content
+    other = {**examples.QLORA, "training": {**examples.QLORA["training"], "max_length": 1024}}
+    assert client.post("/v1/estimate", json=other).json()["peak"] != first.json()["peak"]
+
+
 def test_a_sweep_comes_as_a_table_and_as_a_picture(client: TestClient) -> None:
     asked = {**examples.QLORA, "sweep": {"per_device_train_batch_size": "1..4", "max_length": [512, 1024]}}
     table = client.post("/v1/sweep?format=csv", json=asked)

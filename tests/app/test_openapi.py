@@ -25,7 +25,7 @@ FOLDER = TemporaryDirectory(prefix="vramplan-fuzz-")
 APP = create_app(Configuration(hub_endpoint="http://127.0.0.1:9", rate_limit="none", database_url=f"sqlite:///{FOLDER.name}/state.sqlite3"))
 WHOLE = schemathesis.openapi.from_asgi("/openapi.json", APP)
 # A trace takes seconds, since the libraries run.
-SCHEMA = WHOLE if CASES >= 100 else WHOLE.exclude(path="/v1/trace")
+QUICK, TRACES = WHOLE.exclude(path="/v1/trace"), WHOLE.include(path="/v1/trace")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,11 +38,22 @@ def mock_hub() -> Iterator[None]:
         yield
 
 
-@SCHEMA.parametrize()
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES < 100)
-def test_what_is_made_from_the_document_is_answered_as_it_says(case: Any) -> None:
+def answered_as_it_says(case: Any) -> None:
     # The document leaves out what fields mean together, and the names of older versions that are understood as well.
     case.call_and_validate(timeout=150, excluded_checks=[positive_data_acceptance, negative_data_rejection, unsupported_method])
+
+
+@QUICK.parametrize()
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=CASES < 100)
+def test_what_is_made_from_the_document_is_answered_as_it_says(case: Any) -> None:
+    answered_as_it_says(case)
+
+
+@pytest.mark.slow
+@TRACES.parametrize()
+@settings(max_examples=max(5, CASES // 50), deadline=None, suppress_health_check=list(HealthCheck))
+def test_traces_made_from_the_document_are_answered_as_it_says(case: Any) -> None:
+    answered_as_it_says(case)
 
 
 def test_every_operation_documents_its_errors_as_problems() -> None:

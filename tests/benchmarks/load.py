@@ -1,0 +1,185 @@
+"""The service under load, beside a bare FastAPI endpoint of the same run: `python -m tests.benchmarks.load`.
+
+The bare endpoint validates the same request with the same pydantic model, and returns a document of the same size. Warm means that a
+question was asked before; a few questions take turns. What a new question costs is printed too. On a machine with two cores the clients
+take one of them.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Annotated, Any
+
+import orjson
+import psutil
+
+from app import examples
+from app.request import Request
+from app.service import answer
+from estimator.units import MIB
+
+SECONDS = float(os.environ.get("VRAMPLAN_LOAD_SECONDS", "8"))
+GOAL_RATIO, GOAL_P99_MS = 0.7, 50.0
+QUESTIONS = 16
+
+_DOCUMENT = answer(examples.QLORA)
+
+
+def bare() -> Any:
+    """The application to compare with."""
+    from fastapi import Body, FastAPI, Response
+
+    application = FastAPI()
+
+    @application.post("/v1/estimate")
+    async def estimate(asked: Annotated[Request, Body()]) -> Response:
+        assert asked.model
+        return Response(orjson.dumps(_DOCUMENT), media_type="application/json")
+
+    return application
+
+
+def main() -> None:
+    """Prints one line per measurement."""
+    print(f"documents of {len(orjson.dumps(_DOCUMENT)):,} bytes, {SECONDS:g} s each, {os.cpu_count()} cores")
+    with _Server("tests.benchmarks.load:bare") as server:
+        reference = run(server.port, connections=8)
+    print(f"{'bare FastAPI: validates, returns a document of that size':<64}{reference.rate:>9.0f} /s")
+    with _Server("app.http:create_app") as server:
+        new = run(server.port, connections=1, seconds=SECONDS)
+        print(f"{'a question not asked before: median':<64}{statistics.median(new.in_order_ms[:QUESTIONS]):>9.1f} ms")
+        while sum(run(server.port, connections=4, seconds=SECONDS).statuses.values()) < 4 * QUESTIONS:
+            pass
+        ours = run(server.port, connections=8)
+        ratio = ours.rate / reference.rate
+        print(f"{'warm POST /v1/estimate':<64}{ours.rate:>9.0f} /s   {ratio:.2f} × (goal {GOAL_RATIO} ×)")
+        half = run(server.port, connections=4, per_second=ours.rate / 2)
+        print(f"{'at half that load: 99th percentile':<64}{half.quantile(0.99):>9.1f} ms   (goal {GOAL_P99_MS:g} ms)")
+        before = server.resident_bytes
+        flood = run(server.port, connections=640)
+        served = flood.statuses.get(200, 0)
+        others = {status: count for status, count in flood.statuses.items() if status != 200}
+        print(f"{'640 connections: served':<64}{served / flood.seconds:>9.0f} /s   others {others}")
+        print(f"{'640 connections: 99th percentile of those served':<64}{flood.quantile(0.99):>9.1f} ms")
+        print(f"{'resident before and after':<64}{before / MIB:>9.0f} MiB, {server.resident_bytes / MIB:.0f} MiB")
+
+
+class _Server:
+    """One worker process."""
+
+    def __init__(self, application: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = ["--port", str(self.port), "--no-access-log", "--log-level", "warning"]
+        command = [sys.executable, "-m", "uvicorn", "--factory", application, *options]
+        environment = {**os.environ, "VRAMPLAN_DATABASE_URL": "none", "VRAMPLAN_RATE_LIMIT": "1000000/second"}
+        self._process = subprocess.Popen(command, env=environment)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    raise SystemExit(f"{application} does not start") from None
+                time.sleep(0.05)
+            else:
+                break
+
+    @property
+    def resident_bytes(self) -> int:
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    def __enter__(self) -> "_Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+class Load:
+    """What came of a load."""
+
+    def __init__(self, statuses: Counter[int], served_ms: list[float], seconds: float) -> None:
+        self.statuses, self.in_order_ms, self.served_ms, self.seconds = statuses, served_ms, sorted(served_ms), seconds
+
+    @property
+    def rate(self) -> float:
+        """Answers with 200 a second."""
+        return self.statuses.get(200, 0) / self.seconds
+
+    def quantile(self, share: float) -> float:
+        """Of the time until those answers were whole [ms]."""
+        if len(self.served_ms) < 2:
+            return float("nan")
+        return statistics.quantiles(self.served_ms, n=1000)[round(1000 * share) - 1]
+
+
+def run(port: int, *, connections: int, per_second: float | None = None, seconds: float = SECONDS) -> Load:
+    """Sends requests from a process of its own, each connection one after the other."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        statuses, served, taken = pool.apply(_client, (port, connections, per_second, seconds))
+    return Load(statuses, served, taken)
+
+
+def _client(port: int, connections: int, per_second: float | None, seconds: float) -> tuple[Counter[int], list[float], float]:
+    return asyncio.run(_send(port, connections, per_second, seconds))
+
+
+async def _send(port: int, connections: int, per_second: float | None, seconds: float) -> tuple[Counter[int], list[float], float]:
+    statuses: Counter[int] = Counter()
+    served: list[float] = []
+    bodies = [_request(number) for number in range(QUESTIONS)]
+    start = time.perf_counter()
+
+    async def one(index: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        number = index * 7919
+        due = start + (index / per_second if per_second else 0.0)
+        try:
+            while (now := time.perf_counter()) < start + seconds:
+                if per_second and due > now:
+                    await asyncio.sleep(due - now)
+                # with a rate the clock starts when the request is due: waiting for a slow answer before it counts too
+                begun = due if per_second else time.perf_counter()
+                due += connections / per_second if per_second else 0.0
+                writer.write(bodies[number % len(bodies)])
+                number += 1
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                status = int(head[9:12])
+                statuses[status] += 1
+                if status == 200:
+                    served.append(1000 * (time.perf_counter() - begun))
+                else:
+                    await asyncio.sleep(0.05)  # a client that is told to come back does not come back at once
+        finally:
+            writer.close()
+
+    await asyncio.gather(*(one(index) for index in range(connections)))
+    return statuses, served, time.perf_counter() - start
+
+
+def _request(number: int) -> bytes:
+    training = {
+        **examples.QLORA["training"],
+        "per_device_train_batch_size": 1 + number % 4,
+        "max_length": 512 * (1 + number // 4),
+    }
+    # what pydantic alone accepts: fields that are only set aside are left out
+    peft = {"r": 16, "target_modules": examples.QLORA["peft"]["target_modules"]}
+    body = orjson.dumps({**examples.QLORA, "peft": peft, "training": training})
+    head = f"POST /v1/estimate HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+if __name__ == "__main__":
+    main()
