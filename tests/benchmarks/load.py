@@ -51,7 +51,7 @@ def main() -> None:
     with _Server("tests.benchmarks.load:bare") as server:
         reference = run(server.port, connections=8)
     print(f"{'bare FastAPI: validates, returns a document of that size':<64}{reference.rate:>9.0f} /s")
-    with _Server("app.http:create_app") as server:
+    with _Server("app.serving:application") as server:
         new = run(server.port, connections=1, seconds=SECONDS)
         print(f"{'a question not asked before: median':<64}{statistics.median(new.in_order_ms[:QUESTIONS]):>9.1f} ms")
         while sum(run(server.port, connections=4, seconds=SECONDS).statuses.values()) < 4 * QUESTIONS:
@@ -80,7 +80,7 @@ class _Server:
         options = ["--port", str(self.port), "--no-access-log", "--log-level", "warning"]
         command = [sys.executable, "-m", "uvicorn", "--factory", application, *options]
         environment = {**os.environ, "VRAMPLAN_DATABASE_URL": "none", "VRAMPLAN_RATE_LIMIT": "1000000/second"}
-        self._process = subprocess.Popen(command, env=environment)
+        self._process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while True:
             try:
