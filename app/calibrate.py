@@ -8,9 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -18,6 +16,7 @@ from rich.table import Table
 
 from app import caps as capped
 from app.prediction import predict
+from app.request_file import read_request
 from calibration import campaign as campaigns
 from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all
@@ -359,13 +358,7 @@ def read_case(path: Path, *, batch_size: int | None = None, max_length: int | No
     Raises:
         VramplanError: if the file is no request, has no single run in it, or its model is not known.
     """
-    text = path.read_text()
-    try:
-        request = orjson.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (orjson.JSONDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(request, dict):
-        raise RequestError(f"{path}: a request is an object with the field 'model'; got {type(request).__name__}")
+    request = read_request(str(path))
     training = request.get("training")
     if isinstance(training, dict):
         given = {"per_device_train_batch_size": batch_size, "max_length": max_length}

@@ -11,8 +11,8 @@ import typer
 
 from app.answer import Json
 from app.options import OPTIONS, PLAN_OPTIONS, merged, model_argument, with_options
-from app.reading import MAX_BODY_BYTES, load_yaml, read_json
 from app.redaction import redacted
+from app.request_file import read_request
 from estimator.errors import RequestError, VramplanError
 
 EXIT_ERROR = 1
@@ -310,7 +310,7 @@ def main() -> None:
 
 def _payload(model: str | None, request: str | None, options: Json) -> Json:
     """The request of a file, if one is given, with the options set on top."""
-    payload = merged(_read(request) if request is not None else {}, options)
+    payload = merged(read_request(request) if request is not None else {}, options)
     if "files" in payload:
         from app.trainer_files.opening import opened
 
@@ -321,29 +321,6 @@ def _payload(model: str | None, request: str | None, options: Json) -> Json:
         payload.setdefault("training", {})
     if "model" not in payload:
         raise typer.BadParameter("give MODEL, or a request with one by --request")
-    return payload
-
-
-def _read(request: str) -> Json:
-    try:
-        content = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if request == "-" else Path(request).read_bytes()
-    except OSError as error:
-        raise RequestError(f"request: {request!r} cannot be read: {error.strerror}", field="request") from None
-    is_yaml = request == "-" and not content.lstrip().startswith(b"{")
-    if is_yaml or Path(request).suffix in (".yaml", ".yml"):
-        return _read_yaml(content)
-    return read_json(content)
-
-
-def _read_yaml(content: bytes) -> Json:
-    import yaml
-
-    try:
-        payload = load_yaml(content)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RequestError(f"request: not YAML: {str(error).splitlines()[0]}", field="request") from None
-    if not isinstance(payload, dict):
-        raise RequestError("request: expected a mapping", field="request")
     return payload
 
 

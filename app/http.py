@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import orjson
-from anyio import CapacityLimiter
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -37,10 +36,9 @@ from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import opened
 from app.trainer_files.writing import convert
 from app.transfer import body_of
-from app.work import Workers
+from app.work import Workers, in_thread, is_bundled
 from estimator.errors import FieldError, SourceUnavailableError, VramplanError
 from estimator.gpu_filter import GpuFilter
-from estimator.sources import catalogue
 from estimator.sources.access import Access
 from estimator.sources.lookup import Lookup, PublicStore
 from estimator.sources.process import default_inspector
@@ -92,7 +90,6 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.metrics = metrics
     app.state.answers = Answers()
     app.state.workers = Workers(threads=configuration.threads, timeout_seconds=configuration.request_timeout_seconds)
-    app.state.threads = CapacityLimiter(configuration.threads)  # of the page
     app.state.state = _state_of(configuration)
     store, inventories = _caches(app.state.state, configuration)
     app.state.lookup = Lookup(
@@ -318,23 +315,6 @@ async def _payload(request: Request) -> Json:
     """The request of a body, its files read."""
     payload = read_json(await body_of(request))
     return await in_thread(request, payload, partial(opened, payload)) if "files" in payload else payload
-
-
-async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result]) -> Result:
-    """The result of a blocking call, off the event loop."""
-    workers: Workers = request.app.state.workers
-    return await workers.run(call, is_quick=is_bundled(asked))
-
-
-def is_bundled(asked: Mapping[str, Any]) -> bool:
-    """Whether a question is about a bundled model, and so asks neither the Hub nor, mostly, a process that builds models."""
-    model = asked.get("model")
-    return (
-        isinstance(model, str)
-        and asked.get("revision") in (None, "main")
-        and asked.get("engine") != "trace"
-        and catalogue.find(model) is not None
-    )
 
 
 def _documented(model: type[EstimateRequest], shown: Mapping[str, Json]) -> Json:

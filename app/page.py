@@ -15,10 +15,11 @@ from app.catalogue import list_gpus, list_models
 from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
 from app.pasting import pasted_form
 from app.problem import problem_of
-from app.reading import MAX_BODY_BYTES
 from app.redaction import redacted
 from app.reference import router as reference
-from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, in_thread, page_of
+from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, page_of
+from app.transfer import body_of
+from app.work import in_thread
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -56,7 +57,7 @@ async def show_posted(request: Request) -> Response:
         return await _page(request, form, error=error, shown=sent.get("show", ""))
     form, error = _read(sent)
     try:
-        form = pasted_form(pasted, form)
+        form = await in_thread(request, {}, partial(pasted_form, pasted, form))
     except VramplanError as refused:
         return await _page(request, form, error=refused, pasted=pasted)
     if form.address is not None:
@@ -93,11 +94,7 @@ async def _sent(request: Request) -> dict[str, str]:
     Raises:
         HTTPException: if it is too long.
     """
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body may have at most {MAX_BODY_BYTES:,} bytes")
+    body = await body_of(request)
     try:
         return dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=200))
     except ValueError:
@@ -153,7 +150,7 @@ async def _answered(request: Request, form: Form, error: VramplanError | None) -
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"
-            context["result"] = await in_thread(request, partial(sections.answered, form, origin))
+            context["result"] = await in_thread(request, form.values, partial(sections.answered, form, origin))
         except VramplanError as refused:
             error = refused
     return {**context, "error": None if error is None else problem_of(error)}
@@ -162,7 +159,7 @@ async def _answered(request: Request, form: Form, error: VramplanError | None) -
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
-        found = await in_thread(request, partial(sections.SECTIONS[name], form))
+        found = await in_thread(request, form.values if name in sections.QUICK else {}, partial(sections.SECTIONS[name], form))
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}

@@ -8,7 +8,7 @@ from app.reading import check_depth, read_json
 from app.request import PlanRequest
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.opening import opened
-from app.trainer_files.parsing import parse
+from app.yaml_text import parse
 
 _NAME = "the pasted text"
 # Parsing YAML takes about a second for so much.

@@ -97,26 +97,6 @@ def repeated_key(key: object) -> RequestError:
     return RequestError(f"{name}: is given twice in one object; give it once", field=name)
 
 
-def load_yaml(content: bytes) -> Any:
-    """What a YAML document holds, by safe rules, with no key twice in one mapping.
-
-    Raises:
-        RequestError: if a key stands twice.
-        yaml.YAMLError, RecursionError: if it is no YAML.
-    """
-    import yaml  # the web process reads none
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            for place, key in enumerate(keys):
-                if key in keys[:place]:
-                    raise repeated_key(key)
-            return super().construct_mapping(node, deep)
-
-    return yaml.load(content, Loader)
-
-
 def read_estimate(payload: Mapping[str, Any]) -> Question[Request]:
     """The question of a payload in the form of the contract's `Request`."""
     return _without_filter(_read(payload, Request))

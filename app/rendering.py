@@ -1,19 +1,17 @@
 """Templates made into pages that hold to the page's policy: scripts and styles from here, nothing inline, nobody else asked."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-from app.answer import Json
 from app.wording import change_sentence
-from app.work import Workers
 from estimator.units import gib
 
 _HERE = Path(__file__).parent
@@ -31,12 +29,6 @@ STATIC = {"style.css": "text/css", "page.js": "text/javascript", "htmx.min.js": 
 def page_of(template: str, context: Mapping[str, Any], *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A template with its context."""
     return HTMLResponse(_templates().get_template(template).render(context), status_code=status, headers={**HEADERS, **(headers or {})})
-
-
-async def in_thread(request: Request, call: Callable[[], Json]) -> Json:
-    """The result of a blocking call, off the event loop."""
-    workers: Workers = request.app.state.workers
-    return await workers.run(call, is_quick=False)
 
 
 @cache

@@ -1,12 +1,15 @@
 """Threads for what blocks: the loop stays free, and a question that waits for the Hub or a trace holds up no arithmetic."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from estimator.errors import SourceUnavailableError
+from estimator.sources import catalogue
 
 Result = TypeVar("Result")
 
@@ -49,3 +52,26 @@ class Workers:
         pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result]) -> Result:
+    """The result of a blocking call, off the event loop.
+
+    Args:
+        request: whose application has the threads.
+        asked: the question, as far as it tells how long the answer may take.
+        call: to make.
+    """
+    workers: Workers = request.app.state.workers
+    return await workers.run(call, is_quick=is_bundled(asked))
+
+
+def is_bundled(asked: Mapping[str, Any]) -> bool:
+    """Whether a question is about a bundled model, and so asks neither the Hub nor, mostly, a process that builds models."""
+    model = asked.get("model")
+    return (
+        isinstance(model, str)
+        and asked.get("revision") in (None, "main")
+        and asked.get("engine") != "trace"
+        and catalogue.find(model) is not None
+    )

@@ -42,9 +42,9 @@ class FreeRanges:
         self._large: list[int] = []
 
     @classmethod
-    def following(cls, allocator: CachingAllocator, capacity_bytes: int | None) -> "FreeRanges":
-        """From the state of an allocator on; what it has handed out stays for good."""
-        ranges = cls(capacity_bytes)
+    def following(cls, allocator: CachingAllocator) -> "FreeRanges":
+        """From the state of an allocator on, with its capacity; what it has handed out stays for good."""
+        ranges = cls(allocator.capacity_bytes)
         for segment in allocator.segments():
             start = ranges._reserve(segment.num_bytes)
             for block in segment.blocks:

@@ -2,17 +2,9 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from enum import StrEnum
 
 from estimator.extent import Extent
-
-
-class Segment(StrEnum):
-    """Where a slice of the log lies."""
-
-    OUTSIDE = "outside"
-    FORWARD = "forward"
-    BACKWARD = "backward"
+from estimator.timeline import Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

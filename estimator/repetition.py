@@ -9,7 +9,8 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from estimator.log import Log, Mark, Segment
+from estimator.log import Log, Mark
+from estimator.timeline import Segment
 
 _MAX_PERIOD = 8
 _NUM_RUN = 3

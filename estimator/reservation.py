@@ -131,18 +131,13 @@ def _under_limit(
     capacity_bytes: int,
 ) -> int | None:
     try:
-        return max(_stages(CachingAllocator(settings, capacity_bytes=capacity_bytes), inventory, recipe, schedule, inputs, capacity_bytes))
+        return max(_stages(CachingAllocator(settings, capacity_bytes=capacity_bytes), inventory, recipe, schedule, inputs))
     except NoRoomError:
         return None
 
 
 def _stages(
-    allocator: CachingAllocator,
-    inventory: Inventory,
-    recipe: Recipe,
-    schedule: Schedule,
-    inputs: tuple[int, ...],
-    capacity_bytes: int | None = None,
+    allocator: CachingAllocator, inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...]
 ) -> Iterator[int]:
     """A run, which yields what was reserved at most so far: after loading, and after every part of a step [bytes]."""
     blocks: dict[str, Block] = {}
@@ -154,7 +149,7 @@ def _stages(
     static = static_memory(inventory, recipe)
     if allocator.settings == AllocatorSettings():
         # The model stays where it is, so that only what is free matters from here on.
-        yield from _Run(FreeRanges.following(allocator, capacity_bytes), static, recipe).steps(schedule, inputs)
+        yield from _Run(FreeRanges.following(allocator), static, recipe).steps(schedule, inputs)
     else:
         yield from _Run(allocator, static, recipe).steps(schedule, inputs)
 

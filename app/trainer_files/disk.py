@@ -7,7 +7,7 @@ from typing import Any
 from app.answer import Json
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.opening import MAX_FILES
-from app.trainer_files.parsing import MAX_CHARACTERS, parse
+from app.yaml_text import MAX_CHARACTERS, parse
 from estimator.errors import RequestError
 
 _SUFFIXES = (".yaml", ".yml", ".json")

@@ -8,8 +8,8 @@ from app.options import merged
 from app.trainer_files import accelerate, adapter_config, axolotl, deepspeed, llamafactory, trl
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.fsdp import translate_fsdp
-from app.trainer_files.parsing import parse
 from app.trainer_files.translation import Keys, Translation
+from app.yaml_text import parse
 from estimator.errors import RequestError
 
 MAX_FILES = 8

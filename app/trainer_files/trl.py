@@ -1,17 +1,19 @@
 """A YAML of `trl sft --config`, or the arguments of a script of one's own: TrainingArguments in JSON or YAML."""
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from app import fields
 from app.trainer_files import trl_fields
 from app.trainer_files.deepspeed import named_file, read_named
 from app.trainer_files.fsdp import translate_fsdp
-from app.trainer_files.parsing import parse_number
 from app.trainer_files.translation import Keys
 from estimator.errors import RequestError
 
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # Source: transformers 5.23, training_args.py, TrainingArguments: fields that a YAML may hold as text.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _FSDP_LEGACY = ("", "false", "no")
 
 
@@ -128,4 +130,11 @@ def translate_arguments(keys: Keys, others: Mapping[str, Keys]) -> None:
     for key, value in keys.values.items():
         if key in fields.TRAINING and key not in keys.taken and value is not None:
             name = key.replace("activation_checkpointing", "gradient_checkpointing")  # spellings of one field
-            keys.put(f"training.{name}", parse_number(keys.take(key)), key)
+            keys.put(f"training.{name}", _number(keys.take(key)), key)
+
+
+def _number(value: Any) -> Any:
+    """Text that reads as a number in the notation that YAML takes for text, `1e-4`, as that number; all else as it stands."""
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value

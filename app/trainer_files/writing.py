@@ -13,7 +13,6 @@ from app.service import prepare
 from app.shortfall import missing_bytes
 from app.trainer_files.formats import format_of
 from app.trainer_files.opening import converted, opened
-from app.trainer_files.parsing import parse
 from app.trainer_files.written.accelerate import accelerate
 from app.trainer_files.written.amended import SIZES, amended
 from app.trainer_files.written.axolotl import axolotl
@@ -22,6 +21,7 @@ from app.trainer_files.written.llamafactory import llamafactory
 from app.trainer_files.written.script import script
 from app.trainer_files.written.subject import Subject
 from app.trainer_files.written.trl import trl
+from app.yaml_text import parse
 from estimator.errors import RequestError, UnknownNameError
 from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
 from estimator.recipe import Recipe

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from app.reading import MAX_BODY_BYTES, Question, load_yaml, read_estimate, read_json, read_plan, read_sweep
+from app.reading import MAX_BODY_BYTES, Question, read_estimate, read_json, read_plan, read_sweep
 from app.request import Request
+from app.yaml_text import parse
 from estimator.errors import RequestError
 
 
@@ -250,16 +251,16 @@ def test_a_key_that_stands_twice_is_refused_by_its_name(body: bytes, key: str) -
         read_json(body)
     assert [one.field for one in caught.value.errors] == [key]
     with pytest.raises(RequestError, match=rf"^{key}: is given twice"):
-        load_yaml(body)
+        parse("request", body.decode())
 
 
 def test_the_same_key_in_several_objects_is_no_repetition() -> None:
     body = b'{"model": "gpt2", "peft": {"r": 8}, "sweep": {"r": 8}}'
-    assert read_json(body) == load_yaml(body)
+    assert read_json(body) == parse("request", body.decode())
 
 
 def test_a_merged_mapping_may_be_overridden() -> None:
-    assert load_yaml(b"base: &b {r: 8, bias: none}\npeft:\n  <<: *b\n  r: 16\n")["peft"] == {"r": 16, "bias": "none"}
+    assert parse("request", "base: &b {r: 8, bias: none}\npeft:\n  <<: *b\n  r: 16\n")["peft"] == {"r": 16, "bias": "none"}
 
 
 def test_nesting_that_python_cannot_follow_is_refused() -> None:

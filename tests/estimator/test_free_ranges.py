@@ -49,7 +49,7 @@ def test_free_ranges_hold_what_blocks_hold_after_every_event(program: list[int |
 def test_free_ranges_go_on_from_the_state_of_blocks(before: list[int | None], after: list[int | None], capacity: int | None) -> None:
     blocks = CachingAllocator(capacity_bytes=capacity)
     _play(before, blocks, [])
-    following = FreeRanges.following(blocks, capacity)
+    following = FreeRanges.following(blocks)
     assert (following.reserved_bytes, following.max_reserved_bytes) == (blocks.reserved_bytes, blocks.max_reserved_bytes)
     # What was handed out before stays for good.
     assert _play(after, following, []) == _play(after, blocks, [])

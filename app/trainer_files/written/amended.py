@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from app.trainer_files.parsing import parse
+from app.yaml_text import parse
 
 # Keys of micro-batch, accumulation and length.
 SIZES: Mapping[str, tuple[str, str, str]] = {

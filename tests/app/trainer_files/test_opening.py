@@ -13,8 +13,8 @@ from app.cli import cli
 from app.http import create_app
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.opening import MAX_FILES, opened
-from app.trainer_files.parsing import parse
 from app.trainer_files.writing import convert
+from app.yaml_text import parse
 from estimator.errors import RequestError
 
 AXOLOTL = """\

@@ -1,27 +1,40 @@
-"""Text of a file as a mapping: JSON or YAML, with bounds, since files come from strangers."""
+"""YAML, or JSON, as a mapping: within bounds and with no key twice, since texts come from strangers."""
 
-import re
 from typing import Any
 
 import yaml
 
+from app.reading import repeated_key
 from app.redaction import redacted
 from estimator.errors import RequestError
 
 MAX_CHARACTERS = 1 << 20
 MAX_NODES = 20_000
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                raise repeated_key(key)
+        return super().construct_mapping(node, deep)
 
 
 def parse(name: str, text: str, max_characters: int = MAX_CHARACTERS) -> dict[str, Any]:
-    """The mapping that a file holds.
+    """The mapping that a text holds.
+
+    Args:
+        name: of its file or field, for messages.
+        text: YAML, of which JSON is a part.
+        max_characters: that are accepted.
 
     Raises:
-        RequestError: if it holds anything else, or more than `MAX_NODES` values with its aliases written out.
+        RequestError: if it holds anything else, a key twice, or more than `MAX_NODES` values with its aliases written out.
     """
     if len(text) > max_characters:
         raise RequestError(f"{name}: longer than {max_characters:,} characters", field=name)
-    loader = yaml.SafeLoader(text)  # JSON is read as the YAML that it is
+    loader = _Loader(text)  # JSON is read as the YAML that it is
     try:
         node = loader.get_single_node()
         if node is not None and _size(node, {}, ()) > MAX_NODES:
@@ -49,10 +62,3 @@ def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int
             children = node.value
         known[id(node)] = 1 + sum(_size(child, known, (*above, id(node))) for child in children)
     return known[id(node)]
-
-
-def parse_number(value: Any) -> Any:
-    """Text that reads as a number in the notation that YAML takes for text, `1e-4`, as that number; all else as it stands."""
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    return value
