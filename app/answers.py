@@ -1,4 +1,4 @@
-"""Answers given before: the same question about a bundled model has the same answer for as long as the process lives."""
+"""Answers given before: the same question about a bundled model has the same answer while the same corrections are in use."""
 
 import hashlib
 from collections import OrderedDict
@@ -22,9 +22,9 @@ class Answers:
         self._known: OrderedDict[bytes, bytes] = OrderedDict()
 
     @staticmethod
-    def key(payload: Mapping[str, Any]) -> bytes:
-        """What identifies a question, whatever the order of its fields."""
-        return hashlib.sha256(orjson.dumps(payload, option=orjson.OPT_SORT_KEYS)).digest()
+    def key(question: Mapping[str, Any]) -> bytes:
+        """What identifies a question and what it is answered by, whatever the order of fields."""
+        return hashlib.sha256(orjson.dumps(question, option=orjson.OPT_SORT_KEYS)).digest()
 
     def find(self, key: bytes) -> bytes | None:
         """The answer given before."""

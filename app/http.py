@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app import examples, sweep
+from app import corrections, examples, sweep
 from app.answer import Json
 from app.answers import Answers
 from app.calibrations import router as calibrations
@@ -200,7 +200,8 @@ async def _estimate(request: Request) -> Response:
     if not is_bundled(payload):
         return Reply(await in_thread(request, payload, partial(answer, payload)))
     answers: Answers = request.app.state.answers
-    key = answers.key(payload)
+    in_use = corrections.current()
+    key = answers.key({"asked": payload, "corrections": None if in_use is None else in_use.version})
     if (known := answers.find(key)) is None:
         known = orjson.dumps(await in_thread(request, payload, partial(answer, payload)))
         answers.keep(key, known)

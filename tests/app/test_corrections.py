@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from app import corrections
 from app.check import check
 from app.cli import cli
+from app.http import create_app
 from app.plan import plan
 from app.prediction import predict
 from app.service import answer
@@ -139,6 +141,18 @@ def test_a_setting_applies_them_to_every_answer_and_a_command_to_its_own(file: P
         assert answer(REQUEST)["corrections"]["version"] == "another"
     file.write_text(file.read_text().replace(found().version, "newer-than-before"))
     assert answer(REQUEST)["corrections"]["version"] == "newer-than-before"
+
+
+def test_the_service_follows_the_setting_for_a_question_it_has_answered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(create_app())
+    plain = client.post("/v1/estimate", json=REQUEST).json()
+    assert "corrections" not in plain
+    monkeypatch.setenv(corrections.VARIABLE, str(file))
+    assert client.post("/v1/estimate", json=REQUEST).json()["corrections"]["version"] == found().version
+    file.write_text(file.read_text().replace(found().version, "newer-than-before"))
+    assert client.post("/v1/estimate", json=REQUEST).json()["corrections"]["version"] == "newer-than-before"
+    monkeypatch.delenv(corrections.VARIABLE)
+    assert client.post("/v1/estimate", json=REQUEST).json() == plain
 
 
 def test_the_command_line_takes_a_file_and_says_what_it_did(file: Path) -> None:
