@@ -11,6 +11,8 @@ from estimator.recipe import Adapter, Inference, Objective, Quantization, Recipe
 from estimator.stack import Stack
 
 SCHEMA_VERSION = 1
+# The best first.
+VERDICTS = ("fits", "tight", "does_not_fit")
 # Notice of the estimator that says only `load` is known.
 NOT_MODELLED = "not_modelled"
 

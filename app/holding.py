@@ -1,12 +1,11 @@
 """Which cards hold a run whose sizes are given: generation, loading, or training as it is, each card by its own estimate."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from app.answer import Json, device_bytes, is_modelled, render_fit
+from app.answer import VERDICTS, Json, device_bytes, is_modelled, render_fit
 from app.card import card_for
-from app.prices import current
+from app.prices import current, price_json
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
 from app.service import Case, interval_of, prepare
@@ -41,7 +40,7 @@ def _rows(case: Case, gpu: Gpu, number: int, wanted: GpuFilter) -> Iterator[Json
     card = card_for(gpu, request.hardware.headroom if request.hardware is not None else None)
     try:
         recipe = resolve_recipe(request, case.inventory, card)
-        estimate = replace(case.answerer, device=replace(case.answerer.device, usable_bytes=card.usable_bytes)).estimate(recipe)
+        estimate = case.on(card, recipe).answerer.estimate(recipe)
     except RequestError:  # a card that the libraries refuse for this run is not offered
         return
     if not is_modelled(estimate):
@@ -57,11 +56,10 @@ def _rows(case: Case, gpu: Gpu, number: int, wanted: GpuFilter) -> Iterator[Json
         "device_bytes": device_bytes(estimate),
         "margin_bytes": fit["free_bytes"],
         "capacity_bytes": gpu.capacity_bytes,
-        "usd_per_hour": None if offer is None else [offer.usd_per_hour_min, offer.usd_per_hour_max],
-        "offer": None if offer is None else {"provider": offer.provider, "date": offer.date, "source": offer.source},
+        **price_json(offer),
     }
 
 
 def _order(row: Json) -> tuple[int, float, int]:
     price = row["usd_per_hour"]
-    return ("fits", "tight", "does_not_fit").index(row["verdict"]), price[0] if price else float("inf"), row["capacity_bytes"]
+    return VERDICTS.index(row["verdict"]), price[0] if price else float("inf"), row["capacity_bytes"]

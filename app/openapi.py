@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import examples
-from app.answer import Json
+from app.answer import VERDICTS, Json
 from app.check import check
 from app.problem import MEDIA_TYPE
 from app.service import answer
@@ -71,7 +71,7 @@ _ESTIMATE: Json = {
                 "properties": {"phase": {"type": "string"}, "allocated_bytes": _BYTES, "items": {"type": "array"}},
             },
         },
-        "fit": {"type": ["object", "null"], "properties": {"verdict": {"enum": ["fits", "tight", "does_not_fit"]}}},
+        "fit": {"type": ["object", "null"], "properties": {"verdict": {"enum": list(VERDICTS)}}},
         "warnings": {
             "type": "array",
             "items": {"type": "object", "required": ["code", "message"]},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from platformdirs import user_data_path
 
@@ -295,3 +295,13 @@ if __name__ == "__main__":
     except VramplanError as problem:
         print(f"error: {problem.message}", file=sys.stderr)
         sys.exit(1)
+
+
+def price_json(offer: Offer | None) -> dict[str, Any]:
+    """A row's price and where it was seen; nulls where none is known."""
+    if offer is None:
+        return {"usd_per_hour": None, "offer": None}
+    return {
+        "usd_per_hour": [offer.usd_per_hour_min, offer.usd_per_hour_max],
+        "offer": {"provider": offer.provider, "date": offer.date, "source": offer.source},
+    }

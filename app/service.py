@@ -44,6 +44,11 @@ class Case:
     def inventory(self) -> Inventory:
         return self.model.inventory
 
+    def on(self, card: Card, recipe: Recipe) -> "Case":
+        """The same question on another card, for which the recipe was resolved."""
+        answerer = replace(self.answerer, device=replace(self.answerer.device, usable_bytes=card.usable_bytes))
+        return replace(self, recipe=recipe, card=card, answerer=answerer)
+
     def model_json(self) -> Json:
         """The model in the contract's words."""
         return {

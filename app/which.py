@@ -7,10 +7,10 @@ allocator replayed, as a plan for one card is, in the order of the list and as f
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from app.answer import SCHEMA_VERSION, Json, device_bytes
+from app.answer import SCHEMA_VERSION, VERDICTS, Json, device_bytes
 from app.card import card_for
 from app.evaluation import evaluator_of
-from app.prices import current
+from app.prices import current, price_json
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
 from app.search import Search
@@ -82,7 +82,7 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         return _row(choice, strategy, offer, basis) | _speed(choice, works, offer, request.epoch_tokens)
 
     def order(row: Json) -> tuple[object, ...]:
-        return ("fits", "tight", "does_not_fit").index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]
+        return VERDICTS.index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]
 
     found = [(shown(choice, Basis.MODELLED), choice) for choice in choices(machines, answered)]
     if request.confirm:
@@ -106,9 +106,8 @@ def _confirmed(
 ) -> Choice:
     """What a plan for the card alone would find."""
     card = card_for(machine.gpu, headroom)
-    answerer = replace(case.answerer, device=replace(case.answerer.device, usable_bytes=card.usable_bytes))
-    search = Search(case=replace(case, recipe=recipe, card=card, answerer=answerer), goal=replace(goal, num_gpus=1), replayed=searched)
-    sizes = search.found(evaluator_of(search.case, recipe, answerer.estimate(recipe)))
+    search = Search(case=case.on(card, recipe), goal=replace(goal, num_gpus=1), replayed=searched)
+    sizes = search.found(evaluator_of(search.case, recipe, search.case.answerer.estimate(recipe)))
     asked = search.goal.smallest() if sizes is None else sizes
     outcome = search.outcome(asked)
     return Choice(
@@ -169,7 +168,7 @@ def _row(choice: Choice, strategy: Strategy, offer: Offer | None, basis: Basis) 
         "device_bytes": choice.device_bytes,
         "margin_bytes": choice.machine.usable_bytes - choice.device_bytes,
         "missing_bytes": max(0, choice.required_bytes - choice.machine.usable_bytes),
-        **_price(offer),
+        **price_json(offer),
     }
 
 
@@ -228,12 +227,3 @@ def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int
     if epoch_tokens is not None:
         cost |= {"epoch_hours": step.epoch_hours(epoch_tokens), "usd_per_epoch": step.usd_per_epoch(epoch_tokens, price)}
     return {"speed": speed, "cost": cost}
-
-
-def _price(offer: Offer | None) -> Json:
-    if offer is None:
-        return {"usd_per_hour": None, "offer": None}
-    return {
-        "usd_per_hour": [offer.usd_per_hour_min, offer.usd_per_hour_max],
-        "offer": {"provider": offer.provider, "date": offer.date, "source": offer.source},
-    }
