@@ -9,7 +9,6 @@ from calibration.fit import Row, terms_of
 from calibration.record import Kind
 from estimator.correction import conformal_radius, residual
 from estimator.fitted import Term
-from estimator.gpus import Gpu
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Nominal coverages at which intervals are judged."""
@@ -120,15 +119,11 @@ def points_of_published(compared: Iterable[Published]) -> Iterator[Point]:
                     origin=Origin.PUBLISHED,
                     figure=figure,
                     model=one.run.model.rpartition("/")[2],
-                    case=f"{one.run.method}, {_card(one.run.gpu)}, transformers {'.'.join(map(str, one.run.recipe.stack.transformers))}",
+                    case=f"{one.run.method}, {one.run.gpu.id}, transformers {'.'.join(map(str, one.run.recipe.stack.transformers))}",
                     source=one.run.row.citation,
                     observed_bytes=pair.measured,
                     predicted_bytes=pair.predicted,
                 )
-
-
-def _card(gpu: Gpu) -> str:
-    return gpu.id
 
 
 def term_points_of(rows: Iterable[Row]) -> Iterator[TermPoint]:

@@ -269,7 +269,7 @@ def _in_slices(inventory: Inventory, recipe: Recipe, device: Device) -> Estimate
     answer = _on_one_card(tensor.rank(inventory, num_gpus), alone, None, device, replays=False)
     exchanged = {}
     if recipe.inference is not None:
-        gathered = tensor.gathered_bytes(inventory, recipe.inference.batch_size, recipe.dtype.itemsize)
+        gathered = tensor.gathered_bytes(inventory, num_gpus, recipe.inference.batch_size, recipe.dtype.itemsize)
         exchanged = dict.fromkeys((Phase.PREFILL, Phase.DECODE), gathered)
     # Parameters are counted over all cards.
     parameters = static_memory(inventory, alone).parameters

@@ -119,10 +119,11 @@ def _cut(row: TensorRow, plan: Mapping[str, str], num_gpus: int) -> TensorRow:
     return replace(row, shape=tuple(shape))
 
 
-def gathered_bytes(inventory: Inventory, batch: int, width: int) -> int:
-    """Logits of one position from all ranks: side by side as they arrive, and put together [bytes].
+def gathered_bytes(inventory: Inventory, num_gpus: int, batch: int, width: int) -> int:
+    """Logits of one position from all ranks, twice: as they arrive, and put together [bytes].
 
     Args:
+        num_gpus: ranks; each sends as much as the first.
         batch: sequences.
         width: of one logit [bytes].
 
@@ -130,4 +131,4 @@ def gathered_bytes(inventory: Inventory, batch: int, width: int) -> int:
     """
     vocabulary = inventory.config["vocab_size"]
     assert isinstance(vocabulary, int)
-    return 2 * batch * vocabulary * width
+    return 2 * batch * num_gpus * ceil_div(vocabulary, num_gpus) * width

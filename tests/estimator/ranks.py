@@ -29,6 +29,7 @@ CONFIG: Mapping[str, Any] = {
 RANK = 8
 BUCKET_CAP_MB = 1
 PROMPT = 8
+BATCH = 3
 
 
 def run(what: str, directory: Path) -> list[dict[str, Any]]:
@@ -106,12 +107,29 @@ def _slices(config: Mapping[str, Any]) -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto", dtype=torch.bfloat16)
     with torch.no_grad():
         answer = model(input_ids=torch.ones((1, PROMPT), dtype=torch.long), use_cache=True, logits_to_keep=1)
+        gathered = _peak_of_head(model.lm_head)
     layer = answer.past_key_values.layers[0]
     return {
         "shapes": {name: list(p.to_local().shape if hasattr(p, "to_local") else p.shape) for name, p in model.named_parameters()},
         "keys": list(layer.keys.shape),
         "logits": list(answer.logits.shape),
+        "head": gathered,
     }
+
+
+def _peak_of_head(head: Any) -> int:
+    """The most that the head's forward pass of one position holds beside its weight and its input [bytes]."""
+    import torch
+
+    from tests.oracle.live import LiveStorages
+
+    hidden = torch.randn((BATCH, 1, CONFIG["hidden_size"]), dtype=torch.bfloat16)
+    live = LiveStorages(granularity_bytes=1)
+    live.know([hidden, head.weight.to_local()], "known")
+    with live:
+        peak = live.begin("head")
+        head(hidden)
+    return peak.num_bytes
 
 
 def _step(model: Any) -> None:

@@ -19,7 +19,7 @@ from estimator.parallelism.tensor import gathered_bytes, plans, rank
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
 from estimator.stack import Stack
-from tests.estimator.ranks import NUM_RANKS, PROMPT, SLICED, run
+from tests.estimator.ranks import BATCH, NUM_RANKS, PROMPT, SLICED, run
 from tests.estimator.real_models import inventory_of
 from tests.estimator.recipes import inference, model
 
@@ -60,10 +60,12 @@ def test_the_cache_of_a_rank_is_that_of_its_heads(real: dict[str, Any], name: st
     assert _items(found, Phase.PREFILL)[Item.KV_CACHE] == 2 * layers * one
 
 
-def test_logits_are_whole_on_every_rank(real: dict[str, Any]) -> None:
-    config = SLICED["llama"]
-    assert real["llama"]["logits"] == [1, 1, config["vocab_size"]]
-    assert gathered_bytes(inventory_of(config), 1, 2) == 2 * 2 * config["vocab_size"]
+@pytest.mark.parametrize("name", SLICED)
+def test_logits_of_all_ranks_come_together_on_each(real: dict[str, Any], name: str) -> None:
+    config = SLICED[name]
+    assert real[name]["logits"] == [1, 1, config["vocab_size"]]
+    own = BATCH * -(-config["vocab_size"] // NUM_RANKS) * 2
+    assert real[name]["head"] == own + gathered_bytes(inventory_of(config), NUM_RANKS, BATCH, 2)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
