@@ -5,7 +5,7 @@ larger than 1 MiB no more than 1 MiB stays with the tensor that gets it: `memory
 follows from the order and the sizes of the weights, so that the loading is replayed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -14,6 +14,7 @@ from estimator.allocator import SMALL_REQUEST_BYTES
 from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
+from estimator.parallelism.options import Strategy
 from estimator.patterns import copies, in_order
 from estimator.phases import Item
 from estimator.quantization import BLOCK_SIZE
@@ -85,29 +86,54 @@ def passing_bytes(tensors: Iterable[StoredTensor], model_type: str, preparation:
 
 
 def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
-    """Bytes of allocated blocks that no weight asked for, once a 4-bit model is loaded.
+    """Bytes of allocated blocks that no weight asked for, once a model is loaded.
 
-    Only for transformers before 4.50, whose loading fills segments from the start; its order of weights is that of their names, as
-    safetensors files give them. Later a block of about the model's size is made first and the weights are cut from it, in which only the
-    last piece can be left whole: at most 1 MiB, which is not counted (transformers 4.50, modeling_utils.py, caching_allocator_warmup; no
-    measurement is at hand). Other models are moved to the device as they are: what rounding leaves there is not counted either.
+    A 4-bit model is known before transformers 4.50, whose loading fills segments from the start; its order of weights is that of their
+    names, as safetensors files give them. Later a block of about the model's size is made first and the weights are cut from it, in which
+    only the last piece can be left whole: at most 1 MiB, which is not counted (transformers 4.50, modeling_utils.py,
+    caching_allocator_warmup; no measurement is at hand). The same block serves a model that is loaded on the device for inference. One
+    that is trained in 16 or 32 bit is made on the host and moved, tensor by tensor. What is sharded or flattened afterwards lies elsewhere.
 
     Returns:
         The sum over blocks [bytes]; 0 where the loading is not known.
 
     Source: transformers 4.48, modeling_utils.py, load_state_dict and _load_state_dict_into_meta_model; quantizers/quantizer_bnb_4bit.py,
-    create_quantized_param; safetensors 0.4.5 and 0.5.2, torch.py, load_file (answers sorted names).
+    create_quantized_param; safetensors 0.4.5 and 0.5.2, torch.py, load_file (answers sorted names); for models that are moved, see
+    `placements`.
     """
-    quantization = recipe.quantization
-    if quantization is None or not quantization.kind.is_4bit or not recipe.stack.loads_without_warmup:
-        return 0
-    return _unsplit_bytes(inventory, Preparation.of(recipe))
+    quantization, is_filled = recipe.quantization, recipe.stack.loads_without_warmup
+    if quantization is not None:
+        return _unsplit_bytes(inventory, Preparation.of(recipe)) if quantization.kind.is_4bit and is_filled else 0
+    is_whole = recipe.parallel.strategy in (Strategy.SINGLE, Strategy.DDP)
+    return _unsplit_moved_bytes(inventory, _stored_alike(recipe)) if is_whole and (recipe.training is not None or is_filled) else 0
+
+
+def _stored_alike(recipe: Recipe) -> Recipe:
+    """The same recipe for all that differ in sizes or card alone."""
+    training, inference = recipe.training, recipe.inference
+    if training is not None:
+        training = replace(training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=1)
+    if inference is not None:
+        inference = replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1)
+    return replace(recipe, training=training, inference=inference, compute_capability=(8, 0), num_multiprocessors=0)
 
 
 @lru_cache(maxsize=64)
 def _unsplit_bytes(inventory: Inventory, preparation: Preparation) -> int:
     # The small pool splits at 512 bytes, which is what sizes are rounded to: what is small leaves no trace.
-    loaded = load(CachingAllocator(), inventory, preparation, above=SMALL_REQUEST_BYTES)
+    return _beyond_requests(load(CachingAllocator(), inventory, preparation, above=SMALL_REQUEST_BYTES))
+
+
+@lru_cache(maxsize=64)
+def _unsplit_moved_bytes(inventory: Inventory, recipe: Recipe) -> int:
+    allocator, blocks = CachingAllocator(), dict[str, Block]()
+    for name, num_bytes in placements(inventory, recipe):
+        if num_bytes > SMALL_REQUEST_BYTES:
+            put(allocator, blocks, name, num_bytes)
+    return _beyond_requests(blocks)
+
+
+def _beyond_requests(loaded: Mapping[str, Block]) -> int:
     return sum(block.size - allocated(block.requested_bytes) for block in loaded.values())
 
 
