@@ -20,6 +20,9 @@ def parse_version(field: str, text: str) -> Version:
     return tuple(int(part) for part in match.group().split("."))
 
 
+_WITHOUT_CACHE_IN_TRAINING = frozenset(("cohere2", "gemma2", "gemma3_text"))
+"""Decoders of transformers 4 that make a cache in evaluation alone."""
+
 _CACHE_SETTING_REACHES_DECODER = frozenset(
     ("idefics2", "idefics3", "lighton_ocr", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "smolvlm", "video_llava")
 )
@@ -432,16 +435,51 @@ class Stack:
         """
         return self.trl >= (0, 22)
 
-    def keeps_cache_in_training(self, root_model_type: str, *, is_composite: bool, by_trl: bool) -> bool:
+    @property
+    def olmo2_norm_weighs_in_float32(self) -> bool:
+        """Whether OLMo 2's norm multiplies by its weight before it goes back to the input's type.
+
+        Source: transformers 4.52, models/olmo2/modeling_olmo2.py, Olmo2RMSNorm.forward (4.51: after).
+        """
+        return self.transformers >= (4, 52)
+
+    @property
+    def first_keys_are_joined(self) -> bool:
+        """Whether a cache that holds nothing joins its first keys and values to nothing, which copies them, and does not refer to them.
+
+        Source: transformers 4.54, cache_utils.py, DynamicLayer.update (4.53: DynamicCache.update appends them).
+        """
+        return self.transformers >= (4, 54)
+
+    def sdpa_copies_inputs(self, *, masked: bool) -> bool:
+        """Whether sdpa gets queries, keys and values copied head after head.
+
+        Source: transformers 4.48 to 4.55, integrations/sdpa_attention.py, sdpa_attention_forward; 4.36 to 4.47 with a mask alone:
+        models/llama/modeling_llama.py, LlamaSdpaAttention.forward.
+        """
+        return self.transformers < (4, 56) and (masked or self.transformers >= (4, 48))
+
+    def keeps_cache_in_training(self, model_type: str, root_model_type: str, *, is_composite: bool, by_trl: bool) -> bool:
         """Whether a model without checkpointing stores keys and values while it is trained, and holds them until the loss is there.
 
-        The Trainer switches the cache off in the config of the whole model. The text decoder inside reads its own, unless a model around
-        it reads that of the whole and hands on what it says; TRL says it by argument, which goes before all configs.
+        Before 5.0 the Trainer left the cache on, as configs have it, and a few decoders made none in training. Since then it switches it
+        off in the config of the whole model. The text decoder inside reads its own, unless a model around it reads that of the whole and
+        hands on what it says; TRL says it by argument, which goes before all configs.
 
-        Source: transformers, trainer.py, Trainer.__init__ (since 5.0); utils/generic.py, merge_with_config_defaults (check_model_inputs in
-        5.0), where it decorates the forward of a model around the decoder: read in 5.0 and 5.23, run in 5.23.
+        Args:
+            model_type: of the decoder.
+            root_model_type: of the whole model.
+
+        Source: transformers, trainer.py, Trainer.__init__ (since 5.0), Trainer._inner_training_loop (4.51: off with checkpointing alone);
+        utils/generic.py, merge_with_config_defaults (check_model_inputs in 5.0), where it decorates the forward of a model around the
+        decoder: read in 5.0 and 5.23, run in 5.23; 4.51 and 4.57, read and run; models/gemma2/modeling_gemma2.py, Gemma2Model.forward
+        (4.57: `not self.training`).
         """
-        if self.transformers < (5,) or not is_composite or (by_trl and self.sft_trains_without_cache):
+        if by_trl and self.sft_trains_without_cache:
+            return False
+        if self.transformers < (5,):
+            return model_type not in _WITHOUT_CACHE_IN_TRAINING
+        if not is_composite:
             return False
         if self.transformers < (5, 1) and root_model_type in ("fast_vlm", "got_ocr2", "internvl", "llava", "vipllava"):
             return False

@@ -606,12 +606,13 @@ def compiles_decoding(recipe: Recipe) -> bool:
 
 
 def keeps_cache(inventory: Inventory, recipe: Recipe) -> bool:
-    """Whether keys and values are stored in training too, where a text decoder inside another model is not told otherwise."""
+    """Whether keys and values are stored in training too, since nobody tells the decoder otherwise."""
     training = recipe.training
-    if training is None or training.gradient_checkpointing:
+    if training is None or training.gradient_checkpointing or inventory.config.get("use_cache") is False:
         return False
     root, is_composite = (inventory.config.get(name) for name in ("root_model_type", "is_composite"))
-    return recipe.stack.keeps_cache_in_training(str(root), is_composite=bool(is_composite), by_trl=recipe.trainer is Trainer.TRL)
+    by_trl = recipe.trainer is Trainer.TRL
+    return recipe.stack.keeps_cache_in_training(inventory.model_type, str(root), is_composite=bool(is_composite), by_trl=by_trl)
 
 
 def needs_mask(recipe: Recipe) -> bool:

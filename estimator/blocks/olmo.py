@@ -12,12 +12,15 @@ from estimator.tape import Value
 
 
 def rms_norm(modules: Modules, name: str, x: Value, width: int) -> Value:
-    """The weight multiplies in float32. Source: Olmo2RMSNorm.forward."""
+    """The weight multiplies in float32, before 4.52 in the input's type. Source: Olmo2RMSNorm.forward."""
     before = x.dtype
     hidden = cast(x, DType.FLOAT32)
     variance = mean(square(hidden), width)
     hidden = multiply(hidden, rsqrt(add_number(variance)))
-    return cast(multiply(modules.parameter(f"{name}.weight"), hidden), before)
+    weight = modules.parameter(f"{name}.weight")
+    if not modules.recipe.stack.olmo2_norm_weighs_in_float32:
+        return multiply(weight, cast(hidden, before))
+    return cast(multiply(weight, hidden), before)
 
 
 def plain_norm(x: Value, width: int) -> Value:

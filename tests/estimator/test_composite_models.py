@@ -101,7 +101,7 @@ def _is_told_to_keep_none(name: str) -> bool:
 
 
 def _assert_the_table_is_right(name: str) -> None:
-    assert Stack().keeps_cache_in_training(name, is_composite=True, by_trl=False) is not _is_told_to_keep_none(name)
+    assert Stack().keeps_cache_in_training("", name, is_composite=True, by_trl=False) is not _is_told_to_keep_none(name)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -117,5 +117,5 @@ def test_every_decoder_keeps_a_cache_unless_it_is_told_not_to(name: str) -> None
 
 def test_trl_and_models_of_one_part_keep_no_cache() -> None:
     assert COMPOSITES.keys() == {"gemma3", "got_ocr2"}
-    assert not Stack().keeps_cache_in_training("gemma3", is_composite=True, by_trl=True)
-    assert not Stack().keeps_cache_in_training("gemma3_text", is_composite=False, by_trl=False)
+    assert not Stack().keeps_cache_in_training("gemma3_text", "gemma3", is_composite=True, by_trl=True)
+    assert not Stack().keeps_cache_in_training("gemma3_text", "gemma3_text", is_composite=False, by_trl=False)
