@@ -75,8 +75,8 @@ def markdown(cells: Iterable[Cell], versions: Mapping[str, str], command: str) -
         f"Bundled models, each with a vocabulary of {SMALL_VOCABULARY:,}, so that logits hide nothing; bfloat16 with autocast, the "
         "attention that transformers chooses by itself, LoRA of rank 16 on all linear layers. A cell is one method of one model, with or "
         f"without checkpointing, at {len(SIZES)} sizes (batch × length): {sizes}. A difference is closed form less trace, of the phase of "
-        "`forward`, `loss` and `backward` that differs most, as a share of what the trace says that the phase adds to the steady state; *of "
-        "all allocated* is the same as a share of the whole phase. Both engines are ours: an error that both make does not show.",
+        "`forward`, `loss` and `backward` that differs most, as a share of what the trace says that the phase adds to the steady state; "
+        "*of all allocated* is the same as a share of the whole phase. Both engines are ours: an error that both make does not show.",
         "\n".join(_counts(every, compared)),
         "\n".join(_rows(compared)),
         "## Where one engine has no answer",
