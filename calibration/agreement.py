@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache, partial
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from calibration.agreement_table import SIZES, SMALL_VOCABULARY, Cell, Difference, Key, markdown
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="every bundled model")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=Path, help="JSON lines, to keep cells in and to go on from")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no model after so long; 0 prints what is kept")
     args = parser.parse_args(arguments)
     chosen = args.models or one_of_each()
     if args.all:
@@ -178,13 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = read(args.out) if args.out else {}
     inspector = Inspector(limits=_LIMITS, keep_spare=False)
     tracer = Tracer(inspector=inspector, max_entries=_MAX_PROGRAMS, wall_seconds=_WALL_SECONDS)
-    for cell in cells(chosen, tracer, inspector, methods=args.methods, known=() if args.models else known):
+    start = monotonic()
+    begun = takewhile(lambda _: monotonic() - start < args.seconds, chosen)
+    for cell in cells(begun, tracer, inspector, methods=args.methods, known=() if args.models else known):
         known[cell.key] = cell
         print(cell, file=sys.stderr, flush=True)
         if args.out:
             append(args.out, cell)
     inspector.close()
-    print(markdown(known.values(), versions(), " ".join(("python -m calibration.agreement", *(arguments or sys.argv[1:])))))
+    wanted = list(product(chosen, args.methods, (True, False)))
+    command = " ".join(("python -m calibration.agreement", *(sys.argv[1:] if arguments is None else arguments)))
+    print(markdown([known[key] for key in wanted if key in known], num_wanted=len(wanted), versions=versions(), command=command))
 
 
 if __name__ == "__main__":

@@ -59,37 +59,38 @@ class Cell:
         return f"{self.model:<42}{self.recipe:<34}{self.worst.total:>+9.3%}{self.worst.above_steady:>+14.3%}"
 
 
-def markdown(cells: Iterable[Cell], versions: Mapping[str, str], command: str) -> str:
+def markdown(cells: Sequence[Cell], *, num_wanted: int, versions: Mapping[str, str], command: str) -> str:
     """The document: what was compared, by architecture, and where one engine has no answer.
 
     Args:
+        num_wanted: cells asked for.
         versions: of the libraries traced.
         command: that prints it.
     """
-    every = list(cells)
-    compared = [cell for cell in every if cell.differences]
+    compared = [cell for cell in cells if cell.differences]
     sizes = ", ".join(f"{batch} × {length}" for batch, length in SIZES)
     parts = [
         "# Closed forms beside the trace",
-        f"Written by `{command}`, {_days(every)}, with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"Written by `{command}`, {_days(cells)}, with " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         f"Bundled models, each with a vocabulary of {SMALL_VOCABULARY:,}, so that logits hide nothing; bfloat16 with autocast, the "
         "attention that transformers chooses by itself, LoRA of rank 16 on all linear layers. A cell is one method of one model, with or "
         f"without checkpointing, at {len(SIZES)} sizes (batch × length): {sizes}. A difference is closed form less trace, of the phase of "
         "`forward`, `loss` and `backward` that differs most, as a share of what the trace says that the phase adds to the steady state; "
         "*of all allocated* is the same as a share of the whole phase. Both engines are ours: an error that both make does not show.",
-        "\n".join(_counts(every, compared)),
+        "\n".join(_counts(cells, compared, num_wanted)),
         "\n".join(_rows(compared)),
         "## Where one engine has no answer",
-        "\n".join(_reasons(every)) or "Nowhere.",
+        "\n".join(_reasons(cells)) or "Nowhere.",
     ]
     return "\n\n".join(parts)
 
 
-def _counts(every: Sequence[Cell], compared: Sequence[Cell]) -> Iterator[str]:
-    models = {cell.model for cell in every}
+def _counts(cells: Sequence[Cell], compared: Sequence[Cell], num_wanted: int) -> Iterator[str]:
+    answered = {cell.model for cell in compared}
     yield (
-        f"- {len({cell.model for cell in compared})} of {len(models)} models compared, {len({cell.model_type for cell in compared})} "
-        f"architectures, {len(compared)} cells, {sum(len(cell.differences) for cell in compared)} sizes"
+        f"- {len(cells)} of {num_wanted} cells run, of {len({cell.model for cell in cells})} models: {len(compared)} compared "
+        f"({len(answered)} models, {len({cell.model_type for cell in compared})} architectures), {len(cells) - len(compared)} without an "
+        "answer of one engine"
     )
     if compared:
         for text, found in (("above the steady state", _above(compared)), ("of all allocated", _total(compared))):
@@ -113,13 +114,13 @@ def _rows(compared: Iterable[Cell]) -> Iterator[str]:
         )
 
 
-def _reasons(every: Iterable[Cell]) -> Iterator[str]:
+def _reasons(cells: Iterable[Cell]) -> Iterator[str]:
     grouped: dict[tuple[str, str], list[Cell]] = defaultdict(list)
-    for cell in every:
+    for cell in cells:
         if cell.reason:
             grouped[cell.model_type, " ".join(cell.reason.split())[:200]].append(cell)
-    for (name, reason), cells in sorted(grouped.items()):
-        yield f"- {name} ({len({cell.model for cell in cells})} models, {len(cells)} cells): {reason}"
+    for (name, reason), alike in sorted(grouped.items()):
+        yield f"- {name} ({len({cell.model for cell in alike})} models, {len(alike)} cells): {reason}"
 
 
 def _above(cells: Iterable[Cell]) -> list[float]:

@@ -1,13 +1,15 @@
 """Closed forms beside the trace, for a fixed sample of bundled models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 
-from calibration.agreement import METHODS, append, cells, read, small, versions
+from calibration.agreement import METHODS, append, cells, main, read, small, versions
 from calibration.agreement_table import LIMIT, SIZES, Cell, Difference, markdown
+from estimator.sources import catalogue
 from estimator.sources.process import Inspector
 from estimator.sources.tracing import Tracer
 
@@ -93,10 +95,21 @@ def test_the_table_gives_each_architecture_and_names_every_cell_beyond_the_limit
     refused = Cell(
         model="c/d", model_type="bloom", method="full", checkpointing=True, date="2026-01-01", differences=(), reason="not modelled"
     )
-    text = markdown([_cell(), _cell(method="full", above=-0.03), refused], {"torch": "2.9"}, "make agreement")
+    text = markdown(
+        [_cell(), _cell(method="full", above=-0.03), refused], num_wanted=4, versions={"torch": "2.9"}, command="make agreement"
+    )
     assert "| llama | 1 | 2 | 0.0000% | -3.000% | 0.300% | a/b, full, checkpointing |" in text
-    assert "- 1 of 2 models compared, 1 architectures, 2 cells, 6 sizes" in text
+    assert "- 3 of 4 cells run, of 2 models: 2 compared (1 models, 1 architectures), 1 without an answer of one engine" in text
     assert "- above the steady state: median 0.0000%, worst 3.000%" in text
     assert "- cells beyond 2% above the steady state: 1\n  - a/b, full, checkpointing: -3.00%" in text
     assert "- bloom (1 models, 1 cells): not modelled" in text
     assert "Written by `make agreement`, 2026-01-01 to 2026-01-02, with torch 2.9." in text
+
+
+def test_what_is_kept_is_printed_without_starting_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "cells.jsonl"
+    cell = replace(_cell(), model=SAMPLE[0])
+    append(kept, cell)
+    main(["--all", "--methods", "lora", "--out", str(kept), "--seconds", "0"])
+    assert f"- 1 of {2 * len(catalogue.entries())} cells run, of 1 models: 1 compared" in capsys.readouterr().out
+    assert read(kept) == {cell.key: cell}
