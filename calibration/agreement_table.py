@@ -80,6 +80,7 @@ def markdown(cells: Sequence[Cell], *, num_wanted: int, versions: Mapping[str, s
         "\n".join(_counts(cells, compared, num_wanted)),
         "\n".join(_rows(compared)),
         "## Where one engine has no answer",
+        "Where there are no closed forms the trace answers alone, as far as [its coverage](coverage.md) goes.",
         "\n".join(_reasons(cells)) or "Nowhere.",
     ]
     return "\n\n".join(parts)
@@ -88,9 +89,8 @@ def markdown(cells: Sequence[Cell], *, num_wanted: int, versions: Mapping[str, s
 def _counts(cells: Sequence[Cell], compared: Sequence[Cell], num_wanted: int) -> Iterator[str]:
     answered = {cell.model for cell in compared}
     yield (
-        f"- {len(cells)} of {num_wanted} cells run, of {len({cell.model for cell in cells})} models: {len(compared)} compared "
-        f"({len(answered)} models, {len({cell.model_type for cell in compared})} architectures), {len(cells) - len(compared)} without an "
-        "answer of one engine"
+        f"- cells run: {len(cells)} of {num_wanted}; compared {len(compared)}, of {len(answered)} models and "
+        f"{len({cell.model_type for cell in compared})} architectures; without an answer of one engine {len(cells) - len(compared)}"
     )
     if compared:
         for text, found in (("above the steady state", _above(compared)), ("of all allocated", _total(compared))):
@@ -120,7 +120,7 @@ def _reasons(cells: Iterable[Cell]) -> Iterator[str]:
         if cell.reason:
             grouped[cell.model_type, " ".join(cell.reason.split())[:200]].append(cell)
     for (name, reason), alike in sorted(grouped.items()):
-        yield f"- {name} ({len({cell.model for cell in alike})} models, {len(alike)} cells): {reason}"
+        yield f"- {name}, {len(alike)} cells of {', '.join(dict.fromkeys(cell.model for cell in alike))}: {reason}"
 
 
 def _above(cells: Iterable[Cell]) -> list[float]:

@@ -106,10 +106,10 @@ def test_the_table_gives_each_architecture_and_names_every_cell_beyond_the_limit
         [_cell(), _cell(method="full", above=-0.03), refused], num_wanted=4, versions={"torch": "2.9"}, command="make agreement"
     )
     assert "| llama | 1 | 2 | 0.0000% | -3.000% | 0.300% | a/b, full, checkpointing |" in text
-    assert "- 3 of 4 cells run, of 2 models: 2 compared (1 models, 1 architectures), 1 without an answer of one engine" in text
+    assert "- cells run: 3 of 4; compared 2, of 1 models and 1 architectures; without an answer of one engine 1\n" in text
     assert "- above the steady state: median 0.0000%, worst 3.000%" in text
     assert "- cells beyond 2% above the steady state: 1\n  - a/b, full, checkpointing: -3.00%" in text
-    assert "- bloom (1 models, 1 cells): not modelled" in text
+    assert "- bloom, 1 cells of c/d: not modelled" in text
     assert "Written by `make agreement`, 2026-01-01 to 2026-01-02, with torch 2.9." in text
 
 
@@ -118,5 +118,5 @@ def test_what_is_kept_is_printed_without_starting_anything(tmp_path: Path, capsy
     cell = replace(_cell(), model="openai-community/gpt2")
     append(kept, cell)
     main(["--all", "--methods", "lora", "--out", str(kept), "--seconds", "0"])
-    assert f"- 1 of {2 * len(catalogue.entries())} cells run, of 1 models: 1 compared" in capsys.readouterr().out
+    assert f"- cells run: 1 of {2 * len(catalogue.entries())}; compared 1" in capsys.readouterr().out
     assert read(kept) == {cell.key: cell}
