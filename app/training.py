@@ -40,6 +40,7 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         gradient_accumulation_steps=asked.gradient_accumulation_steps or 1,
         optimizer=_optimizer(asked.optim, stack),
         optimizer_arguments=_optimizer_arguments(asked),
+        weight_decay=asked.weight_decay,
         autocast_dtype=_autocast(asked, stack, sft=sft),
         gradient_checkpointing=checkpointing,
         use_reentrant=checkpointing and _reentrant(kwargs, stack, sft=sft, prepared=prepared),

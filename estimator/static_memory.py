@@ -35,6 +35,7 @@ class Preparation:
     autocast_dtype: DType | None
     optimizer: str | None
     optimizer_arguments: tuple[tuple[str, str], ...]
+    decays: bool
     stack: Stack
 
     @classmethod
@@ -50,6 +51,7 @@ class Preparation:
             autocast_dtype=training.autocast_dtype if training is not None else None,
             optimizer=training.optimizer if training is not None else None,
             optimizer_arguments=training.optimizer_arguments if training is not None else (),
+            decays=training is not None and training.decays,
             stack=recipe.stack,
         )
 
@@ -99,7 +101,7 @@ def stored_tensors(inventory: Inventory, recipe: Recipe) -> tuple[StoredTensor, 
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
-    return _stored(inventory, replace(Preparation.of(recipe), optimizer=None, optimizer_arguments=()))
+    return _stored(inventory, replace(Preparation.of(recipe), optimizer=None, optimizer_arguments=(), decays=False))
 
 
 def parameter_counts(tensors: Iterable[StoredTensor]) -> ParameterCounts:
@@ -129,7 +131,7 @@ def gradient_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 @lru_cache(maxsize=512)
 def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemory:
-    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=()))
+    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=(), decays=False))
     tensors = _settled(loaded, preparation.quantization)
     trained = tuple(t for t in tensors if t.trainable)
     states: tuple[OptimizerState, ...] = ()
@@ -137,7 +139,7 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
     if preparation.optimizer is not None:
         arguments = dict(preparation.optimizer_arguments)
         states = optimizer_states(preparation.optimizer, arguments, trained)
-        temporary = step_temporary_bytes(preparation.optimizer, arguments, trained)
+        temporary = step_temporary_bytes(preparation.optimizer, trained, decays=preparation.decays)
     by_item = {item: sum(t.allocated_bytes for t in tensors if t.item is item) for item in Item}
     return StaticMemory(
         tensors=tensors,
