@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from estimator.dtypes import DType
-from estimator.errors import RequestError, UnknownNameError
+from estimator.errors import UnknownNameError
 from estimator.inventory import ModuleKind
+from estimator.optimizer_arguments import Arguments, check_arguments, is_true, number_of
 from estimator.patterns import in_order
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
@@ -25,8 +26,6 @@ QUANTILE_MAP_BYTES = 256 * 4
 # What transformers passes to both torchao optimizers. Source: transformers, trainer_optimizer.py, _get_torchao_optimizer.
 TORCHAO_BLOCK_SIZE = 256
 SCALAR_BYTES = 4
-
-Arguments = Mapping[str, str]
 
 
 class Residence(StrEnum):
@@ -123,7 +122,8 @@ def check_optimizer(name: str) -> None:
         return
     if name in UNMODELLED:
         raise UnknownNameError(
-            f"optim: {name!r} is not modelled, because {UNMODELLED[name]} is no dependency; accepted: {', '.join(sorted(MODELLED))}",
+            f"training.optim: {name!r} is not modelled, because {UNMODELLED[name]} is no dependency; "
+            f"accepted: {', '.join(sorted(MODELLED))}",
             field="training.optim",
         )
     raise UnknownNameError.of("training.optim", name, MODELLED)
@@ -153,6 +153,7 @@ def optimizer_states(name: str, arguments: Arguments, trained: Iterable[StoredTe
         RequestError: if an argument is one the library fails on.
     """
     check_optimizer(name)
+    check_arguments(name, arguments)
     tensors = tuple(trained)
     if name in BITSANDBYTES:
         return tuple(_bitsandbytes(BITSANDBYTES[name], tensors))
@@ -166,22 +167,17 @@ def _per_tensor(name: str, arguments: Arguments) -> Callable[[StoredTensor], Ite
         case "adamw_torch":
             return lambda t: _torch_adamw(t, Residence.HOST)
         case "sgd":
-            buffers = ("momentum_buffer",) if _number(arguments, "momentum") else ()
+            buffers = ("momentum_buffer",) if number_of(arguments, "momentum") else ()
             return lambda t: _like_parameter(t, buffers)
         case "adagrad":
             return lambda t: _like_parameter(t, ("sum",), has_step=True)
         case "rmsprop":
-            momentum = ("momentum_buffer",) if _number(arguments, "momentum") > 0 else ()
-            centered = ("grad_avg",) if _is_true(arguments, "centered") else ()
+            momentum = ("momentum_buffer",) if number_of(arguments, "momentum") > 0 else ()
+            centered = ("grad_avg",) if is_true(arguments, "centered") else ()
             return lambda t: _like_parameter(t, ("square_avg", *momentum, *centered), has_step=True)
         case "adafactor":
             return _adafactor
         case _:
-            if "block_size" in arguments:
-                raise RequestError(
-                    f"optim_args: transformers hands block_size to torchao as text, on which {name} fails; leave it out",
-                    field="training.optim_args",
-                )
             return lambda t: _torchao(t, 8 if name == "adamw_torch_8bit" else 4)
 
 
@@ -436,15 +432,3 @@ def _adafactor_peak(group: Iterable[StoredTensor]) -> int:
         peak = max(peak, raised + 2 * update + max(factors, before))
         former = update
     return peak
-
-
-def _number(arguments: Arguments, name: str) -> float:
-    text = arguments.get(name, "0")
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"optim_args: {name}={text!r} is not a number", field="training.optim_args") from None
-
-
-def _is_true(arguments: Arguments, name: str) -> bool:
-    return arguments.get(name, "").lower() in ("true", "1", "yes")

@@ -99,6 +99,37 @@ def test_a_refusal_names_field_and_value(client: TestClient) -> None:
     assert "0" in body["errors"][0]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({"optim": "adamw"}, "training.optim", "training.optim: 'adamw' is not known; accepted: adafactor, "),
+        (
+            {"optim": "lomo"},
+            "training.optim",
+            "training.optim: 'lomo' is not modelled, because lomo_optim is no dependency; accepted: adafactor, ",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum"},
+            "training.optim_args",
+            "training.optim_args: 'momentum' is not accepted; expected text ",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum=x"},
+            "training.optim_args",
+            "training.optim_args: momentum='x' is not accepted; expected a number from 0 on",
+        ),
+    ],
+)
+def test_a_refusal_of_an_optimizer_names_field_value_and_what_is_accepted(
+    client: TestClient, fields: dict[str, str], field: str, message: str
+) -> None:
+    request = {"model": "openai-community/gpt2", "training": {"max_length": 8, **fields}}
+    body = assert_problem(client.post("/v1/estimate", json=request), 422)
+    (error,) = body["errors"]
+    assert error["field"] == field
+    assert error["message"].startswith(message)
+
+
 def test_a_long_body_is_refused(client: TestClient) -> None:
     assert_problem(client.post("/v1/estimate", content=b" " * (MAX_BODY_BYTES + 1)), 413)
 

@@ -208,6 +208,7 @@ def test_a_purely_quantized_model_cannot_be_trained() -> None:
         ({"training": {"max_length": 8}, "inference": {}}, "training"),
         ({"training": {"max_length": 8, "optim": "adamw_magic"}}, "training.optim"),
         ({"training": {"max_length": 8, "optim_args": "nonsense"}}, "training.optim_args"),
+        ({"training": {"max_length": 8, "optim_args": "momentum=0=9"}}, "training.optim_args"),
         ({"training": {"max_length": 8, "weight_decay": -0.1}}, "training.weight_decay"),
         ({"dtype": "int8"}, "dtype"),
         ({"dtype": "floaty"}, "dtype"),

@@ -292,7 +292,7 @@ def real_step_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def test_every_name_of_transformers_is_modelled_or_refused_with_its_package() -> None:
     assert {name.value for name in OptimizerNames} == {*MODELLED, *UNMODELLED}
     for name, package in UNMODELLED.items():
-        with pytest.raises(UnknownNameError, match=package.split()[0]):
+        with pytest.raises(UnknownNameError, match=rf"^training\.optim: '{name}' .*{package.split()[0]}.*; accepted: adafactor, "):
             optimizer_states(name, {}, ())
 
 
@@ -301,13 +301,48 @@ def test_an_unknown_name_is_refused_with_the_accepted_ones() -> None:
         optimizer_states("adamw", {}, ())
 
 
-def test_a_block_size_for_torchao_is_refused_as_transformers_fails_on_it(make: Any) -> None:
-    model, optimizer = make("adamw_torch_8bit", torch.float32, "block_size=128")
-    backward(model)
-    with pytest.raises(TypeError):
+REFUSED = [
+    *(("sgd", argument) for argument in ("momentum=x", "momentum=", "momentum=-1", "weight_decay=-0.1", "dampening=much")),
+    *(("sgd", argument) for argument in ("nesterov=true", "momentum=0.9,dampening=0.1,nesterov=1")),
+    *(("rmsprop", argument) for argument in ("momentum=x", "momentum=-0.5", "alpha=-1", "eps=no", "weight_decay=nan")),
+    *(("adagrad", argument) for argument in ("lr_decay=-1", "eps=tiny")),
+    *(("ademamix", argument) for argument in ("beta1=1.0", "beta3=x", "eps=-1", "alpha=x", "t_alpha=0.5", "t_beta3=x")),
+    *(("adamw_torch_8bit", argument) for argument in ("block_size=128", "bf16_stochastic_round=maybe")),
+    *((name, argument) for name in ("rmsprop_bnb", "rmsprop_bnb_8bit") for argument in ("momentum=0.9", "alpha=0.9", "centered=1", "x=1")),
+]
+TAKEN = [
+    *(("sgd", argument) for argument in ("momentum=0", "momentum=0.9,nesterov=yes", "nesterov=on", "mometum=x", "dampening=-1")),
+    *(("rmsprop", argument) for argument in ("centered=maybe", "alpha=2")),
+    *(("adamw_torch", argument) for argument in ("betas=x", "block_size=128")),
+    *(("ademamix", argument) for argument in ("beta1=0.5,t_alpha=10", "alpha=-1")),
+    *(("adafactor", "beta1=x"), ("lion_8bit", "momentum=x"), ("adamw_torch_8bit", "bf16_stochastic_round=on")),
+]
+
+
+def parsed(arguments: str) -> dict[str, str]:
+    return {key: value for key, _, value in (part.partition("=") for part in arguments.split(","))}
+
+
+@pytest.mark.parametrize(("name", "arguments"), REFUSED)
+def test_arguments_on_which_the_library_fails_are_refused(name: str, arguments: str, make: Any) -> None:
+    def stepped() -> None:
+        model, optimizer = make(name, torch.bfloat16, arguments)
+        backward(model)
         optimizer.step()
-    with pytest.raises(RequestError, match="block_size"):
-        optimizer_states("adamw_torch_8bit", {"block_size": "128"}, stored(model))
+
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        stepped()
+    with pytest.raises(RequestError, match=r"^training\.optim_args: \w+='.*' is not accepted; ") as caught:
+        optimizer_states(name, parsed(arguments), ())
+    assert [error.field for error in caught.value.errors] == ["training.optim_args"]
+
+
+@pytest.mark.parametrize(("name", "arguments"), TAKEN)
+def test_arguments_that_the_library_takes_or_passes_over_are_taken(name: str, arguments: str, make: Any) -> None:
+    model, optimizer = make(name, torch.bfloat16, arguments)
+    backward(model)
+    optimizer.step()
+    assert our_states(optimizer_states(name, parsed(arguments), stored(model)), model) == real_states(model, optimizer)
 
 
 def lora(rank: int, in_features: int, out_features: int, dtype: DType) -> tuple[StoredTensor, ...]:
