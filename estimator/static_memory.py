@@ -15,7 +15,7 @@ from estimator.optimizers import OptimizerState, optimizer_states, step_temporar
 from estimator.patterns import Indices, copies, leaf, parent, partition
 from estimator.phases import Item
 from estimator.precision import kept_in_float32
-from estimator.quantization import NESTED_CODE, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
+from estimator.quantization import NESTED_CODE, check_packing, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
 from estimator.recipe import Adapter, Quantization, Recipe, Trainer
 from estimator.stack import Stack
 from estimator.storage import StoredTensor
@@ -227,7 +227,8 @@ def _with_one_nested_code(tensors: Iterable[StoredTensor]) -> Iterator[StoredTen
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:
     """What `from_pretrained` leaves on the device: weights, their quantization state, buffers; trainable as modules made them.
 
-    A linear module that shares its weight with an embedding is replaced, but gets the embedding's weight back, which is not packed.
+    Raises:
+        RequestError: if a linear module that shares its weight with an embedding would be replaced, or a weight cannot be packed.
 
     Source: transformers, core_model_loading.py, convert_and_load_state_dict_in_model; integrations/bitsandbytes.py.
     """
@@ -235,12 +236,11 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
     stack = preparation.stack
     keeps_float32 = kept_in_float32(inventory, preparation.dtype, is_quantized=quantization is not None, stack=stack)
     keys = skipped_modules(inventory, quantization) if quantization is not None else ()
-    shared = {
-        row.tied_to for row in inventory.rows if row.tied_to is not None and not is_replaceable(row.module_kind, row.module_class, stack)
-    }
+    if quantization is not None:
+        _refuse_shared(inventory, quantization, keys, stack)
 
     def label(name: str) -> tuple[bool, bool]:
-        packed = replaceable and name not in shared and not is_skipped(parent(name), keys, stack)
+        packed = replaceable and not is_skipped(parent(name), keys, stack)
         return packed, not packed and keeps_float32(name)
 
     for row in inventory.rows:
@@ -253,6 +253,29 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
             else:
                 dtype = DType.FLOAT32 if is_kept and row.role is not TensorRole.NONPERSISTENT_BUFFER else load_dtype(row, preparation.dtype)
                 yield _plain(row, indices, dtype)
+
+
+def _refuse_shared(inventory: Inventory, quantization: Quantization, keys: tuple[str, ...], stack: Stack) -> None:
+    """A linear module that shares an embedding's weight must be left out: replaced, it gets that weight, which is not packed, and fails.
+
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward asks for `quant_state`, Linear8bitLt.forward for `CB`; so held to real
+    models. transformers leaves it out unless `llm_int8_skip_modules` is given.
+    """
+    rows = {row.pattern: row for row in inventory.rows if row.tied_to is None}
+    for row in inventory.rows:
+        owner = rows.get(row.tied_to or "")
+        if owner is None or row.leaf != "weight":
+            continue
+        replaceable = [is_replaceable(one.module_kind, one.module_class, stack) for one in (row, owner)]
+        linear, other = (row, owner) if replaceable[0] else (owner, row)
+        if replaceable[0] == replaceable[1] or is_skipped(parent(linear.pattern), keys, stack):
+            continue
+        head = parent(linear.pattern)
+        raise RequestError(
+            f"quantization.llm_int8_skip_modules: {list(quantization.skip_modules or ())} leaves {head} to be quantized, which shares the "
+            f"weight of {parent(other.pattern)} and fails in its forward pass; accepted: a list that names {head!r} too, or none at all",
+            field="quantization.llm_int8_skip_modules",
+        )
 
 
 def load_dtype(row: TensorRow, dtype: DType) -> DType:
@@ -275,6 +298,7 @@ def _plain(row: TensorRow, indices: Indices, dtype: DType) -> StoredTensor:
 
 
 def _packed(row: TensorRow, indices: Indices, quantization: Quantization) -> Iterator[StoredTensor]:
+    check_packing(quantization, row.pattern, row.num_elements)
     yield StoredTensor(
         pattern=row.pattern,
         indices=indices,
