@@ -206,6 +206,7 @@ def _training(training: Training) -> Json:
         "max_length": training.sequence_length,
         "optim": training.optimizer,
         "optim_args": dict(training.optimizer_arguments),
+        "weight_decay": training.weight_decay,
         "bf16": training.autocast_dtype == "bfloat16",
         "fp16": training.autocast_dtype == "float16",
         "gradient_checkpointing": training.gradient_checkpointing,

@@ -55,25 +55,32 @@ def _no_bfloat16(a: Answered) -> Iterable[str]:
     if a.card is None or capability is None or capability >= (8, 0):
         return
     uses = [
-        name
-        for name, dtype in (
-            ("dtype", a.recipe.dtype),
-            ("bf16", a.recipe.training.autocast_dtype if a.recipe.training else None),
-            ("bnb_4bit_compute_dtype", a.recipe.quantization.compute_dtype if a.recipe.quantization else None),
+        (name, instead)
+        for name, dtype, instead in (
+            ("dtype", a.recipe.dtype, _other_weights(a)),
+            ("bf16", a.recipe.training.autocast_dtype if a.recipe.training else None, "fp16=True"),
+            ("bnb_4bit_compute_dtype", _compute_type(a), 'bnb_4bit_compute_dtype="float16"'),
         )
         if dtype is DType.BFLOAT16
     ]
     if uses:
+        names, others = zip(*uses, strict=True)
         yield (
-            f"{a.card.name} has compute capability {capability[0]}.{capability[1]} and bfloat16 needs 8.0: {', '.join(uses)} would be "
-            f"emulated slowly or refused; use fp16=True instead, with {_fp16_advice(a)}."
+            f"{a.card.name} has compute capability {capability[0]}.{capability[1]} and bfloat16 needs 8.0: {', '.join(names)} would be "
+            f"emulated slowly or refused; use {', '.join(others)} instead."
         )
 
 
-def _fp16_advice(a: Answered) -> str:
-    if a.recipe.adapter is not None or a.recipe.training is None:
-        return "float16 for the frozen weights"
-    return "weights loaded in float32, since trained weights in float16 are refused by the GradScaler"
+def _compute_type(a: Answered) -> DType | None:
+    """In which 4-bit weights are multiplied; LLM.int8 has no choice."""
+    quantization = a.recipe.quantization
+    return quantization.compute_dtype if quantization is not None and quantization.kind.is_4bit else None
+
+
+def _other_weights(a: Answered) -> str:
+    if a.recipe.training is None or a.recipe.adapter is not None:
+        return 'dtype="float16"'
+    return 'dtype="float32" (weights loaded in float32, since trained ones in float16 are refused by the GradScaler)'
 
 
 def _scaled_gradients(a: Answered) -> Iterable[str]:

@@ -83,6 +83,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         _option("training.gradient_accumulation_steps", "int", "micro-batches per step"),
         _option("training.max_length", "int", "tokens per sample, as really trained", "--max-seq-length"),
         _option("training.optim", "str", "adamw_torch_fused, paged_adamw_8bit, …"),
+        _option("training.weight_decay", "float", "above 0 some optimizers copy the gradients: sgd, rmsprop, adagrad"),
         _option("training.bf16", "flag", "bfloat16 autocast"),
         _option("training.fp16", "flag", "float16 autocast"),
         _option("training.gradient_checkpointing", "flag", "recompute activations in the backward pass"),

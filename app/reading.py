@@ -15,7 +15,9 @@ from app import fields
 from app.pasted import canonical
 from app.redaction import redacted
 from app.request import InferenceFields, PeftFields, PlanRequest, QuantizationFields, Request, SweepRequest, TrainingFields
+from app.training import OPTIM_ARGS
 from estimator.errors import FieldError, RequestError
+from estimator.optimizers import MODELLED
 
 MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -28,6 +30,10 @@ _EXPECTED: Mapping[str, str] = {
     "global_batch_size": "expected a whole number of samples, 1 to 1,048,576, or null: as large as fits",
     "hardware.gpu": "expected a card such as 'rtx4090', 'a100 40gb' or '23.5GiB'; `vramplan gpus` lists those known",
     "hardware.headroom": "expected bytes, a size such as 512MiB, or a share such as 5%",
+    "training.optim": f"expected one of {', '.join(sorted(MODELLED))}",
+    "training.optim_args": OPTIM_ARGS,
+    "training.optim_args.*": "expected text, a number, true or false",
+    "training.weight_decay": "expected a number from 0 on",
     "sweep": "expected the axes per_device_train_batch_size, max_length and r",
     "sweep.per_device_train_batch_size": _AXIS,
     "sweep.max_length": _AXIS,
@@ -188,7 +194,7 @@ def _message(field: str, detail: ErrorDetails, kind: type[BaseModel]) -> str:
         return f"{field}: not a known field{_suggestion(section, name, kind)}"
     if detail["type"] == "missing":
         return f"{field}: is required"
-    expected = _EXPECTED.get(re.sub(r"\.\d+$", "", field)) or redacted(detail["msg"])
+    expected = _EXPECTED.get(re.sub(r"\.\d+$", "", field)) or _EXPECTED.get(f"{field.rpartition('.')[0]}.*") or redacted(detail["msg"])
     given = detail["input"]
     quoted = repr(_shown(given)) if isinstance(given, str) else _shown(given)
     return f"{field}: {quoted} is not accepted; {expected[0].lower()}{expected[1:]}"

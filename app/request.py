@@ -106,6 +106,7 @@ class TrainingFields(Border):
     max_length: Length | None = None
     optim: Name | None = None
     optim_args: Annotated[str, Field(max_length=1024)] | dict[Name, str | int | float | bool] | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     bf16: bool | None = None
     fp16: bool | None = None
     gradient_checkpointing: bool | None = None

@@ -17,6 +17,8 @@ from estimator.units import ceil_div
 DEFAULT_BATCH_SIZE = 8
 # Source: trl, trainer/sft_config.py, SFTConfig.max_length (`max_seq_length` before 0.16).
 DEFAULT_SFT_LENGTH = 1024
+# Source: transformers, trainer_optimizer.py, _parse_optim_args.
+OPTIM_ARGS = "expected text such as momentum=0.9,nesterov=true"
 
 
 def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, prepared: bool) -> Training:
@@ -40,6 +42,7 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         gradient_accumulation_steps=asked.gradient_accumulation_steps or 1,
         optimizer=_optimizer(asked.optim, stack),
         optimizer_arguments=_optimizer_arguments(asked),
+        weight_decay=asked.weight_decay,
         autocast_dtype=_autocast(asked, stack, sft=sft),
         gradient_checkpointing=checkpointing,
         use_reentrant=checkpointing and _reentrant(kwargs, stack, sft=sft, prepared=prepared),
@@ -94,10 +97,8 @@ def _optimizer_arguments(asked: TrainingFields) -> tuple[tuple[str, str], ...]:
     pairs = []
     for part in given.replace(" ", "").split(","):
         key, equals, value = part.partition("=")
-        if not (key and equals):
-            raise RequestError(
-                f"training.optim_args: {part[:80]!r} is not accepted; expected key=value,key=value", field="training.optim_args"
-            )
+        if not (key and equals) or "=" in value:
+            raise RequestError(f"training.optim_args: {part[:80]!r} is not accepted; {OPTIM_ARGS}", field="training.optim_args")
         pairs.append((key, value))
     return tuple(pairs)
 

@@ -19,6 +19,7 @@ _ARGUMENTS = (
     "gradient_accumulation_steps",
     "optim",
     "optim_args",
+    "weight_decay",
     "bf16",
     "fp16",
     "gradient_checkpointing_kwargs",

@@ -202,7 +202,8 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     inputs = f"inputs: 3 × {training.gradient_accumulation_steps} × 8·B·S B (ids, labels, mask or positions)"
     texts[Item.ACTIVATIONS] = inputs
     if phase is Phase.OPTIMIZER_STEP:
-        texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step()"
+        decay = f" with weight_decay {training.weight_decay:g}" if training.decays else ""
+        texts[Item.TEMPORARY] = f"what {training.optimizer} allocates inside step(){decay}"
     return texts
 
 

@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import pairwise
 
 from estimator.dtypes import DType
-from estimator.errors import RequestError, UnknownNameError
+from estimator.errors import UnknownNameError
 from estimator.inventory import ModuleKind
+from estimator.optimizer_arguments import Arguments, check_arguments, is_true, number_of
 from estimator.patterns import in_order
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
@@ -26,8 +26,6 @@ QUANTILE_MAP_BYTES = 256 * 4
 # What transformers passes to both torchao optimizers. Source: transformers, trainer_optimizer.py, _get_torchao_optimizer.
 TORCHAO_BLOCK_SIZE = 256
 SCALAR_BYTES = 4
-
-Arguments = Mapping[str, str]
 
 
 class Residence(StrEnum):
@@ -124,7 +122,8 @@ def check_optimizer(name: str) -> None:
         return
     if name in UNMODELLED:
         raise UnknownNameError(
-            f"optim: {name!r} is not modelled, because {UNMODELLED[name]} is no dependency; accepted: {', '.join(sorted(MODELLED))}",
+            f"training.optim: {name!r} is not modelled, because {UNMODELLED[name]} is no dependency; "
+            f"accepted: {', '.join(sorted(MODELLED))}",
             field="training.optim",
         )
     raise UnknownNameError.of("training.optim", name, MODELLED)
@@ -154,6 +153,7 @@ def optimizer_states(name: str, arguments: Arguments, trained: Iterable[StoredTe
         RequestError: if an argument is one the library fails on.
     """
     check_optimizer(name)
+    check_arguments(name, arguments)
     tensors = tuple(trained)
     if name in BITSANDBYTES:
         return tuple(_bitsandbytes(BITSANDBYTES[name], tensors))
@@ -167,22 +167,17 @@ def _per_tensor(name: str, arguments: Arguments) -> Callable[[StoredTensor], Ite
         case "adamw_torch":
             return lambda t: _torch_adamw(t, Residence.HOST)
         case "sgd":
-            buffers = ("momentum_buffer",) if _number(arguments, "momentum") else ()
+            buffers = ("momentum_buffer",) if number_of(arguments, "momentum") else ()
             return lambda t: _like_parameter(t, buffers)
         case "adagrad":
             return lambda t: _like_parameter(t, ("sum",), has_step=True)
         case "rmsprop":
-            momentum = ("momentum_buffer",) if _number(arguments, "momentum") > 0 else ()
-            centered = ("grad_avg",) if _is_true(arguments, "centered") else ()
+            momentum = ("momentum_buffer",) if number_of(arguments, "momentum") > 0 else ()
+            centered = ("grad_avg",) if is_true(arguments, "centered") else ()
             return lambda t: _like_parameter(t, ("square_avg", *momentum, *centered), has_step=True)
         case "adafactor":
             return _adafactor
         case _:
-            if "block_size" in arguments:
-                raise RequestError(
-                    f"optim_args: transformers hands block_size to torchao as text, on which {name} fails; leave it out",
-                    field="training.optim_args",
-                )
             return lambda t: _torchao(t, 8 if name == "adamw_torch_8bit" else 4)
 
 
@@ -275,18 +270,26 @@ def _state(tensor: StoredTensor, name: str, raw_bytes: int, dtype: DType, reside
     )
 
 
-def step_temporary_bytes(name: str, arguments: Arguments, trained: Iterable[StoredTensor]) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepList:
+    """A list of tensors that a step makes at once, and how many of the oldest lists that it still holds go before and after that."""
+
+    sizes: tuple[int, ...]
+    """Of its tensors [bytes]."""
+    freed_before: int = 0
+    freed_after: int = 0
+
+
+def step_temporary_bytes(name: str, trained: Iterable[StoredTensor], *, decays: bool = False) -> int:
     """Peak of what one step allocates beside states and gradients, each tensor rounded up.
 
-    Fused kernels and bitsandbytes' work in place. The multi-tensor paths of torch, chosen on CUDA, compute whole lists at once; lists
-    of one parameter group follow each other by type, and the former is still referenced while the next is made. Adafactor works on one
-    float32 tensor at a time, while the former update is still referenced. Weight decay is taken as 0, the default, where it would
-    add a copy (SGD).
+    Fused kernels and bitsandbytes' work in place. The multi-tensor paths of torch, chosen on CUDA, compute whole lists at once, see
+    `step_lists`. Adafactor works on one float32 tensor at a time, while the former update is still referenced.
 
     Args:
         name: a value of transformers' OptimizerNames.
-        arguments: `optim_args`, parsed.
         trained: the trainable tensors.
+        decays: whether TrainingArguments has a `weight_decay`; one in `optim_args` has no effect, since parameter groups carry their own.
 
     Returns:
         peak within the step [bytes].
@@ -294,21 +297,14 @@ def step_temporary_bytes(name: str, arguments: Arguments, trained: Iterable[Stor
     Raises:
         UnknownNameError: if the optimizer has no memory model.
 
-    Source: torch, optim/adam.py, adagrad.py and rmsprop.py, _multi_tensor_*; transformers, optimization.py, Adafactor.step.
+    Source: torch, optim/adam.py, sgd.py, adagrad.py and rmsprop.py, _multi_tensor_*; transformers, optimization.py, Adafactor.step, and
+    trainer.py, Trainer.create_optimizer.
     """
     check_optimizer(name)
     groups = weight_decay_groups(trained)
-    match name:
-        case "adamw_torch" | "rmsprop":
-            # the root of the second average
-            return max((_peak_of_lists(group, 1) for group in groups), default=0)
-        case "adagrad":
-            # the root of the sum, and the scaled gradient
-            return max((_peak_of_lists(group, 2) for group in groups), default=0)
-        case "adafactor":
-            return max((_adafactor_peak(group) for group in groups), default=0)
-        case _:
-            return 0
+    if name == "adafactor":
+        return max(_adafactor_peak(group) for group in groups)
+    return max(_peak_of_lists(name, group, decays=decays and group is groups[0]) for group in groups)
 
 
 def states_in_order(name: str, arguments: Arguments, trained: Iterable[StoredTensor]) -> Iterator[OptimizerState]:
@@ -330,25 +326,65 @@ def states_in_order(name: str, arguments: Arguments, trained: Iterable[StoredTen
                     yield from [state] * state.num_tensors
 
 
-def step_lists(name: str, group: Iterable[StoredTensor]) -> Iterator[list[int]]:
-    """The lists of tensors that a step makes for one parameter group, one after the other; the former goes once the next is there.
+def step_lists(name: str, trained: Iterable[StoredTensor], *, decays: bool = False) -> Iterator[StepList]:
+    """The lists of tensors that a step makes, one after the other; what is left at its end goes then.
 
-    The programs of `step_temporary_bytes`, tensor by tensor; of Adafactor's the parts that are no larger than rows and columns are left
-    out.
+    Of Adafactor's tensors those that are no larger than rows and columns are left out.
 
-    Yields:
-        sizes of one list's tensors [bytes].
+    Args:
+        as `step_temporary_bytes`.
     """
-    tensors = tuple(group)
-    ordered = [tensors[position] for position, _ in in_order((t.pattern, t.indices) for t in tensors)]
-    match name:
-        case "adamw_torch" | "rmsprop" | "adagrad":
-            by_type: dict[DType, list[int]] = {}
-            for tensor in ordered:
-                by_type.setdefault(tensor.dtype, []).append(tensor.num_elements * tensor.dtype.itemsize)
-            yield from (sizes for sizes in by_type.values() for _ in range(2 if name == "adagrad" else 1))
-        case "adafactor":
-            yield from ([tensor.num_elements * 4] * (4 if tensor.dtype.is_half else 2) for tensor in ordered)
+    held = 0
+    groups = weight_decay_groups(trained)
+    for group in groups:
+        ordered = [group[position] for position, _ in in_order((t.pattern, t.indices) for t in group)]
+        made = _adafactor_lists(ordered) if name == "adafactor" else _lists_by_type(name, ordered, decays=decays and group is groups[0])
+        for number, each in enumerate(made):
+            step = each if number else replace(each, freed_before=held)  # what the former group has left
+            yield step
+            held += 1 - step.freed_before - step.freed_after
+
+
+def _lists_by_type(name: str, ordered: Iterable[StoredTensor], *, decays: bool) -> Iterator[StepList]:
+    """Lists like the parameters of one type, then of the next."""
+    by_type: dict[DType, list[int]] = {}
+    for tensor in ordered:
+        by_type.setdefault(tensor.dtype, []).append(tensor.num_elements * tensor.dtype.itemsize)
+    for number, sizes in enumerate(reversed(by_type.values())):
+        for before, after in _program(name, decays=decays):
+            once_more = number > 0  # the former type's lists are there
+            yield StepList(sizes=tuple(sizes), freed_before=before * once_more, freed_after=after * once_more)
+
+
+def _adafactor_lists(ordered: Iterable[StoredTensor]) -> Iterator[StepList]:
+    for number, tensor in enumerate(ordered):
+        yield StepList(sizes=(tensor.num_elements * 4,) * (4 if tensor.dtype.is_half else 2), freed_after=int(number > 0))
+
+
+def _program(name: str, *, decays: bool) -> tuple[tuple[int, int], ...]:
+    """The lists that a multi-tensor step makes for the parameters of one type: for each, how many of the former type's it lets go
+    before it is made and after, the oldest first.
+
+    Python lets a list go where the name that it had is given to another. With weight decay there is a decayed copy of the gradients, but
+    for Adam, whose decay is decoupled.
+
+    Source: torch 2.13, optim/adam.py, sgd.py, rmsprop.py and adagrad.py, _multi_tensor_*.
+    """
+    match name, decays:
+        case "adamw_torch", _:
+            return ((0, 1),)  # root of the second average
+        case "sgd", True:
+            return ((1, 0),)  # decayed gradients
+        case "rmsprop", False:
+            return ((0, 1),)  # root of the average
+        case "rmsprop", True:
+            return (1, 0), (0, 1)  # decayed gradients, root
+        case "adagrad", False:
+            return (0, 1), (0, 1)  # root of the sum, scaled gradients
+        case "adagrad", True:
+            return (0, 0), (0, 2)  # decayed gradients, which are then scaled in place; root
+        case _:
+            return ()
 
 
 def weight_decay_groups(trained: Iterable[StoredTensor]) -> tuple[tuple[StoredTensor, ...], ...]:
@@ -364,16 +400,25 @@ def weight_decay_groups(trained: Iterable[StoredTensor]) -> tuple[tuple[StoredTe
     return tuple(decayed), tuple(spared)
 
 
-def _peak_of_lists(group: Iterable[StoredTensor], num_lists: int) -> int:
-    """Peak while lists like the parameters are made for one type after the other."""
+def _peak_of_lists(name: str, group: Iterable[StoredTensor], *, decays: bool) -> int:
+    """Peak while the lists of one group's step are made; of two types the one that appears last comes first.
+
+    Source: torch, csrc/utils/foreach.h and ATen/native/ForeachUtils.h, _group_tensors_by_first_tensors_device_and_dtype: an unordered
+    map, into which libstdc++ puts a new key in front.
+    """
+    program = _program(name, decays=decays)
     sums: dict[DType, int] = {}
-    for tensor in group:
+    for tensor in group if program else ():
         raw = tensor.num_elements * tensor.dtype.itemsize
         sums[tensor.dtype] = sums.get(tensor.dtype, 0) + tensor.num_copies * allocated(raw)
-    sizes = [0, *sums.values()]
-    if num_lists == 1:
-        return max((former + now for former, now in pairwise(sizes)), default=0)
-    return max((max(2 * former + now, former + 2 * now) for former, now in pairwise(sizes)), default=0)
+    peak = 0
+    held: list[int] = []
+    for number, size in enumerate(reversed(sums.values())):
+        for before, after in program:
+            held = [*held[before if number else 0 :], size]
+            peak = max(peak, sum(held))
+            held = held[after if number else 0 :]
+    return peak
 
 
 def _adafactor_peak(group: Iterable[StoredTensor]) -> int:
@@ -387,15 +432,3 @@ def _adafactor_peak(group: Iterable[StoredTensor]) -> int:
         peak = max(peak, raised + 2 * update + max(factors, before))
         former = update
     return peak
-
-
-def _number(arguments: Arguments, name: str) -> float:
-    text = arguments.get(name, "0")
-    try:
-        return float(text)
-    except ValueError:
-        raise RequestError(f"optim_args: {name}={text!r} is not a number", field="training.optim_args") from None
-
-
-def _is_true(arguments: Arguments, name: str) -> bool:
-    return arguments.get(name, "").lower() in ("true", "1", "yes")

@@ -65,10 +65,27 @@ def packed_bytes(quantization: Quantization, num_elements: int) -> int:
 
     Source: bitsandbytes, backends/cuda/ops.py, quantize_4bit; functional.py, int8_vectorwise_quant.
     """
-    if not quantization.kind.is_4bit:
-        return num_elements
-    itemsize = quantization.storage_dtype.itemsize
-    return (num_elements + 1) // (2 * itemsize) * itemsize
+    return ceil_div(num_elements, 2) if quantization.kind.is_4bit else num_elements
+
+
+def check_packing(quantization: Quantization, name: str, num_elements: int) -> None:
+    """Whether the packed bytes of a weight are whole elements of the storage type.
+
+    Where they are not, bitsandbytes raises on the CPU, where it views the bytes as that type; on CUDA it writes them all into a tensor
+    that holds fewer.
+
+    Raises:
+        RequestError: if they are not.
+
+    Source: bitsandbytes, backends/default/ops.py and backends/cuda/ops.py, quantize_4bit.
+    """
+    num_bytes = packed_bytes(quantization, num_elements)
+    if quantization.kind.is_4bit and num_bytes % quantization.storage_dtype.itemsize:
+        raise RequestError(
+            f"quantization.bnb_4bit_quant_storage: {quantization.storage_dtype.value!r} cannot hold {name}, which packs into "
+            f"{num_bytes} bytes, no whole number of its elements; accepted for every weight: int8, uint8",
+            field="quantization.bnb_4bit_quant_storage",
+        )
 
 
 def quantization_state(quantization: Quantization, num_elements: int, out_features: int) -> tuple[StatePart, ...]:

@@ -143,6 +143,7 @@ class Training:
     """A value of transformers' `OptimizerNames`."""
     optimizer_arguments: tuple[tuple[str, str], ...] = ()
     """`optim_args`, parsed."""
+    weight_decay: float = 0.0
     autocast_dtype: DType | None = None
     """bfloat16 with `bf16=True`, float16 with `fp16=True`, None otherwise."""
     gradient_checkpointing: bool = False
@@ -154,6 +155,11 @@ class Training:
     """Whether batches carry padding: an attention mask is then materialised."""
     flattened: bool = False
     """Whether the samples of a micro-batch are laid end to end in one row (`padding_free`)."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether there is any weight decay: how much has no bearing on memory."""
+        return self.weight_decay != 0
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from estimator.optimizers import OptimizerState, optimizer_states, step_temporar
 from estimator.patterns import Indices, copies, leaf, parent, partition
 from estimator.phases import Item
 from estimator.precision import kept_in_float32
-from estimator.quantization import NESTED_CODE, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
+from estimator.quantization import NESTED_CODE, check_packing, is_replaceable, is_skipped, packed_bytes, quantization_state, skipped_modules
 from estimator.recipe import Adapter, Quantization, Recipe, Trainer
 from estimator.stack import Stack
 from estimator.storage import StoredTensor
@@ -35,6 +35,7 @@ class Preparation:
     autocast_dtype: DType | None
     optimizer: str | None
     optimizer_arguments: tuple[tuple[str, str], ...]
+    decays: bool
     stack: Stack
 
     @classmethod
@@ -50,6 +51,7 @@ class Preparation:
             autocast_dtype=training.autocast_dtype if training is not None else None,
             optimizer=training.optimizer if training is not None else None,
             optimizer_arguments=training.optimizer_arguments if training is not None else (),
+            decays=training is not None and training.decays,
             stack=recipe.stack,
         )
 
@@ -99,7 +101,7 @@ def stored_tensors(inventory: Inventory, recipe: Recipe) -> tuple[StoredTensor, 
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
-    return _stored(inventory, replace(Preparation.of(recipe), optimizer=None, optimizer_arguments=()))
+    return _stored(inventory, replace(Preparation.of(recipe), optimizer=None, optimizer_arguments=(), decays=False))
 
 
 def parameter_counts(tensors: Iterable[StoredTensor]) -> ParameterCounts:
@@ -129,7 +131,7 @@ def gradient_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 @lru_cache(maxsize=512)
 def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemory:
-    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=()))
+    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=(), decays=False))
     tensors = _settled(loaded, preparation.quantization)
     trained = tuple(t for t in tensors if t.trainable)
     states: tuple[OptimizerState, ...] = ()
@@ -137,7 +139,7 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
     if preparation.optimizer is not None:
         arguments = dict(preparation.optimizer_arguments)
         states = optimizer_states(preparation.optimizer, arguments, trained)
-        temporary = step_temporary_bytes(preparation.optimizer, arguments, trained)
+        temporary = step_temporary_bytes(preparation.optimizer, trained, decays=preparation.decays)
     by_item = {item: sum(t.allocated_bytes for t in tensors if t.item is item) for item in Item}
     return StaticMemory(
         tensors=tensors,
@@ -225,7 +227,8 @@ def _with_one_nested_code(tensors: Iterable[StoredTensor]) -> Iterator[StoredTen
 def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTensor]:
     """What `from_pretrained` leaves on the device: weights, their quantization state, buffers; trainable as modules made them.
 
-    A linear module that shares its weight with an embedding is replaced, but gets the embedding's weight back, which is not packed.
+    Raises:
+        RequestError: if a linear module that shares its weight with an embedding would be replaced, or a weight cannot be packed.
 
     Source: transformers, core_model_loading.py, convert_and_load_state_dict_in_model; integrations/bitsandbytes.py.
     """
@@ -233,12 +236,11 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
     stack = preparation.stack
     keeps_float32 = kept_in_float32(inventory, preparation.dtype, is_quantized=quantization is not None, stack=stack)
     keys = skipped_modules(inventory, quantization) if quantization is not None else ()
-    shared = {
-        row.tied_to for row in inventory.rows if row.tied_to is not None and not is_replaceable(row.module_kind, row.module_class, stack)
-    }
+    if quantization is not None:
+        _refuse_shared(inventory, quantization, keys, stack)
 
     def label(name: str) -> tuple[bool, bool]:
-        packed = replaceable and name not in shared and not is_skipped(parent(name), keys, stack)
+        packed = replaceable and not is_skipped(parent(name), keys, stack)
         return packed, not packed and keeps_float32(name)
 
     for row in inventory.rows:
@@ -251,6 +253,29 @@ def _loaded(inventory: Inventory, preparation: Preparation) -> Iterator[StoredTe
             else:
                 dtype = DType.FLOAT32 if is_kept and row.role is not TensorRole.NONPERSISTENT_BUFFER else load_dtype(row, preparation.dtype)
                 yield _plain(row, indices, dtype)
+
+
+def _refuse_shared(inventory: Inventory, quantization: Quantization, keys: tuple[str, ...], stack: Stack) -> None:
+    """A linear module that shares an embedding's weight must be left out: replaced, it gets that weight, which is not packed, and fails.
+
+    Source: bitsandbytes, nn/modules.py, Linear4bit.forward asks for `quant_state`, Linear8bitLt.forward for `CB`; so held to real
+    models. transformers leaves it out unless `llm_int8_skip_modules` is given.
+    """
+    rows = {row.pattern: row for row in inventory.rows if row.tied_to is None}
+    for row in inventory.rows:
+        owner = rows.get(row.tied_to or "")
+        if owner is None or row.leaf != "weight":
+            continue
+        replaceable = [is_replaceable(one.module_kind, one.module_class, stack) for one in (row, owner)]
+        linear, other = (row, owner) if replaceable[0] else (owner, row)
+        if replaceable[0] == replaceable[1] or is_skipped(parent(linear.pattern), keys, stack):
+            continue
+        head = parent(linear.pattern)
+        raise RequestError(
+            f"quantization.llm_int8_skip_modules: {list(quantization.skip_modules or ())} leaves {head} to be quantized, which shares the "
+            f"weight of {parent(other.pattern)} and fails in its forward pass; accepted: a list that names {head!r} too, or none at all",
+            field="quantization.llm_int8_skip_modules",
+        )
 
 
 def load_dtype(row: TensorRow, dtype: DType) -> DType:
@@ -273,6 +298,7 @@ def _plain(row: TensorRow, indices: Indices, dtype: DType) -> StoredTensor:
 
 
 def _packed(row: TensorRow, indices: Indices, quantization: Quantization) -> Iterator[StoredTensor]:
+    check_packing(quantization, row.pattern, row.num_elements)
     yield StoredTensor(
         pattern=row.pattern,
         indices=indices,

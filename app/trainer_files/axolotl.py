@@ -267,6 +267,7 @@ def _optimizer(keys: Keys) -> None:
     """Source: utils/schemas/training.py, HyperparametersConfig; core/builders/base.py, _configure_optimizer."""
     keys.put("training.optim", keys.one_of("optimizer", sorted(fields.OPTIMIZERS), "adamw_torch_fused"), "optimizer")
     keys.put("training.optim_args", keys.take("optim_args"), "optim_args")
+    keys.put("training.weight_decay", keys.number("weight_decay"), "weight_decay")
 
 
 def _checkpointing(keys: Keys) -> None:

@@ -69,7 +69,7 @@ INERT = names("""
     total_num_tokens total_supervised_tokens trackio_project_name trackio_run_name trackio_space_id train_on_inputs trl
     use_comet use_mlflow use_otel_metrics use_ray use_tensorboard use_trackio use_wandb vllm
     wandb_entity wandb_log_model wandb_mode wandb_name wandb_project wandb_run_id wandb_watch warmup_ratio warmup_steps
-    trust_remote_code weight_decay world_size ebft
+    trust_remote_code world_size ebft
 """)
 
 _DISTRIBUTED = "it spreads the work over several processes"

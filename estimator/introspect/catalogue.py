@@ -6,9 +6,11 @@ python -m estimator.introspect.catalogue --check    exit with 1 if anything woul
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from estimator.dtypes import DType
 from estimator.introspect.inventory import inspect
 from estimator.inventory_codec import decode, encode
 from estimator.sources.cache import content_hash
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> int:
         if path.name == INDEX:
             continue
         data = json.loads(path.read_bytes())
-        data["inventory"] = encode(inspect(data["config"], content_hash(data["config"])))
+        data["inventory"] = compiled(data)
         changed += [path.name] if _write(path, model_text(data), check) else []
         lines.append(index_line(path.name, data))
     lines.sort(key=lambda line: str(line["id"]).lower())
@@ -31,6 +33,14 @@ def main(arguments: list[str]) -> int:
     changed += [INDEX] if _write(DIRECTORY / INDEX, text, check) else []
     print(f"{len(lines)} models, {len(changed)} files {'differ' if check else 'written'}", *changed[:20])
     return 1 if check and changed else 0
+
+
+def compiled(data: dict[str, Any]) -> dict[str, object]:
+    """The encoded inventory of a model's facts. Of weights whose config names no type, the type is that of the files, where it is known."""
+    inventory = inspect(data["config"], content_hash(data["config"]))
+    if inventory.checkpoint_dtype is None and data.get("weights"):
+        inventory = replace(inventory, checkpoint_dtype=DType(data["weights"]["dtype"]))
+    return encode(inventory)
 
 
 def index_line(file: str, data: dict[str, Any]) -> dict[str, object]:

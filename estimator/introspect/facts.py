@@ -76,7 +76,7 @@ def _fill(facts: dict[str, object], config: Any) -> None:
     """What classes compute inside modules rather than in the config.
 
     Source: transformers, modeling_falcon.py, FalconAttention; modeling_gpt_bigcode.py, GPTBigCodeAttention; modeling_gpt2.py, GPT2Block;
-    modeling_bloom.py, BloomMLP; modeling_mpt.py, MptMLP.
+    modeling_bloom.py, BloomMLP; modeling_mpt.py, MptMLP; modeling_mistral.py, MistralAttention (`head_dim or hidden_size // heads`).
     """
     heads, hidden = facts.get("num_attention_heads"), facts.get("hidden_size")
     if facts.get("model_type") == "mpt" or config.model_type == "mpt":
@@ -91,7 +91,7 @@ def _fill(facts: dict[str, object], config: Any) -> None:
             facts["num_key_value_heads"] = 1 if multi_query else heads
         elif facts.get("num_key_value_heads") is None:
             facts["num_key_value_heads"] = heads
-        if isinstance(hidden, int) and facts.get("head_dim") is None and heads:
+        if isinstance(hidden, int) and not facts.get("head_dim") and heads:  # 0 is none to the classes that can be built with it
             facts["head_dim"] = hidden // heads
 
 

@@ -158,7 +158,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     arguments = dict(training.optimizer_arguments)
     states = optimizer_states(training.optimizer, arguments, trained)
     states_bytes = sum(s.allocated_bytes for s in states)
-    temporary = step_temporary_bytes(training.optimizer, arguments, trained)
+    temporary = step_temporary_bytes(training.optimizer, trained, decays=training.decays)
     stored = {item: weights.get(item, 0) for item in (Item.QUANTIZATION_STATE, Item.BUFFERS)}
     host = 0
     if options.offload_params:

@@ -78,6 +78,11 @@ def _of_size(num_elements: int, dtype: DType) -> int:
     return allocated(num_elements * dtype.itemsize)
 
 
+def _decayed(training: Training, tensors: Iterable[StoredTensor]) -> int:
+    """How many of the groups are decayed: the first, or none."""
+    return int(training.decays and bool(weight_decay_groups(t for t in tensors if t.trainable)[0]))
+
+
 def master_tensors(sizes: Iterable[int]) -> tuple[StoredTensor, ...]:
     """The flat float32 partitions that the optimizer works on, one for each parameter group."""
     return tuple(
@@ -95,11 +100,11 @@ def master_tensors(sizes: Iterable[int]) -> tuple[StoredTensor, ...]:
     )
 
 
-def _states(training: Training, master: tuple[StoredTensor, ...]) -> tuple[tuple[OptimizerState, ...], int]:
-    """States of the optimizer, and what its step allocates; each group is updated by itself."""
-    arguments = dict(training.optimizer_arguments)
-    states = optimizer_states(training.optimizer, arguments, master)
-    return states, max((step_temporary_bytes(training.optimizer, arguments, (group,)) for group in master), default=0)
+def _states(training: Training, master: tuple[StoredTensor, ...], num_decayed: int) -> tuple[tuple[OptimizerState, ...], int]:
+    """States of the optimizer, and what its step allocates; each group is updated by itself, the decayed one first."""
+    states = optimizer_states(training.optimizer, dict(training.optimizer_arguments), master)
+    steps = (step_temporary_bytes(training.optimizer, (group,), decays=number < num_decayed) for number, group in enumerate(master))
+    return states, max(steps, default=0)
 
 
 def _stage12(recipe: Recipe, training: Training, tensors: tuple[StoredTensor, ...]) -> Share:
@@ -110,7 +115,7 @@ def _stage12(recipe: Recipe, training: Training, tensors: tuple[StoredTensor, ..
     flat = flat_sizes(tensors, ranks)
     parts = tuple(size // ranks for size in flat)
     master = master_tensors(parts)
-    states, temporary = _states(training, master)
+    states, temporary = _states(training, master, _decayed(training, tensors))
     held = sum(t.allocated_bytes for t in master) + sum(s.allocated_bytes for s in states)
     averaged = sum(_of_size(size, half) for size in parts)
     stored = {item: sum(t.allocated_bytes for t in tensors if t.item is item and not t.trainable) for item in Item}
@@ -185,7 +190,7 @@ def _stage3(recipe: Recipe, training: Training, tensors: tuple[StoredTensor, ...
     groups = weight_decay_groups(t for t in tensors if t.trainable)
     parts = tuple(n for group in groups if (n := sum(partition_elements(t, ranks) * t.num_copies for t in group)))
     master = master_tensors(parts)
-    states, temporary = _states(training, master)
+    states, temporary = _states(training, master, _decayed(training, tensors))
     held = sum(t.allocated_bytes for t in master) + sum(s.allocated_bytes for s in states)
     gradients = _of_size(sum(parts), half)
     stored = dict.fromkeys(Item, 0)

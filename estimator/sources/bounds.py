@@ -141,6 +141,27 @@ def check(config: object) -> dict[str, Any]:
     return _without_infinities(config)
 
 
+def check_built(config: Mapping[str, Any], facts: Mapping[str, object], *, is_hollow: bool) -> None:
+    """What shows once the classes have put their defaults to what a config leaves out.
+
+    Heads of no width are refused where a class takes the 0 by its word; to others it means that none is given.
+
+    Args:
+        config: as `check` accepted it.
+        facts: of the text config, every default in it.
+        is_hollow: whether the model has weights without elements, or cannot be built.
+
+    Raises:
+        ConfigError: naming the field, its value and what would be accepted.
+    """
+    for error in _check_heads("", facts):
+        raise error
+    for path, part in _parts(config, "") if is_hollow else ():
+        if part.get("head_dim") == 0:
+            accepted = f"an integer from 1 to {2**17}, or none: hidden_size / num_attention_heads"
+            raise _error(f"{path}.head_dim".removeprefix("."), 0, accepted)
+
+
 def _without_infinities(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _without_infinities(value) if isinstance(value, Mapping) else value

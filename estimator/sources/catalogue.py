@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from estimator.dtypes import DType
 from estimator.inventory import Inventory
 from estimator.inventory_codec import decode
 
@@ -40,6 +41,15 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The type of a checkpoint's weights whose config names none."""
+
+    dtype: DType
+    source: str
+    """Who says so: the sizes of the files over the number of parameters, the storages in them, a model card."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueModel:
     """A bundled model."""
 
@@ -48,6 +58,8 @@ class CatalogueModel:
     """Where the config's values come from."""
     note: str | None
     published: Published
+    weights: Weights | None
+    """None where the config names the type, or where nothing does."""
     config: Mapping[str, Any]
     """The facts of its config.json that have a bearing on memory."""
     inventory: Inventory
@@ -78,7 +90,7 @@ def load(file: str) -> CatalogueModel:
         file: name of a file in the catalogue, as the index has it; never made from an id.
     """
     data = json.loads((DIRECTORY / file).read_bytes())
-    published = data["published"]
+    published, weights = data["published"], data.get("weights")
     return CatalogueModel(
         id=data["id"],
         source=data["source"],
@@ -89,6 +101,7 @@ def load(file: str) -> CatalogueModel:
             agreement=published["agreement"],
             differences=published["differences"],
         ),
+        weights=Weights(dtype=DType(weights["dtype"]), source=weights["source"]) if weights is not None else None,
         config=data["config"],
         inventory=decode(data["inventory"]),
     )

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from estimator.errors import ConfigError, SourceError
+from estimator.errors import ConfigError, InspectionError, SourceError
 from estimator.inventory import Inventory
 from estimator.inventory_codec import decode
 from estimator.sources import bounds, catalogue, configfile
@@ -152,9 +152,20 @@ def build(
         is_public: False for what must be kept nowhere, neither on disk nor for other callers.
 
     Raises:
-        ConfigError: if transformers knows no such model; the message says so where the repository would bring code of its own.
+        ConfigError: if transformers knows no such model; the message says so where the repository would bring code of its own. If the
+            model that the config makes, defaults included, could not run.
         InspectionError: if the model cannot be built, or not within the limits.
     """
+    try:
+        inventory = _built(config, inspector, cache, is_public=is_public)
+    except InspectionError:
+        bounds.check_built(config, {}, is_hollow=True)
+        raise
+    bounds.check_built(config, inventory.config, is_hollow=any(row.num_elements == 0 for row in inventory.rows))
+    return inventory
+
+
+def _built(config: Mapping[str, Any], inspector: Inspector | None, cache: InventoryCache | None, *, is_public: bool) -> Inventory:
     key = content_hash(config)
     if cache is None:
         own = current().inventories

@@ -187,10 +187,14 @@ def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int
 def _sized(recipe: Recipe, batch: int, length: int) -> Recipe:
     training = recipe.training
     assert training is not None
-    accumulation = min(2, training.gradient_accumulation_steps)
-    return replace(
-        recipe, training=replace(training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=accumulation)
+    sized = replace(
+        training,
+        micro_batch_size=batch,
+        sequence_length=length,
+        gradient_accumulation_steps=min(2, training.gradient_accumulation_steps),
+        weight_decay=float(training.decays),
     )
+    return replace(recipe, training=sized)
 
 
 def _read(file: Path) -> _Found | None:

@@ -98,6 +98,17 @@ def test_an_error_names_the_field() -> None:
     assert "hardware.gpu: 'abacus' is not known" in run("estimate", "openai-community/gpt2", "--gpu", "abacus").stderr
 
 
+def test_an_error_about_the_optimizer_names_field_value_and_what_is_accepted() -> None:
+    named = run("estimate", "openai-community/gpt2", "--max-length", "8", "--optim", "lomo")
+    assert named.stderr.startswith(
+        "error: training.optim: 'lomo' is not modelled, because lomo_optim is no dependency; accepted: adafactor, "
+    )
+    request = '{"model": "openai-community/gpt2", "training": {"max_length": 8, "optim": "sgd", "optim_args": "momentum=x"}}'
+    piped = run("estimate", "--request", "-", stdin=request)
+    assert piped.stderr.startswith("error: training.optim_args: momentum='x' is not accepted; expected a number from 0 on")
+    assert (named.returncode, piped.returncode) == (1, 1)
+
+
 def test_a_request_may_be_yaml(tmp_path: Path) -> None:
     file = tmp_path / "request.yaml"
     file.write_text("model: openai-community/gpt2\ntraining:\n  max_length: 128\n  per_device_train_batch_size: 2\n")

@@ -99,6 +99,67 @@ def test_a_refusal_names_field_and_value(client: TestClient) -> None:
     assert "0" in body["errors"][0]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        ({"optim": "adamw"}, "training.optim", "training.optim: 'adamw' is not known; accepted: adafactor, "),
+        (
+            {"optim": "lomo"},
+            "training.optim",
+            "training.optim: 'lomo' is not modelled, because lomo_optim is no dependency; accepted: adafactor, ",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum"},
+            "training.optim_args",
+            "training.optim_args: 'momentum' is not accepted; expected text ",
+        ),
+        (
+            {"optim": "sgd", "optim_args": "momentum=x"},
+            "training.optim_args",
+            "training.optim_args: momentum='x' is not accepted; expected a number from 0 on",
+        ),
+    ],
+)
+def test_a_refusal_of_an_optimizer_names_field_value_and_what_is_accepted(
+    client: TestClient, fields: dict[str, str], field: str, message: str
+) -> None:
+    request = {"model": "openai-community/gpt2", "training": {"max_length": 8, **fields}}
+    body = assert_problem(client.post("/v1/estimate", json=request), 422)
+    (error,) = body["errors"]
+    assert error["field"] == field
+    assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changed", "quantization", "message"),
+    [
+        ({"num_key_value_heads": 3}, None, "model.config.num_key_value_heads: 3 is out of bounds; accepted: a divisor of "),
+        ({"head_dim": 0}, None, "model.config.head_dim: 0 is out of bounds; accepted: an integer from 1 to "),
+        (
+            {"intermediate_size": 5},
+            {"bnb_4bit_quant_storage": "bfloat16"},
+            "quantization.bnb_4bit_quant_storage: 'bfloat16' cannot hold model.layers.{}.mlp.gate_proj.weight, which packs into 15 bytes",
+        ),
+        (
+            {"tie_word_embeddings": True},
+            {"llm_int8_skip_modules": ["q_proj"]},
+            "quantization.llm_int8_skip_modules: ['q_proj'] leaves lm_head to be quantized, which shares the weight of model.embed_tokens",
+        ),
+    ],
+)
+def test_what_the_libraries_fail_on_is_refused(
+    client: TestClient, changed: dict[str, object], quantization: dict[str, object] | None, message: str
+) -> None:
+    sizes = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = {"model_type": "llama", **sizes, "vocab_size": 50, "tie_word_embeddings": False, **changed}
+    request = {"model": {"config": config}, "quantization": quantization and {"load_in_4bit": True, **quantization}}
+    body = assert_problem(client.post("/v1/estimate", json=request), 422)
+    (error,) = body["errors"]
+    assert error["field"] == message.partition(":")[0]
+    assert error["message"].startswith(message)
+    assert "accepted" in error["message"]
+
+
 def test_a_long_body_is_refused(client: TestClient) -> None:
     assert_problem(client.post("/v1/estimate", content=b" " * (MAX_BODY_BYTES + 1)), 413)
 

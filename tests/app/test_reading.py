@@ -59,6 +59,25 @@ def test_model_init_kwargs_are_the_fields_of_the_request() -> None:
     assert request.quantization.load_in_8bit
 
 
+@pytest.mark.parametrize(
+    ("fields", "field", "quoted", "accepted"),
+    [
+        ({"optim": ""}, "training.optim", "''", "expected one of adafactor, adagrad, adamw_8bit"),
+        ({"optim": 5}, "training.optim", "5", "expected one of adafactor, adagrad, adamw_8bit"),
+        ({"optim_args": 3}, "training.optim_args", "3", "expected text such as momentum=0.9"),
+        ({"optim_args": {"momentum": [0.9]}}, "training.optim_args.momentum", "list", "expected text, a number, true or false"),
+        ({"weight_decay": "0.1"}, "training.weight_decay", "'0.1'", "expected a number from 0 on"),
+        ({"weight_decay": -1}, "training.weight_decay", "-1", "expected a number from 0 on"),
+    ],
+)
+def test_errors_about_the_optimizer_name_field_value_and_what_is_accepted(
+    fields: dict[str, Any], field: str, quoted: str, accepted: str
+) -> None:
+    (error,) = refusal(training={"max_length": 8, **fields}).errors
+    assert error.field == field
+    assert error.message.startswith(f"{field}: {quoted} is not accepted; {accepted}")
+
+
 def test_a_whole_adapter_config_is_accepted() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=32, target_modules=["c_attn"], lora_alpha=64, task_type="CAUSAL_LM").to_dict()

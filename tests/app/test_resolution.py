@@ -1,5 +1,6 @@
 """Defaults, resolved as each version of the libraries would."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -207,6 +208,8 @@ def test_a_purely_quantized_model_cannot_be_trained() -> None:
         ({"training": {"max_length": 8}, "inference": {}}, "training"),
         ({"training": {"max_length": 8, "optim": "adamw_magic"}}, "training.optim"),
         ({"training": {"max_length": 8, "optim_args": "nonsense"}}, "training.optim_args"),
+        ({"training": {"max_length": 8, "optim_args": "momentum=0=9"}}, "training.optim_args"),
+        ({"training": {"max_length": 8, "weight_decay": -0.1}}, "training.weight_decay"),
         ({"dtype": "int8"}, "dtype"),
         ({"dtype": "floaty"}, "dtype"),
         ({"hardware": {"gpu": "t4", "capacity_gib": 3}}, "hardware.capacity_gib"),
@@ -247,6 +250,30 @@ def test_generation_past_learned_positions_is_refused() -> None:
 
 def test_a_quantization_that_is_switched_off_is_none() -> None:
     assert recipe(quantization={"load_in_4bit": False}).quantization is None
+
+
+def test_weight_decay_is_none_by_default_as_in_transformers_and_trl() -> None:
+    transformers = pytest.importorskip("transformers")
+    trl = pytest.importorskip("trl")
+    for config in (transformers.TrainingArguments, trl.SFTConfig):
+        assert training().weight_decay == next(f.default for f in dataclasses.fields(config) if f.name == "weight_decay") == 0
+
+
+def test_weight_decay_adds_a_copy_of_the_gradients_to_a_step_of_sgd_alone_among_these() -> None:
+    def temporary(**fields: Any) -> int:
+        asked = {"max_length": 64, "per_device_train_batch_size": 1, **fields}
+        found = answer({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "engine": "analytic", "training": asked})
+        assert "training.weight_decay" not in found["ignored"]
+        assert found["recipe"]["training"]["weight_decay"] == fields.get("weight_decay", 0)
+        (step,) = (phase for phase in found["phases"] if phase["phase"] == "optimizer_step")
+        return sum(int(item["bytes"]) for item in step["items"] if item["name"] == "temporary")
+
+    # torch, optim/sgd.py, _multi_tensor_sgd: the gradients of the tied embedding and of the projections, in two bytes; norms are spared
+    decayed = 2 * (128256 * 2048 + 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192))
+    assert temporary(optim="sgd", weight_decay=0.01) == decayed
+    assert temporary(optim="sgd", weight_decay=0.0) == temporary(optim="sgd") == 0
+    assert temporary(optim="sgd", optim_args="weight_decay=0.01") == 0  # parameter groups carry the trainer's own
+    assert temporary(weight_decay=0.01) == 0
 
 
 def test_optimizer_arguments_are_split() -> None:

@@ -208,6 +208,21 @@ def test_bfloat16_on_a_t4_brings_a_warning() -> None:
     assert "fp16=True" in message
 
 
+def test_what_is_advised_without_bfloat16_fits_what_is_asked() -> None:
+    def advised(**request: Any) -> str:
+        found = answer({"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16", "hardware": {"gpu": "t4"}, **request})
+        return warning(found, "no_bfloat16").partition("; use ")[2]
+
+    nf4 = {"quantization": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}
+    lora = {"peft": {"r": 8, "target_modules": ["q_proj"]}}
+    assert advised(inference={}) == advised() == 'dtype="float16" instead.'
+    assert advised(inference={}, **nf4) == 'dtype="float16", bnb_4bit_compute_dtype="float16" instead.'
+    assert advised(training={"max_length": 8, "fp16": True}, **nf4, **lora, dtype="float16") == 'bnb_4bit_compute_dtype="float16" instead.'
+    assert advised(training={"max_length": 8, "bf16": True}, **lora) == 'dtype="float16", fp16=True instead.'
+    int8 = {"quantization": {"load_in_8bit": True, "bnb_4bit_compute_dtype": "bfloat16"}}
+    assert advised(inference={}, **int8) == 'dtype="float16" instead.'
+
+
 def test_a_compute_dtype_left_at_float32_brings_a_warning() -> None:
     request = {**examples.QLORA, "quantization": {"load_in_4bit": True}}
     assert "compute_dtype_float32" in codes(answer(request))

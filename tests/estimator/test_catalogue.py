@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from estimator.inventory_codec import decode, encode
 from estimator.sources import bounds, catalogue
 from estimator.sources.cache import content_hash
 from estimator.sources.catalogue import CatalogueEntry, CatalogueModel
+from estimator.sources.checkpoint import method_of
 from estimator.sources.process import Inspector
 from estimator.sources.resolve import ModelSource, resolve
 
@@ -110,6 +113,38 @@ def test_every_entry_names_the_source_of_its_values() -> None:
     assert all(m.published.source for m in models() if m.published.num_parameters)
 
 
+def test_the_type_of_a_checkpoint_whose_config_names_none_has_a_source() -> None:
+    silent = [m for m in models() if not any(m.config.get(name) for name in ("dtype", "torch_dtype"))]
+    stated = {m.id for m in silent if m.weights is not None}
+    assert all(m.weights.source and m.inventory.checkpoint_dtype is m.weights.dtype for m in silent if m.weights is not None)
+    assert all(m.weights is None for m in models() if m.id not in stated)
+    # What no source says stays unknown, and an answer says that float32 is assumed.
+    unknown = {m.id for m in silent if m.weights is None and m.inventory.checkpoint_dtype is None}
+    assert unknown == {"codellama/CodeLlama-70b-hf", "MiniMaxAI/MiniMax-M2.5"}
+
+
+def test_the_sizes_of_published_files_are_those_of_the_type() -> None:
+    """Files hold a little more than parameters: masks (GPT-2), heads of pre-training (BERT); BLOOM's card counts in GiB."""
+    units = {"GB": 10**9, "MB": 10**6}
+    sizes = {m.id: re.search(r"([\d.]+) ?(GB|MB)", m.weights.source) for m in models() if m.weights is not None}
+    measured = {name: float(size[1]) * units[size[2]] for name, size in sizes.items() if size is not None}
+    assert len(measured) == 20
+    for model in models():
+        if model.id in measured and model.weights is not None:
+            per_parameter = measured[model.id] / model.inventory.num_parameters
+            assert per_parameter == pytest.approx(model.weights.dtype.itemsize, rel=0.11), model.id
+
+
+def test_quantized_checkpoints_are_of_the_kind_that_their_publishers_name() -> None:
+    """FP8 by DeepSeek, MiniMax, Moonshot and Qwen; MXFP4 by OpenAI (transformers, quantizers/quantizer_mxfp4.py)."""
+    kinds = {m.id: method_of(m.config) for m in models()}
+    assert {name for name, kind in kinds.items() if kind == "mxfp4"} == {"openai/gpt-oss-20b"}
+    assert {name.split("/")[0] for name, kind in kinds.items() if kind == "fp8"} == {"deepseek-ai", "MiniMaxAI", "moonshotai", "Qwen"}
+    assert set(kinds.values()) == {None, "fp8", "mxfp4"}
+    for kind in ("fp8", "mxfp4"):
+        assert kind in pytest.importorskip("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
+
+
 def test_every_index_line_agrees_with_its_file() -> None:
     for entry in ENTRIES:
         model = catalogue.load(entry.file)
@@ -172,6 +207,9 @@ def test_every_inventory_is_what_the_installed_transformers_builds(inspector: In
 def check_against_worker(entry: CatalogueEntry, inspector: Inspector) -> None:
     bundled = catalogue.load(entry.file)
     built = decode(inspector.run("inventory", {"config": bundled.config, "content_hash": content_hash(bundled.config)}))
+    if bundled.weights is not None:
+        assert built.checkpoint_dtype is None
+        built = replace(built, checkpoint_dtype=bundled.weights.dtype)
     if built.transformers_version != bundled.inventory.transformers_version:
         pytest.skip(f"compiled with transformers {bundled.inventory.transformers_version}: run `make catalogue`")
     assert built.rows == bundled.inventory.rows

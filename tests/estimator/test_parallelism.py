@@ -8,6 +8,7 @@ from estimator.dtypes import DType
 from estimator.engine import estimate
 from estimator.errors import RequestError
 from estimator.estimate import Estimate, PhaseEstimate
+from estimator.optimizers import weight_decay_groups
 from estimator.parallelism.cards import cards
 from estimator.parallelism.fsdp import units_of
 from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
@@ -76,6 +77,25 @@ def test_zero_divides_states_then_gradients_then_parameters(num_gpus: int) -> No
         held = sum(_bytes(answer, Phase.OPTIMIZER_STEP, item) for item in items)
         # Norms stay whole under ZeRO-3 (below its threshold), and groups are filled up: parts in a thousand.
         assert held / scalars == pytest.approx(per_scalar, rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP])
+def test_a_decayed_copy_of_the_gradients_is_one_of_a_rank_s_own_part(strategy: Strategy) -> None:
+    """torch, optim/sgd.py, _multi_tensor_sgd, on what each rank updates: float32 parts, under ZeRO as under FSDP2."""
+    recipe = training(method="full")
+    assert recipe.training is not None
+    sgd = replace(recipe.training, optimizer="sgd")
+
+    def update(weight_decay: float) -> int:
+        decayed = replace(recipe, training=replace(sgd, weight_decay=weight_decay))
+        return _bytes(_answer(decayed, strategy, 4), Phase.OPTIMIZER_STEP, Item.TEMPORARY)
+
+    static = static_memory(model(LLAMA_8B), recipe)
+    scalars = sum(t.num_elements * t.num_copies for t in weight_decay_groups(t for t in static.tensors if t.trainable)[0])
+    part = scalars // 4 * 4
+    # Under ZeRO-2 it comes after the half-precision copy of the gradients has gone.
+    goes = scalars // 4 * 2 if strategy is Strategy.ZERO2 else 0
+    assert update(0.1) - update(0.0) == pytest.approx(part - goes, rel=1e-4)
 
 
 def test_offloaded_states_lie_in_pinned_memory_and_not_on_the_card() -> None:

@@ -81,7 +81,9 @@ def recipes(inventory: Inventory) -> dict[str, Recipe]:
         rank_pattern=((first, 3),),
         bias="lora_only",
     )
-    skip = replace(NF4, skip_modules=(last, rf".*\.1\.{first}" if first != last else "nothing"))
+    # A head that shares the embedding's weight must be skipped too.
+    tied = (name.removesuffix(".weight") for name in inventory.tied_names)
+    skip = replace(NF4, skip_modules=(last, rf".*\.1\.{first}" if first != last else "nothing", *tied))
     return {
         "full": plain,
         "all linear on nf4, prepared": replace(

@@ -8,7 +8,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 from estimator.dtypes import DType
-from estimator.quantization import packed_bytes, quantization_state, quantized_bytes, state_bits_per_parameter
+from estimator.errors import RequestError
+from estimator.quantization import check_packing, packed_bytes, quantization_state, quantized_bytes, state_bits_per_parameter
 from estimator.recipe import Quantization, QuantizationKind
 from estimator.sources.catalogue import load
 
@@ -61,6 +62,21 @@ def test_other_storage_types_pack_into_the_same_bytes(shape: tuple[int, int], st
     real = real_4bit(shape, quantization)
     assert storage_bytes(real["packed"]) == packed_bytes(quantization, shape[0] * shape[1])
     assert str(real["packed"].dtype) == f"torch.{storage.value}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("storage", [DType.UINT8, DType.INT8, DType.BFLOAT16, DType.FLOAT32, DType.FLOAT64])
+def test_a_storage_type_is_refused_where_packed_bytes_are_no_whole_elements_of_it(shape: tuple[int, int], storage: DType) -> None:
+    quantization = Quantization(kind=QuantizationKind.NF4, double_quant=True, storage_dtype=storage)
+    n = shape[0] * shape[1]
+    try:
+        real = real_4bit(shape, quantization)
+    except RuntimeError:  # self.size(-1) must be divisible by … to view Byte as …
+        with pytest.raises(RequestError, match=rf"bnb_4bit_quant_storage: '{storage}' cannot hold q_proj.*{(n + 1) // 2} bytes.*uint8"):
+            check_packing(quantization, "q_proj", n)
+        return
+    check_packing(quantization, "q_proj", n)
+    assert storage_bytes(real["packed"]) == packed_bytes(quantization, n)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

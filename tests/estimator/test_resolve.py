@@ -44,6 +44,50 @@ def test_an_inline_config_is_built(model: dict[str, Any], inspector: Inspector) 
     assert found.inventory.checkpoint_dtype == "bfloat16"
 
 
+def run(config: Mapping[str, Any]) -> None:
+    """One forward pass of the real model."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    fields = {name: value for name, value in config.items() if name not in ("model_type", "architectures", "torch_dtype")}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(config["model_type"], **fields))
+    model(input_ids=torch.zeros((1, 4), dtype=torch.long))
+
+
+SMALL = {**{name: value for name, value in CONFIG.items() if name not in ("architectures", "num_attention_heads")}, "pad_token_id": 0}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("model_type", "heads", "accepted"),
+    [
+        ("llama", {"num_key_value_heads": 5}, "num_key_value_heads: 5 .*num_attention_heads .32"),  # of 32 by default
+        ("mistral", {"num_attention_heads": 4, "intermediate_size": 96}, "num_key_value_heads: 8 .*num_attention_heads .4"),  # 8 by default
+        ("gemma2", {"num_attention_heads": 8, "head_dim": 8, "num_key_value_heads": 3}, "num_key_value_heads: 3 .*num_attention_heads .8"),
+        ("llama", {"num_attention_heads": 4, "head_dim": 0}, "head_dim: 0 .* from 1 to 131072, or none"),
+        ("gemma2", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 0}, "head_dim: 0 .* from 1 to 131072, or none"),
+    ],
+)
+def test_heads_that_the_real_model_fails_on_are_refused(
+    model_type: str, heads: dict[str, int], accepted: str, inspector: Inspector
+) -> None:
+    config = {**SMALL, "model_type": model_type, **heads}
+    with pytest.raises((RuntimeError, ZeroDivisionError)):
+        run(config)
+    with pytest.raises(ConfigError, match=rf"^model\.config\.{accepted}") as caught:
+        resolve(config, inspector=inspector, cache=InventoryCache(None))
+    assert [error.field for error in caught.value.errors] == [f"model.config.{accepted.partition(':')[0]}"]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral", "starcoder2"])
+def test_heads_of_no_width_have_the_usual_one_where_the_class_takes_0_for_none(model_type: str, inspector: Inspector) -> None:
+    config = {**SMALL, "model_type": model_type, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    run({**config, "head_dim": 0})
+    zero, without = (
+        resolve(each, inspector=inspector, cache=InventoryCache(None)).inventory for each in ({**config, "head_dim": 0}, config)
+    )
+    assert zero.rows == without.rows
+    assert zero.config["head_dim"] == 64 // 4
+
+
 def test_a_file_and_its_folder_are_the_same_config(tmp_path: Path, inspector: Inspector) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     cache = InventoryCache(None)

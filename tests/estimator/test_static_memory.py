@@ -102,6 +102,7 @@ def real_model(path: Path, recipe: Recipe) -> Any:
             bnb_4bit_use_double_quant=quantization.double_quant,
             bnb_4bit_compute_dtype=quantization.compute_dtype.value,
             bnb_4bit_quant_storage=quantization.storage_dtype.value,
+            llm_int8_skip_modules=None if quantization.skip_modules is None else list(quantization.skip_modules),
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[recipe.dtype], quantization_config=config)
     if recipe.prepare_for_kbit_training:
@@ -258,6 +259,27 @@ def test_replacing_the_skip_list_quantizes_the_head() -> None:
         recipe = replace(PLAIN, quantization=replace(NF4, skip_modules=skip), adapter=ATTENTION)
         head = next(t for t in stored_tensors(inventory, recipe) if t.pattern == "lm_head.weight")
         assert (head.quantization is not None) == is_quantized
+
+
+@pytest.mark.parametrize("skip", [None, ("lm_head",), ("embed_tokens", "lm_head"), ("embed_tokens",), ("o_proj",)])
+@pytest.mark.parametrize("quantization", [NF4, INT8])
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")])
+def test_a_tied_head_must_be_skipped_adapted_or_not(
+    saved: Mapping[str, Path], quantization: Quantization, skip: tuple[str, ...] | None, targets: tuple[str, ...]
+) -> None:
+    asked = replace(PLAIN, quantization=replace(quantization, skip_modules=skip), adapter=Adapter(r=4, target_modules=targets))
+    ids = torch.arange(8)[None]
+    try:
+        model = real_model(saved["tied"], asked)
+        model(input_ids=ids, labels=ids).loss.backward()
+    except (AssertionError, AttributeError):  # the shared weight has neither `quant_state` nor `CB`
+        with pytest.raises(RequestError, match=r"llm_int8_skip_modules: .* leaves lm_head .* accepted: a list that names 'lm_head' too"):
+            our_tensors(asked, "tied")
+        assert "lm_head" not in (skip or ("lm_head",))
+        return
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert our_tensors(asked, "tied") == real_tensors(real_model(saved["tied"], asked))
+    assert any("lm_head" in name for name in names) == ("lm_head" in targets)
 
 
 def test_one_nested_code_table_serves_all_layers_before_bitsandbytes_0_46() -> None:

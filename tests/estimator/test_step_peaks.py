@@ -210,17 +210,24 @@ def test_the_optimizers_step_peaks_where_the_real_one_does(optimizer: str) -> No
     check_update("lora_bf16_fp32_autocast", optimizer)
 
 
+@pytest.mark.parametrize(("mode", "optimizer"), [("full_bf16", "sgd"), ("lora_bf16_fp32_autocast", "rmsprop")])
+def test_the_optimizers_step_peaks_where_the_real_one_does_under_weight_decay(mode: str, optimizer: str) -> None:
+    check_update(mode, optimizer, weight_decay=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("optimizer", RUN_HERE)
 @pytest.mark.parametrize("mode", ["full_bf16", "full_fp32_autocast", "lora_bf16_fp32_autocast", "qlora_bf16_autocast"])
-def test_every_optimizers_step_peaks_where_the_real_one_does(mode: str, optimizer: str) -> None:
-    check_update(mode, optimizer)
+def test_every_optimizers_step_peaks_where_the_real_one_does(mode: str, optimizer: str, weight_decay: float) -> None:
+    check_update(mode, optimizer, weight_decay=weight_decay)
 
 
-def check_update(mode: str, optimizer: str) -> None:
-    peak = step("llama", mode, 2, 24, 2, optimizer=optimizer).second[Phase.OPTIMIZER_STEP.value]
+def check_update(mode: str, optimizer: str, *, weight_decay: float = 0.0) -> None:
+    options: Mapping[str, Any] = {"optimizer": optimizer, "weight_decay": weight_decay}
+    peak = step("llama", mode, 2, 24, 2, **options).second[Phase.OPTIMIZER_STEP.value]
     real = peak.live_bytes - sum(s.num_bytes for s in peak.storages if s.shape == ())
-    said = estimates.update_bytes("llama", mode, 2, 24, 2, optimizer=optimizer)
+    said = estimates.update_bytes("llama", mode, 2, 24, 2, **options)
     # On the CPU bitsandbytes' two tables of 1 KiB lie where the states do from the start.
     assert said == real or (optimizer in BITSANDBYTES and 0 < real - said <= 2048)

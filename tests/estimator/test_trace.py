@@ -1,6 +1,8 @@
 """The traced step against the same step really run on the CPU, on tiny models; a few layers against all of them."""
 
+from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -46,12 +48,16 @@ def test_peaks_equal_those_of_a_real_run_in_every_mode(family: str, mode: str, g
     assert_equal(family, mode, gc)
 
 
-@pytest.mark.parametrize("mode", ["full_bf16", "qlora_prepared_autocast"])
-@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit"])
-def test_the_traced_update_leaves_the_states_of_the_real_optimizer(optimizer: str, mode: str) -> None:
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit")
+UPDATES = product(OPTIMIZERS, (0.0,), ("full_bf16", "qlora_prepared_autocast"))
+
+
+@pytest.mark.parametrize(("optimizer", "weight_decay", "mode"), [*UPDATES, ("sgd", 0.1, "full_bf16")])
+def test_the_traced_update_leaves_the_states_of_the_real_optimizer(optimizer: str, weight_decay: float, mode: str) -> None:
     """`static_memory` is held to real steps in test_optimizers."""
-    traced = traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, gc=False, optimizer=optimizer, num_steps=2)
-    static = static_memory(recipes.inventory("llama", LAYERS), recipes.recipe("llama", mode, BATCH, LENGTH, gc=False, optimizer=optimizer))
+    options: Mapping[str, Any] = {"gc": False, "optimizer": optimizer, "weight_decay": weight_decay}
+    traced = traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, num_steps=2, **options)
+    static = static_memory(recipes.inventory("llama", LAYERS), recipes.recipe("llama", mode, BATCH, LENGTH, **options))
     assert traced.items(len(traced.events) - 1).get("optimizer_states", 0) == static.optimizer_states_bytes
     peak = traced.items(traced.peaks()["optimizer_step"].event).get("temporary", 0)
     # clipping takes one scalar for each gradient, which the answers leave out

@@ -226,6 +226,7 @@ def step(
     loss: str = "stock",
     accumulation: int = 1,
     optimizer: str = "adamw_torch_fused",
+    weight_decay: float = 0.0,
     padded: bool = False,
     flattened: bool = False,
     granularity_bytes: int = 512,
@@ -241,6 +242,7 @@ def step(
         accumulation: number of micro-batches per step.
         granularity_bytes: every storage is rounded up to it: 512 as CUDA's allocator counts [bytes].
         optimizer: a value of transformers' OptimizerNames.
+        weight_decay: of TrainingArguments.
         options: see `models.build`.
 
     Source: transformers 5.23, trainer.py, training_step, _clip_grad_norm, _run_epoch.
@@ -256,7 +258,7 @@ def step(
         with watched(model, batch, granularity_bytes=granularity_bytes, log=log) as live:
             enter_head = base.get_output_embeddings().register_forward_pre_hook(lambda *_: live.begin("loss") and None)
             forward = _like_accelerate(model, mode)
-            update = as_on_cuda(made_by_trainer(model, optimizer))
+            update = as_on_cuda(made_by_trainer(model, optimizer, weight_decay=weight_decay))
             kept_bytes, runs = 0, []
             for number in range(2):
                 live.peaks.clear()

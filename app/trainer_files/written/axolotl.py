@@ -35,6 +35,8 @@ def axolotl(subject: Subject) -> Json:
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "optimizer": training.optimizer,
     }
+    if training.decays:
+        config["weight_decay"] = training.weight_decay
     if training.optimizer_arguments:
         config["optim_args"] = dict(training.optimizer_arguments)
     config["gradient_checkpointing"] = training.gradient_checkpointing

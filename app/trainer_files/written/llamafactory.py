@@ -41,6 +41,8 @@ def llamafactory(subject: Subject) -> Json:
         "enable_liger_kernel": training.loss is Loss.LIGER,
         "neat_packing": training.flattened,
     }
+    if training.decays:
+        config["weight_decay"] = training.weight_decay
     if training.optimizer_arguments:
         config["optim_args"] = ",".join(f"{name}={value}" for name, value in training.optimizer_arguments)
     parallel = subject.recipe.parallel

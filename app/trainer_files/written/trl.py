@@ -36,6 +36,8 @@ def arguments(subject: Subject) -> Json:
     }
     if training.gradient_checkpointing:
         found[f"{checkpointing}_kwargs"] = {"use_reentrant": training.use_reentrant}
+    if training.decays:
+        found["weight_decay"] = training.weight_decay
     if training.optimizer_arguments:
         found["optim_args"] = ",".join(f"{name}={value}" for name, value in training.optimizer_arguments)
     if asked is not None and asked.label_smoothing_factor:

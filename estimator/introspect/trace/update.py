@@ -18,14 +18,17 @@ from estimator.introspect.trace.errors import NotTraceableError
 from estimator.recipe import Recipe
 
 
-def made_by_trainer(model: nn.Module, name: str, arguments: str | None = None) -> torch.optim.Optimizer:
+def made_by_trainer(model: nn.Module, name: str, arguments: str | None = None, *, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """What `Trainer.create_optimizer` returns, its parameter groups included.
 
     Args:
         name: a value of OptimizerNames.
         arguments: `optim_args`.
+        weight_decay: of TrainingArguments.
     """
-    settings = TrainingArguments(output_dir=tempfile.gettempdir(), optim=name, optim_args=arguments, use_cpu=True, report_to=[])
+    settings = TrainingArguments(
+        output_dir=tempfile.gettempdir(), optim=name, optim_args=arguments, weight_decay=weight_decay, use_cpu=True, report_to=[]
+    )
     # Only what create_optimizer reads; a whole Trainer would want a data set.
     trainer: Any = argparse.Namespace(
         model=model,
@@ -50,7 +53,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     assert training is not None
     arguments = ",".join(f"{key}={value}" for key, value in training.optimizer_arguments) or None
     try:
-        return made_by_trainer(model, training.optimizer, arguments)
+        return made_by_trainer(model, training.optimizer, arguments, weight_decay=training.weight_decay)
     except (ImportError, ValueError, RuntimeError) as error:
         raise NotTraceableError(f"optimizer {training.optimizer}: {error}") from error
 

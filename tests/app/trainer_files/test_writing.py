@@ -32,7 +32,7 @@ SFT: Json = {
     "training": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_length": 1024, "optim": "paged_adamw_8bit"},
     "stack": {"transformers": "5.23", "trl": "1.16", "peft": "0.21"},
 }
-PACKED: Json = {**SFT, "attn_implementation": "flash_attention_2", "training": {**SFT["training"], "packing": True}}
+PACKED: Json = {**SFT, "attn_implementation": "flash_attention_2", "training": {**SFT["training"], "packing": True, "weight_decay": 0.1}}
 FULL: Json = {**examples.FULL, "padded": True, "attn_implementation": "flash_attention_2", "hardware": {"gpu": "a100-80"}}
 QLORA: Json = {
     **{name: value for name, value in SFT.items() if name != "trainer"},
@@ -46,7 +46,7 @@ QLORA: Json = {
 }
 INT8: Json = {**QLORA, "quantization": {"load_in_8bit": True}, "peft": {"r": 8, "target_modules": "all-linear", "use_dora": True}}
 FLAT: Json = {**QLORA, "attn_implementation": "flash_attention_2", "padded": False, "training": {**QLORA["training"], "padding_free": True}}
-LIGER: Json = {**QLORA, "training": {**QLORA["training"], "use_liger_kernel": True, "optim_args": "betas=0.9"}}
+LIGER: Json = {**QLORA, "training": {**QLORA["training"], "use_liger_kernel": True, "optim_args": "betas=0.9", "weight_decay": 0.01}}
 
 
 def _spread(request: Json, strategy: str, **options: Any) -> Json:
@@ -120,7 +120,7 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _KEPT = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "optim", "optim_args", "bf16", "fp16", "packing"),
-    *("activation_checkpointing", "activation_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "use_liger_kernel", "label_smoothing_factor", "weight_decay"),
 )
 
 
