@@ -1,7 +1,7 @@
-"""Fitted corrections in use: none, those in force in a service, those of the setting, or those of one command; what an answer says of them.
+"""Fitted corrections in use: those of one command, else those of the setting, else those in force in the service that answers, else none.
 
-`VRAMPLAN_CORRECTIONS` names a file of `vramplan calibrate fit`, which goes before what a service's own measurements put in force. Exact terms
-are never touched; estimates of lists of cards and of sweeps, which are made many at a time, stay as they are modelled.
+`VRAMPLAN_CORRECTIONS` names a file of `vramplan calibrate fit`. Exact terms are never touched; estimates of lists of cards and of sweeps,
+which are made many at a time, stay as they are modelled. An answer says what was applied.
 """
 
 import os
