@@ -26,6 +26,8 @@ from estimator.units import gib
 # What stands in every form: the run's sizes, before all else.
 FIRST = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size")
 FIRST_OF_GENERATION = ("batch_size", "prompt_length", "max_new_tokens")
+SHOWN = "http://127.0.0.1:8000"
+"""The service in documents."""
 _PARAMETERS = frozenset((MODEL, EXTRA, AGAINST, "show", "preset", *fields()))
 
 router = APIRouter(include_in_schema=False)
@@ -77,6 +79,14 @@ async def part(request: Request, name: str) -> Response:
         return page_of("answer.html", {**context, "is_part": True}, headers={**UNSTORED, **headers})
     found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
     return page_of(f"{name}.html", {"part": found}, headers=UNSTORED)
+
+
+@router.get("/llms.txt")
+@router.get("/SKILL.md")
+async def skill(request: Request) -> Response:
+    """How a program that reads may use the service, with the addresses of this one."""
+    text = content("SKILL.md").decode().replace(SHOWN, f"{request.url.scheme}://{request.url.netloc}")
+    return Response(text, media_type="text/markdown; charset=utf-8")
 
 
 @router.get("/static/{name}")

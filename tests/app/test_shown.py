@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
-from app import copies, examples
+from app import copies, examples, left_out
 from app.configuration import Configuration
 from app.http import create_app
+from app.page import SHOWN
 from app.state import keys
 from app.state.database import Database
 from tests import mock_hub as mocked
@@ -23,7 +25,7 @@ from tests.served import serving
 
 ROOT = Path(__file__).parents[2]
 README, SERVICE, CLIENT = ROOT / "README.md", ROOT / "docs" / "service.md", ROOT / "docs" / "examples" / "client.py"
-SHOWN = "http://127.0.0.1:8000"
+SKILL = ROOT / "app" / "static" / "SKILL.md"
 
 
 def shell_of(page: Path) -> str:
@@ -90,6 +92,34 @@ def test_a_line_for_curl_is_answered(line: str, folder: Path, surroundings: dict
     done = subprocess.run(["sh", "-c", command], cwd=folder, env=os.environ | surroundings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ANSWERS[path_of(line)](done.stdout)
+
+
+def is_part(shown: Any, answer: Any) -> bool:
+    """Whether an answer has what is shown of it; of a list the first rows."""
+    if isinstance(shown, dict):
+        return all(name in answer and is_part(value, answer[name]) for name, value in shown.items())
+    if isinstance(shown, list):
+        return len(shown) <= len(answer) and all(map(is_part, shown, answer))
+    return bool(shown == answer)
+
+
+def test_the_calls_that_agents_are_shown_are_answered_as_shown(folder: Path, surroundings: dict[str, str]) -> None:
+    page = httpx2.get(f"{surroundings['ADDRESS']}/llms.txt")
+    assert page.headers["content-type"] == "text/markdown; charset=utf-8"
+    calls = re.findall(r"^```sh\n(curl .*?)^```\n\n```json\n(.*?)^```", page.text, re.MULTILINE | re.DOTALL)
+    assert len(calls) == 3
+    for command, shown in calls:
+        done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=True)
+        assert is_part(json.loads(shown), json.loads(done.stdout)), done.stdout[:2000]
+    assert SHOWN not in page.text
+
+
+def test_what_agents_are_told_of_fields_and_codes_is_so() -> None:
+    text = SKILL.read_text()
+    assert text.startswith("---\nname: vramplan\ndescription: ")
+    document = create_app(Configuration(database_url="none")).openapi()
+    assert set(re.findall(r"`(?:GET |POST )?(/v1/\w+)`", text)) <= set(document["paths"])
+    assert "field_not_modelled" in {code for _, code in left_out.RULES}
 
 
 def test_every_operation_that_answers_is_shown_with_curl() -> None:
