@@ -128,6 +128,23 @@ def test_the_answer_follows_the_edits_and_so_does_the_address(visit: Open) -> No
     expect(page.locator(VERDICT)).to_contain_text("Does not fit on Tesla T4")
 
 
+@pytest.mark.slow  # the libraries run
+def test_a_step_that_has_to_be_traced_fills_in_by_itself(visit: Open) -> None:
+    traced = SMALL.edited(model="facebook/opt-125m")
+    page = visit(traced.address or "")
+    expect(page.locator(VERDICT)).to_contain_text("Loading takes")
+    expect(page.locator(VERDICT)).to_contain_text("Fits on Tesla T4", timeout=90_000)
+    assert page.locator("text=the step is being traced").count() == 0
+
+
+def test_a_run_is_taken_along_as_a_training_file(visit: Open) -> None:
+    page = visit(SMALL.address or "")
+    page.get_by_role("button", name="Write it for TRL, axolotl").click()
+    page.locator("details.copy", has_text="TRL script").locator("summary").click()
+    expect(page.get_by_label("TRL script", exact=True)).to_contain_text("Trainer(")
+    expect(page.locator("details.copy", has_text="TRL script").get_by_role("button", name="Copy")).to_be_visible()
+
+
 def test_what_cannot_be_read_is_said_while_it_is_typed(visit: Open) -> None:
     page = visit(SMALL.address or "")
     page.get_by_label("max_length").fill("many")
