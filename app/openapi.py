@@ -56,7 +56,7 @@ def _with(*required: str) -> Json:
 _ANSWERS: Mapping[tuple[str, str], tuple[Json, Mapping[str, Json]]] = {
     ("post", "/v1/estimate"): (ref("Estimate"), {}),
     ("post", "/v1/check"): (ref("Check"), {}),
-    ("post", "/v1/sweep"): (_OBJECT, {}),
+    ("post", "/v1/sweep"): (ref("SweepAnswer"), {}),
     ("post", "/v1/plan"): (ref("PlanAnswer"), {}),
     ("post", "/v1/trace"): (_OBJECT, {}),
     ("get", "/v1/models"): (_with("models"), {}),

@@ -214,6 +214,29 @@ _ANSWERS: Mapping[str, Json] = {
         },
         description="One of `plan`, `shortfall` and, where the request names no card, `gpus` is set.",
     ),
+    "Grid": _object(
+        {
+            "r": _nullable(_COUNT),
+            **dict.fromkeys(("allocated_bytes", "device_bytes", "required_bytes"), _listed(_listed(_BYTES))),
+            "verdicts": _nullable(_listed(_listed(_VERDICT))),
+            "frontier": _nullable(_listed(_nullable(_COUNT))),
+            "frontier_basis": _nullable(_listed(_TEXT)),
+        },
+        description="A row for each micro-batch, in it a column for each length; `frontier` is the largest micro-batch that fits at each.",
+    ),
+    "SweepAnswer": _object(
+        {
+            "schema_version": _VERSION,
+            "reserved_basis": _TEXT,
+            "model": ref("Model"),
+            "gpu": _nullable(_TEXT),
+            "usable_bytes": _nullable(_BYTES),
+            "gradient_accumulation_steps": _COUNT,
+            "per_device_train_batch_size": _listed(_COUNT),
+            "max_length": _listed(_COUNT),
+            "grids": _listed(ref("Grid")),
+        }
+    ),
 }  # fmt: skip
 
 
