@@ -1,4 +1,4 @@
-"""A typed client of the service. The types are made from its own document, and nothing but Python is needed to run it:
+"""A typed client of the service. The types are made from its own document; to run it takes `typing_extensions` and nothing else:
 
 pip install datamodel-code-generator
 curl -s http://127.0.0.1:8000/openapi.json -o openapi.json

@@ -130,7 +130,8 @@ def test_the_typed_client_asks_the_service(folder: Path, surroundings: dict[str,
     pytest.importorskip("datamodel_code_generator", reason="datamodel-code-generator is not installed: `make install-test`")
     text = CLIENT.read_text()
     (folder / CLIENT.name).write_text(text)
-    lines = [line.strip() for line in text.splitlines() if line.startswith(("    curl ", "    datamodel-codegen "))]
+    lines = re.findall(r"^ *(curl .+|datamodel-codegen .+)$", text, re.MULTILINE)
+    assert len(lines) == 2
     python = shlex.quote(sys.executable)
     commands = [line.replace("datamodel-codegen", f"{python} -W ignore -m datamodel_code_generator") for line in lines]
     script = " && ".join([*commands, f"{python} {CLIENT.name} {SHOWN}"]).replace(SHOWN, surroundings["ADDRESS"])
