@@ -14,7 +14,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY app app
 COPY calibration calibration
 COPY estimator estimator
-RUN /opt/vramplan/bin/pip install -c constraints.txt '.[postgres]'
+RUN /opt/vramplan/bin/pip install -c constraints.txt '.[postgres,redis]'
 
 FROM python:${PYTHON_VERSION}-slim
 RUN useradd --create-home --uid 10001 vramplan && install -d -o vramplan -g vramplan /var/lib/vramplan

@@ -51,6 +51,9 @@ class Configuration(BaseSettings):
         bool,
         Field(description="whether `HF_TOKEN` opens gated and private models for everyone who asks this service; off but for private use"),
     ] = False
+    corrections_seconds: Annotated[
+        Seconds, Field(description="after which a process looks anew which corrections are in force, and answers by them")
+    ] = 5.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="of the log on standard error")] = "info"
     log_format: Annotated[Literal["json", "text"], Field(description="of the log on standard error")] = "json"
     metrics: Annotated[bool, Field(description="whether `/metrics` answers")] = True

@@ -1,7 +1,7 @@
-"""Fitted corrections in use: none, those of the setting, or those of one command; and what an answer says of them.
+"""Fitted corrections in use: those of one command, else those of the setting, else those in force in the service that answers, else none.
 
 `VRAMPLAN_CORRECTIONS` names a file of `vramplan calibrate fit`. Exact terms are never touched; estimates of lists of cards and of sweeps,
-which are made many at a time, stay as they are modelled.
+which are made many at a time, stay as they are modelled. An answer says what was applied.
 """
 
 import os
@@ -25,10 +25,11 @@ VARIABLE = "VRAMPLAN_CORRECTIONS"
 _MAX_FILE_BYTES = 4 * 2**20
 
 _OF_A_COMMAND: ContextVar[Corrections | None] = ContextVar("corrections of a command", default=None)
+_OF_A_SERVICE: ContextVar[Corrections | None] = ContextVar("corrections in force in a service", default=None)
 
 
 def current() -> Corrections | None:
-    """The corrections to apply: a command's own, else those of the setting.
+    """The corrections to apply: a command's own, else those of the setting, else those of the service that answers.
 
     Raises:
         RequestError: if the setting's file cannot be read.
@@ -37,7 +38,7 @@ def current() -> Corrections | None:
     if own is not None:
         return own
     named = os.environ.get(VARIABLE)
-    return read(Path(named)) if named else None
+    return read(Path(named)) if named else _OF_A_SERVICE.get()
 
 
 @contextmanager
@@ -52,6 +53,16 @@ def using(path: Path) -> Iterator[None]:
         yield
     finally:
         _OF_A_COMMAND.reset(token)
+
+
+@contextmanager
+def in_force(corrections: Corrections | None) -> Iterator[None]:
+    """Applies the corrections of a service to what is answered inside: one request is answered by the same ones throughout."""
+    token = _OF_A_SERVICE.set(corrections)
+    try:
+        yield
+    finally:
+        _OF_A_SERVICE.reset(token)
 
 
 def read(path: Path) -> Corrections:

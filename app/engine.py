@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from app.corrections import applied
 from app.versions import installed, shown
-from estimator.engine import UNLIMITED, Device, why_not_modelled
+from estimator.engine import UNLIMITED, Device, loaded, why_not_modelled
 from estimator.engine import estimate as analytic
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
@@ -61,6 +61,17 @@ class Answerer:
         if all(notice.code != _NOT_MODELLED for notice in found.notices):
             return replace(found, engine_reason=f"closed forms of {self.inventory.model_type}, held to the trace by tests")
         return self._traced_instead(recipe, found)
+
+    def has_to_trace(self, recipe: Recipe) -> bool:
+        """Whether `estimate` would have to trace the step first, which takes seconds."""
+        traces = self.engine == "trace" or (self.engine == "auto" and why_not_modelled(self.inventory, recipe) is not None)
+        if not traces or self._why_no_trace(recipe) is not None:
+            return False
+        return not self.tracer().has_step(self.subject, replace(recipe, parallel=Parallel()))
+
+    def loaded(self, recipe: Recipe) -> Estimate:
+        """The load alone, which is exact and takes no trace."""
+        return loaded(self.inventory, recipe)
 
     def step(self, recipe: Recipe, *, routing: str = "balanced") -> TracedStep:
         """The traced step.

@@ -4,11 +4,12 @@ import ipaddress
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from limits import RateLimitItem, parse_many
 from limits.aio.storage import Storage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
-from limits.errors import StorageError
+from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
 from app.logs import LOGGER
@@ -16,6 +17,8 @@ from estimator.errors import RequestError
 
 # What an IPv6 subscriber is given at least: addresses within it are one caller's. Source: RFC 6177, section 2.
 _IPV6_PREFIX = 64
+# Of redis-py. A Redis that hangs may hold up a request for this long, and no longer; one that fails is not asked again in the same request.
+_REDIS: dict[str, Any] = {"implementation": "redispy", "socket_timeout": 0.5, "socket_connect_timeout": 0.5, "retry": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +48,16 @@ class RateLimiter:
             return
         try:
             self._items = tuple(parse_many(limits))
-            kept = storage_from_string(f"async+{storage}", wrap_exceptions=True)
         except ValueError as error:
             raise RequestError(f"rate_limit: {error}", field="rate_limit") from None
+        try:
+            options = _REDIS if storage.startswith("redis") else {}
+            kept = storage_from_string(f"async+{storage}", wrap_exceptions=True, **options)
+        except (ConfigurationError, ImportError, ValueError):  # whose messages may quote a password
+            raise RequestError(
+                "rate_limit_storage: cannot be used; accepted: memory://, and with `pip install 'vramplan[redis]'` redis://HOST:PORT",
+                field="rate_limit_storage",
+            ) from None
         assert isinstance(kept, Storage)
         self._strategy = SlidingWindowCounterRateLimiter(kept)
 

@@ -8,8 +8,10 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import corrections
 from app.credentials import headers_of, hub_token
 from app.flood import RateLimiter, Refusal
+from app.in_force import Source
 from app.logs import LOGGER
 from app.metrics import Metrics
 from estimator.errors import VramplanError
@@ -46,6 +48,7 @@ class Front:
         limiter: of requests by address.
         max_concurrent: requests under way at once.
         access: what everyone has; a caller's token is added to it.
+        in_force: the corrections to answer with.
         metrics: where requests are counted.
         respond: makes an answer of a refusal.
         tracer: of spans; None for none.
@@ -59,6 +62,7 @@ class Front:
         limiter: RateLimiter,
         max_concurrent: int,
         access: Callable[..., Access],
+        in_force: Source,
         metrics: Metrics,
         respond: Respond,
         tracer: "Tracer | None" = None,
@@ -68,6 +72,7 @@ class Front:
         self._limiter = limiter
         self._max_concurrent = max_concurrent
         self._access = access
+        self._in_force = in_force
         self._metrics = metrics
         self._respond = respond
         self._tracer = tracer
@@ -131,7 +136,7 @@ class Front:
                 access = self._access(token=hub_token(headers))
         except VramplanError as error:
             answer = self._respond(error)
-        with using(access):
+        with using(access), corrections.in_force(self._in_force()):
             await answer(scope, receive, send)
 
     async def _refuses(self, scope: Scope, headers: dict[str, str]) -> Refusal | None:

@@ -21,6 +21,7 @@ from app.check import check
 from app.configuration import Configuration
 from app.flood import RateLimiter, Refusal
 from app.front import SECURITY_HEADERS, Front
+from app.in_force import InForce
 from app.metrics import CONTENT_TYPE, Metrics
 from app.openapi import complete
 from app.page import router as page
@@ -28,8 +29,7 @@ from app.plan import plan
 from app.prices import current
 from app.problem import MEDIA_TYPE, problem, problem_of
 from app.reading import read_json
-from app.request import PlanRequest, SweepRequest
-from app.request import Request as EstimateRequest
+from app.schemas import ref
 from app.service import answer
 from app.spans import tracer_of_environment
 from app.trace import answer_trace, snapshot_of, svg_of, trace
@@ -91,6 +91,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.answers = Answers()
     app.state.workers = Workers(threads=configuration.threads, timeout_seconds=configuration.request_timeout_seconds)
     app.state.state = _state_of(configuration)
+    app.state.in_force = InForce(app.state.state, every_seconds=configuration.corrections_seconds)
     store, inventories = _caches(app.state.state, configuration)
     app.state.lookup = Lookup(
         store=store,
@@ -119,26 +120,27 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
             lookup=app.state.lookup,
             inventories=inventories,
         ),
+        in_force=lambda: app.state.in_force.now,
         metrics=metrics,
         respond=_respond,
         tracer=tracer_of_environment() if configuration.traces else None,
     )
-    app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented(EstimateRequest, examples.ESTIMATE))(
+    app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented("EstimateRequest", examples.ESTIMATE))(
         _estimate
     )
-    app.post("/v1/check", summary="Whether a run fits a card", openapi_extra=_documented(EstimateRequest, examples.CHECK))(_check)
+    app.post("/v1/check", summary="Whether a run fits a card", openapi_extra=_documented("EstimateRequest", examples.CHECK))(_check)
     app.post(
         "/v1/sweep",
         summary="Memory over micro-batches, lengths and ranks",
         description="`format`: `json`; `csv`; `svg`, a picture with the largest batch that fits at each length.",
-        openapi_extra=_documented(SweepRequest, examples.SWEEP),
+        openapi_extra=_documented("SweepRequest", examples.SWEEP),
     )(_sweep)
-    app.post("/v1/plan", summary="What fits a card, or which cards fit", openapi_extra=_documented(PlanRequest, examples.PLAN))(_plan)
+    app.post("/v1/plan", summary="What fits a card, or which cards fit", openapi_extra=_documented("PlanRequest", examples.PLAN))(_plan)
     app.post(
         "/v1/trace",
         summary="Every allocation of a training step",
         description="`format`: `json`; `svg`, memory over time; `snapshot`, a pickle that pytorch.org/memory_viz opens.",
-        openapi_extra=_documented(EstimateRequest, examples.TRACE),
+        openapi_extra=_documented("EstimateRequest", examples.TRACE),
     )(_trace)
     app.post(
         "/v1/convert",
@@ -171,7 +173,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if state is not None:
         with suppress(SourceUnavailableError):  # answers need no state; `/readyz` tells of it
             await asyncio.to_thread(state.ready)
+    in_force: InForce = app.state.in_force
+    await asyncio.to_thread(in_force.look)  # the first answer rests on them too
+    following = asyncio.create_task(in_force.follow())
     yield
+    following.cancel()
     app.state.workers.close()
     if state is not None:
         state.close()
@@ -299,7 +305,9 @@ async def _ready(request: Request) -> Response:
             raise SourceUnavailableError("the state of the service does not answer in time", retry_after_seconds=10) from None
     lookup: Lookup = request.app.state.lookup
     hub = "left alone" if lookup.breaker.is_open else "asked"
-    return Reply({"status": "ready", "state": "none" if state is None else "kept", "hub": hub})
+    in_use = corrections.current()
+    told = {"state": "none" if state is None else "kept", "hub": hub, "corrections": None if in_use is None else in_use.version}
+    return Reply({"status": "ready", **told})
 
 
 async def _metrics(request: Request) -> Response:
@@ -318,30 +326,9 @@ async def _payload(request: Request) -> Json:
     return await in_thread(request, payload, partial(opened, payload)) if "files" in payload else payload
 
 
-def _documented(model: type[EstimateRequest], shown: Mapping[str, Json]) -> Json:
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    # Definitions are inlined: the body is read by hand, so FastAPI collects no components for it.
-    inlined = orjson.loads(orjson.dumps(schema))
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": _inline(inlined, definitions), "examples": dict(shown)}},
-        }
-    }
-
-
-def _inline(node: Any, definitions: Mapping[str, Any]) -> Any:
-    if isinstance(node, list):
-        return [_inline(child, definitions) for child in node]
-    if not isinstance(node, dict):
-        return node
-    name = str(node.get("$ref", "")).rpartition("/")[2]
-    if name == "JsonValue":
-        return {}
-    if name in definitions:
-        return _inline({**definitions[name], **{k: v for k, v in node.items() if k != "$ref"}}, definitions)
-    return {key: _inline(child, definitions) for key, child in node.items()}
+def _documented(name: str, shown: Mapping[str, Json]) -> Json:
+    """The body is read by hand, so that FastAPI knows nothing of it."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": ref(name), "examples": dict(shown)}}}}
 
 
 def _respond(refusal: Refusal | VramplanError) -> Response:

@@ -6,9 +6,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app import examples
-from app.answer import VERDICTS, Json
+from app.answer import Json
 from app.check import check
 from app.problem import MEDIA_TYPE
+from app.schemas import components, ref
 from app.service import answer
 
 PROBLEM_SCHEMA: Json = {
@@ -47,49 +48,16 @@ _ALWAYS = ("421", "422", "429", "503")
 _WATCHED = ("/healthz", "/readyz")
 _OBJECT: Json = {"type": "object", "required": ["schema_version"], "properties": {"schema_version": {"const": 1}}}
 
-_BYTES: Json = {"type": "integer", "minimum": 0}
-_ESTIMATE: Json = {
-    "type": "object",
-    "required": ["schema_version", "model", "parameters", "recipe", "engine", "stack", "peak", "phases", "fit", "warnings", "ignored"],
-    "properties": {
-        "schema_version": {"const": 1},
-        "model": {
-            "type": "object",
-            "required": ["id", "revision", "model_type", "source", "num_parameters"],
-            "properties": {"source": {"enum": ["catalogue", "hub", "config"]}, "num_parameters": _BYTES},
-        },
-        "engine": {"enum": ["analytic", "trace"]},
-        "peak": {
-            "type": ["object", "null"],
-            "properties": {"phase": {"type": "string"}, "allocated_bytes": _BYTES, "device_bytes": _BYTES},
-        },
-        "phases": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["phase", "allocated_bytes", "items"],
-                "properties": {"phase": {"type": "string"}, "allocated_bytes": _BYTES, "items": {"type": "array"}},
-            },
-        },
-        "fit": {"type": ["object", "null"], "properties": {"verdict": {"enum": list(VERDICTS)}}},
-        "warnings": {
-            "type": "array",
-            "items": {"type": "object", "required": ["code", "message"]},
-        },
-        "ignored": {"type": "array", "items": {"type": "string"}},
-    },
-}
-
 
 def _with(*required: str) -> Json:
     return {**_OBJECT, "required": ["schema_version", *required]}
 
 
 _ANSWERS: Mapping[tuple[str, str], tuple[Json, Mapping[str, Json]]] = {
-    ("post", "/v1/estimate"): (_ESTIMATE, {}),
-    ("post", "/v1/check"): (_with("verdict", "missing_bytes"), {}),
-    ("post", "/v1/sweep"): (_OBJECT, {}),
-    ("post", "/v1/plan"): (_with("plan", "shortfall"), {}),
+    ("post", "/v1/estimate"): (ref("Estimate"), {}),
+    ("post", "/v1/check"): (ref("Check"), {}),
+    ("post", "/v1/sweep"): (ref("SweepAnswer"), {}),
+    ("post", "/v1/plan"): (ref("PlanAnswer"), {}),
     ("post", "/v1/trace"): (_OBJECT, {}),
     ("get", "/v1/models"): (_with("models"), {}),
     ("get", "/v1/models/{model_id}"): (_with("model", "tensors"), {}),
@@ -136,6 +104,7 @@ def _completed(made: Json) -> Json:
     schemas = made.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    schemas |= components()
     schemas["Problem"] = PROBLEM_SCHEMA
     for path, operations in made["paths"].items():
         for method, operation in operations.items():

@@ -25,7 +25,11 @@ from estimator.units import gib
 
 # What stands in every form: the run's sizes, before all else.
 FIRST = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size")
+WAIT = "wait"
+"""Asks for an answer that may take seconds, since the step is traced."""
 FIRST_OF_GENERATION = ("batch_size", "prompt_length", "max_new_tokens")
+SHOWN = "http://127.0.0.1:8000"
+"""The service in documents."""
 _PARAMETERS = frozenset((MODEL, EXTRA, AGAINST, "show", "preset", *fields()))
 
 router = APIRouter(include_in_schema=False)
@@ -70,13 +74,22 @@ async def part(request: Request, name: str) -> Response:
     """A part of the page, which is put in place as the form is edited."""
     if name not in sections.SECTIONS and name != "answer":
         raise HTTPException(404)
-    form, error = _read(await _sent(request) if request.method == "POST" else dict(request.query_params))
+    sent = await _sent(request) if request.method == "POST" else dict(request.query_params)
+    form, error = _read(sent)
     if name == "answer":
-        context = await _answered(request, form, error)
+        context = await _answered(request, form, error, waits=WAIT in sent)
         headers = {"hx-replace-url": form.address} if form.address is not None and error is None else {}
         return page_of("answer.html", {**context, "is_part": True}, headers={**UNSTORED, **headers})
     found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
     return page_of(f"{name}.html", {"part": found}, headers=UNSTORED)
+
+
+@router.get("/llms.txt")
+@router.get("/SKILL.md")
+async def skill(request: Request) -> Response:
+    """How a program that reads may use the service, with the addresses of this one."""
+    text = content("SKILL.md").decode().replace(SHOWN, f"{request.url.scheme}://{request.url.netloc}")
+    return Response(text, media_type="text/markdown; charset=utf-8")
 
 
 @router.get("/static/{name}")
@@ -120,7 +133,7 @@ async def _page(
     pasted: str = "",
     is_example: bool = False,
 ) -> Response:
-    context = await _answered(request, form, error)
+    context = await _answered(request, form, error, waits=bool(shown))
     wanted = set(sections.QUICK) if shown == "all" else {shown} & set(sections.SECTIONS)
     context["shown"] = {name: await _section(request, name, form) for name in sorted(wanted)} if context["result"] else {}
     context |= {
@@ -137,8 +150,12 @@ async def _page(
     return page_of("page.html", context, status=context["error"]["status"] if context["error"] else 200)
 
 
-async def _answered(request: Request, form: Form, error: VramplanError | None) -> Json:
-    """What the answer's template shows."""
+async def _answered(request: Request, form: Form, error: VramplanError | None, *, waits: bool) -> Json:
+    """What the answer's template shows.
+
+    Args:
+        waits: for a trace, if it takes one; else the load is answered for at once.
+    """
     context: Json = {
         "form": form,
         "presets": presets.PRESETS,
@@ -150,7 +167,8 @@ async def _answered(request: Request, form: Form, error: VramplanError | None) -
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"
-            context["result"] = await in_thread(request, form.values, partial(sections.answered, form, origin))
+            asked = {} if waits else form.values  # what may take seconds holds up no arithmetic
+            context["result"] = await in_thread(request, asked, partial(sections.answered, form, origin, waits=waits))
         except VramplanError as refused:
             error = refused
     return {**context, "error": None if error is None else problem_of(error)}

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
-from app.wording import change_sentence
+from app.wording import change_sentence, corrections_sentence
 from estimator.units import gib
 
 _HERE = Path(__file__).parent
@@ -62,6 +62,12 @@ def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"gib": gib, "change": change_sentence, "breakable": _breakable, "percent": _percent}
+    environment.filters |= {
+        "gib": gib,
+        "change": change_sentence,
+        "corrections": corrections_sentence,
+        "breakable": _breakable,
+        "percent": _percent,
+    }
     environment.globals["static"] = _address
     return environment

@@ -6,19 +6,20 @@ from urllib.parse import parse_qsl
 from markupsafe import Markup
 
 from app import copies
-from app.answer import Json, is_modelled
-from app.card import card_of
+from app.answer import NOT_MODELLED, Json, is_modelled
+from app.card import Card, card_of
 from app.chart import chart_of, largest_bytes, usable_bytes
 from app.form import AGAINST, Form
 from app.holding import cards_that_hold
 from app.plan import plan
 from app.reading import read_estimate
-from app.service import answer, prepare
+from app.service import Case, prepare, render
 from app.shortfall import Shortage, changes
 from app.sweep import answer_sweep, svg_of, sweep
 from app.trace import svg_of as timeline_of
 from app.trace import trace
-from app.wording import engine_phrase, headline, plan_sentence, shortfall_sentence
+from app.trainer_files.writing import written
+from app.wording import engine_phrase, headline, load_headline, plan_sentence, shortfall_sentence, written_sentence
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -30,23 +31,27 @@ _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_len
 _SHOWN_CHANGES = 12
 
 
-def answered(form: Form, origin: str) -> Json:
+def answered(form: Form, origin: str, *, waits: bool = True) -> Json:
     """The answer to the form, with the recipe it is compared with beside it.
+
+    Args:
+        origin: of the service.
+        waits: for a trace; else what is stored after loading is answered for, and `is_waiting` says that the step is still to come.
 
     Raises:
         VramplanError: if the request or the model cannot be answered for.
     """
     request = form.request()
-    found = answer(request)
-    other = _other(form)
-    view = _view(request, found, at_least=0 if other is None else largest_bytes(other[1]))
-    view["other"] = None if other is None else _view(*other, at_least=largest_bytes(found))
-    view["differences"] = [] if other is None else list(_differences(found, other[1]))
-    view["copies"] = {
-        "curl": copies.as_curl(request, origin),
-        "JSON": copies.as_json(request),
-        "command line": copies.as_command(request),
-    }
+    case, other_case = prepare(read_estimate(request)), _other(form)
+    if not waits and any(one.answerer.has_to_trace(one.recipe) for one in (case, other_case) if one is not None):
+        return _of_load(case, request, origin)
+    found = _answer(case)
+    other = None if other_case is None else _answered_beside(other_case)
+    view = _view(case.card, found, at_least=0 if other is None else largest_bytes(other))
+    view["other"] = None if other is None or other_case is None else _view(other_case.card, other, at_least=largest_bytes(found))
+    view["differences"] = [] if other is None else list(_differences(found, other))
+    view["copies"] = _copies(request, origin)
+    view["is_waiting"] = False
     # Each edit of a traced model would trace anew: there the rest waits until it is asked for.
     view["is_quick"] = found["engine"] == "analytic"
     view["is_modelled"] = found["peak"] is not None
@@ -54,11 +59,27 @@ def answered(form: Form, origin: str) -> Json:
     return view
 
 
-def _view(request: Mapping[str, object], found: Json, *, at_least: int) -> Json:
-    card = card_of(read_estimate(request).request.hardware)
+def _of_load(case: Case, request: Json, origin: str) -> Json:
+    """What is known before the step is traced."""
+    found = render(case, case.answerer.loaded(case.recipe))
+    found["warnings"] = [warning for warning in found["warnings"] if warning["code"] != NOT_MODELLED]
+    said: Json = {"headline": load_headline(found, _name(case.card)), "copies": _copies(request, origin), "other": None, "differences": []}
+    waiting = {"is_waiting": True, "is_quick": False, "is_modelled": False, "is_training": False}
+    return _view(case.card, found, at_least=0) | said | waiting
+
+
+def _copies(request: Json, origin: str) -> Json:
+    return {"curl": copies.as_curl(request, origin), "JSON": copies.as_json(request), "command line": copies.as_command(request)}
+
+
+def _name(card: Card | None) -> str | None:
+    return None if card is None else card.name
+
+
+def _view(card: Card | None, found: Json, *, at_least: int) -> Json:
     return {
         "answer": found,
-        "headline": headline(found, None if card is None else card.name),
+        "headline": headline(found, _name(card)),
         "verdict": found["fit"]["verdict"] if found["fit"] else "unknown",
         "usable": usable_bytes(found),
         "engine": engine_phrase(found),
@@ -66,14 +87,24 @@ def _view(request: Mapping[str, object], found: Json, *, at_least: int) -> Json:
     }
 
 
-def _other(form: Form) -> tuple[Json, Json] | None:
-    """The request and the answer of the recipe to compare with; None where there is none, or it cannot be answered."""
+def _other(form: Form) -> Case | None:
+    """The recipe to compare with; None where there is none, or it cannot be read."""
     if not form[AGAINST]:
         return None
     try:
-        request = Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request()
-        return request, answer(request)
+        return prepare(read_estimate(Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request()))
     except (VramplanError, ValueError):
+        return None
+
+
+def _answer(case: Case) -> Json:
+    return render(case, case.answerer.estimate(case.recipe))
+
+
+def _answered_beside(case: Case) -> Json | None:
+    try:
+        return _answer(case)
+    except VramplanError:
         return None
 
 
@@ -227,12 +258,33 @@ def timeline(form: Form) -> Json:
     return {"picture": Markup(timeline_of(trace(form.request()), standalone=False))}
 
 
+_FILES = (
+    ("TRL script", "trl", "train.py"),
+    ("axolotl YAML", "axolotl", "axolotl.yml"),
+    ("LLaMA-Factory YAML", "llamafactory", "llamafactory.yml"),
+)
+
+
+def files(form: Form) -> Json:
+    """The run as trainers read it; where one has no words for it, its reason."""
+    return {"files": [_file(form.request(), *names) for names in _FILES]}
+
+
+def _file(request: Json, title: str, kind: str, name: str) -> Json:
+    try:
+        found = written(request, kind, name).rendered()
+    except VramplanError as refused:
+        return {"title": title, "text": "", "said": refused.message}
+    return {"title": title, "text": found["content"], "said": "" if found["device_bytes"] is None else written_sentence(name, found)}
+
+
 SECTIONS: Mapping[str, Callable[[Form], Json]] = {
     "plan": planned,
     "changes": changed,
     "cards": cards,
     "grid": grid,
     "timeline": timeline,
+    "files": files,
 }
 QUICK = ("plan", "cards", "grid")
 """What `show=all` brings; the others take longer, and wait until they are asked for by name."""

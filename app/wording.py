@@ -124,6 +124,18 @@ def headline(answer: Json, card: str | None) -> str:
             return f"Does not fit on {where}: {gib(-free)} missing; {moment}."
 
 
+def load_headline(answer: Json, card: str | None) -> str:
+    """What a page says first while the step has still to be traced.
+
+    Args:
+        card: its name for people; None without one.
+    """
+    load = gib(answer["phases"][0]["allocated_bytes"])
+    if answer["fit"] is not None:  # known from the load alone: it is too much
+        return f"Does not fit on {card or 'the card'}: loading alone takes {load}."
+    return f"Loading takes {load}; the step has to be traced for a verdict."
+
+
 def _bounds(interval: Json | None) -> str:
     if interval is None:
         return "no interval, since too few measured runs are like it"

@@ -130,6 +130,11 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
     return _load_only(prepared)
 
 
+def loaded(inventory: Inventory, recipe: Recipe) -> Estimate:
+    """What one card stores after loading, and nothing of what follows: for recipes whose step has still to be found out."""
+    return _load_only(_prepared(inventory, _without_sizes(recipe)), Notice(code="not_modelled", message=_LOAD_ONLY.format("The step")))
+
+
 def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
     """What the estimate of a training step is put together from, the same for all batches and lengths of one regime.
 

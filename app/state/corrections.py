@@ -47,6 +47,13 @@ def current(database: Database) -> Corrections | None:
     return None if text is None else parsed(text)
 
 
+def current_version(database: Database) -> str | None:
+    """Which corrections are in force."""
+    with database.reading() as connection:
+        found = connection.execute(select(CURRENT.c.version)).scalar()
+    return None if found is None else str(found)
+
+
 def history(database: Database, *, limit: int = 100) -> list[Event]:
     """What happened, the newest first."""
     with database.reading() as connection:

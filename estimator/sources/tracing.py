@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -63,6 +63,13 @@ class _Found:
     any_batch: bool = True
 
 
+class _NotAtHandError(Exception):
+    """Something would have to be traced."""
+
+
+_Find = Callable[[Mapping[str, Any], bool], _Found]
+
+
 class Tracer:
     """Hands out traces; safe to call from many threads. Callers who ask for the same one wait for one run.
 
@@ -99,17 +106,30 @@ class Tracer:
             TraceError: if the step cannot be traced.
             InspectionError, InspectionLimitError, SourceUnavailableError: see `Inspector.run`.
         """
+        return self._step(subject, recipe, routing, self._find)
+
+    def has_step(self, subject: Subject, recipe: Recipe) -> bool:
+        """Whether `step` would answer, or refuse, without running anything."""
+        try:
+            self._step(subject, recipe, "balanced", self._at_hand)
+        except _NotAtHandError:
+            return False
+        except TraceError:
+            pass
+        return True
+
+    def _step(self, subject: Subject, recipe: Recipe, routing: str, find: _Find) -> TracedStep:
         training = recipe.training
         assert training is not None
         length = training.sequence_length
         shared = {"rows": asdict(rows_of(training, subject.inventory.config)), "routing": routing}
         lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
         for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths)}
-        found = self._find(for_lengths, subject.is_public)
+        found = find(for_lengths, subject.is_public)
         if found.step is not None and length % (found.multiple_of or 1) == 0:
             return found.step
         for batch in (_EXACT_BATCH, training.micro_batch_size):  # in most cases one length alone serves every batch
-            found = self._find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
+            found = find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
             if found.step is not None and (found.any_batch or batch == training.micro_batch_size):
                 return found.step
         raise TraceError(f"the step cannot be traced: {found.reason}", field="engine")
@@ -134,26 +154,52 @@ class Tracer:
 
     def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
         key = _key(payload, _scope(is_public))
-        with self._lock:
-            if (kept := self._found.get(key)) is not None:
-                self._found.move_to_end(key)
-                return kept
+        if (kept := self._held(key)) is not None:
+            return kept
         found = self._flights.once(key, lambda: self._obtain(key, payload, is_public))
         assert isinstance(found, _Found)
         return found
 
+    def _at_hand(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
+        """What was found before.
+
+        Raises:
+            _NotAtHandError: if it was not.
+        """
+        key = _key(payload, _scope(is_public))
+        if (kept := self._held(key)) is not None:
+            return kept
+        found = _read(self._file(key)) if self._directory is not None else None
+        if found is None:
+            raise _NotAtHandError
+        self._hold(key, found)
+        return found
+
+    def _held(self, key: str) -> _Found | None:
+        with self._lock:
+            if (kept := self._found.get(key)) is not None:
+                self._found.move_to_end(key)
+            return kept
+
+    def _hold(self, key: str, found: _Found) -> None:
+        with self._lock:
+            self._found[key] = found
+            while len(self._found) > self._max_entries:
+                self._found.popitem(last=False)
+
+    def _file(self, key: str) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{key}.json"
+
     def _obtain(self, key: str, payload: Mapping[str, Any], is_public: bool) -> _Found:
-        file = self._directory / f"{key}.json" if self._directory is not None else None
+        file = self._file(key) if self._directory is not None else None
         found = _read(file) if file is not None else None
         if found is None:
             data = self._ask("trace", payload)
             found = _decoded(data)
             if file is not None and is_public:
                 write_json(file, data)
-        with self._lock:
-            self._found[key] = found
-            while len(self._found) > self._max_entries:
-                self._found.popitem(last=False)
+        self._hold(key, found)
         return found
 
     def _ask(self, task: str, payload: Mapping[str, Any]) -> Any:

@@ -2,20 +2,17 @@
 
 import gzip
 import shutil
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app.form import Form
 from app.http import create_app
+from tests.served import serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
@@ -38,17 +35,8 @@ Open = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        server = uvicorn.Server(uvicorn.Config(create_app(), log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.02)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+    with serving(create_app()) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +126,23 @@ def test_the_answer_follows_the_edits_and_so_does_the_address(visit: Open) -> No
     assert parse_qs(urlsplit(page.url).query)["per_device_train_batch_size"] == ["64"]
     page.reload()
     expect(page.locator(VERDICT)).to_contain_text("Does not fit on Tesla T4")
+
+
+@pytest.mark.slow  # the libraries run
+def test_a_step_that_has_to_be_traced_fills_in_by_itself(visit: Open) -> None:
+    traced = SMALL.edited(model="facebook/opt-125m")
+    page = visit(traced.address or "")
+    expect(page.locator(VERDICT)).to_contain_text("Loading takes")
+    expect(page.locator(VERDICT)).to_contain_text("Fits on Tesla T4", timeout=90_000)
+    assert page.locator("text=the step is being traced").count() == 0
+
+
+def test_a_run_is_taken_along_as_a_training_file(visit: Open) -> None:
+    page = visit(SMALL.address or "")
+    page.get_by_role("button", name="Write it for TRL, axolotl").click()
+    page.locator("details.copy", has_text="TRL script").locator("summary").click()
+    expect(page.get_by_label("TRL script", exact=True)).to_contain_text("Trainer(")
+    expect(page.locator("details.copy", has_text="TRL script").get_by_role("button", name="Copy")).to_be_visible()
 
 
 def test_what_cannot_be_read_is_said_while_it_is_typed(visit: Open) -> None:

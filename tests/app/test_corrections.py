@@ -1,23 +1,33 @@
 """A corrections file scales what is not exact, and the answer says on what evidence."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from app import corrections
 from app.check import check
 from app.cli import cli
+from app.configuration import Configuration
+from app.form import Form
 from app.http import create_app
+from app.in_force import InForce
 from app.plan import plan
 from app.prediction import predict
 from app.service import answer
+from app.state import corrections as state
+from app.state.database import Database
+from app.state.opening import State
 from calibration.case import Case
 from calibration.fit import fit
+from calibration.gate import Verdict
 from calibration.models import config_of
 from estimator.errors import RequestError
 from estimator.fitted import Corrections, Term, dumped
@@ -153,6 +163,95 @@ def test_the_service_follows_the_setting_for_a_question_it_has_answered(file: Pa
     assert client.post("/v1/estimate", json=REQUEST).json()["corrections"]["version"] == "newer-than-before"
     monkeypatch.delenv(corrections.VARIABLE)
     assert client.post("/v1/estimate", json=REQUEST).json() == plain
+
+
+# -- those of a service -----------------------------------------------------------------------------------------------------------------
+
+ACCEPTED = Verdict(is_accepted=True, reason="better")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'state.sqlite3'}"
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    database = Database(url)
+    database.migrate()
+    yield database
+    database.close()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits for what comes within seconds."""
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_is_in_force_is_applied_by_every_process_of_the_service_and_taken_back(url: str, database: Database) -> None:
+    settings = Configuration(database_url=url, corrections_seconds=0.05)
+    with TestClient(create_app(settings)) as one, TestClient(create_app(settings)) as other:
+        plain = one.post("/v1/estimate", json=REQUEST).json()
+        assert "corrections" not in plain
+        state.keep(database, found(), ACCEPTED, report={})
+        for client in (one, other):
+            until(lambda client=client: client.get("/readyz").json()["corrections"] == found().version)  # type: ignore[misc]
+            corrected = client.post("/v1/estimate", json=REQUEST).json()
+            assert corrected["corrections"]["version"] == found().version
+            assert client.post("/v1/estimate", json=REQUEST).json() == corrected
+        planned = one.post("/v1/plan", json={**REQUEST, "hardware": {"gpu": "rtx4090"}}).json()["plan"]
+        assert planned["estimate"]["corrections"]["version"] == found().version
+        assert f"corrections {found().version} (48 measurements" in one.get("/", params=dict(Form.of(REQUEST).values)).text
+        with corrections.in_force(found()):
+            assert answer(REQUEST) == corrected
+        state.roll_back(database, "to see")
+        for client in (one, other):
+            until(lambda client=client: client.get("/readyz").json()["corrections"] is None)  # type: ignore[misc]
+            assert client.post("/v1/estimate", json=REQUEST).json() == plain
+
+
+def test_what_is_in_force_when_the_service_starts_is_in_its_first_answer(url: str, database: Database) -> None:
+    state.keep(database, found(), ACCEPTED, report={})
+    with TestClient(create_app(Configuration(database_url=url, corrections_seconds=3600))) as client:
+        assert client.post("/v1/estimate", json=REQUEST).json()["corrections"]["version"] == found().version
+
+
+def test_a_request_reads_no_corrections_from_the_database(url: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.keep(database, found(), ACCEPTED, report={})
+    with TestClient(create_app(Configuration(database_url=url, corrections_seconds=3600))) as client:
+        asked: list[str] = []
+        monkeypatch.setattr(Database, "reading", lambda self: asked.append("read"))
+        assert client.post("/v1/estimate", json=REQUEST).json()["corrections"]["version"] == found().version
+        assert client.post("/v1/check", json=REQUEST).status_code == 200
+        assert asked == []
+
+
+def test_a_state_that_is_out_of_reach_leaves_in_force_what_was(url: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.keep(database, found(), ACCEPTED, report={})
+    opened = State(url)
+    known = InForce(opened, every_seconds=1)
+    known.look()
+
+    def fails(_: Database) -> None:
+        raise OperationalError("SELECT", {}, OSError("gone"))
+
+    monkeypatch.setattr(Database, "reading", fails)
+    known.look()
+    assert known.now == found()
+    opened.close()
+
+
+def test_a_file_of_the_setting_goes_before_what_is_in_force(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = replace(found(), version="in-force")
+    with corrections.in_force(own):
+        assert answer(REQUEST)["corrections"]["version"] == "in-force"
+        monkeypatch.setenv(corrections.VARIABLE, str(file))
+        assert answer(REQUEST)["corrections"]["version"] == found().version
+    monkeypatch.delenv(corrections.VARIABLE)
+    assert "corrections" not in answer(REQUEST)
 
 
 def test_the_command_line_takes_a_file_and_says_what_it_did(file: Path) -> None:

@@ -1,10 +1,12 @@
 """The HTTP face."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from starlette.testclient import TestClient
 
@@ -28,14 +30,32 @@ def assert_problem(response: Any, status: int) -> dict[str, Any]:
     return body
 
 
-def test_every_example_of_the_documentation_runs(client: TestClient) -> None:
-    paths = client.get("/openapi.json").json()["paths"]
+def unnamed(answer: Any, schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """Fields of an answer that its schema does not name."""
+    if "$ref" in schema:
+        return unnamed(answer, schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if "anyOf" in schema:
+        return [] if answer is None else unnamed(answer, schema["anyOf"][0], schemas)
+    if isinstance(answer, list):
+        return [name for one in answer for name in unnamed(one, schema["items"], schemas)]
+    if not isinstance(answer, dict) or "properties" not in schema:
+        return []
+    found = [name for name in answer if name not in schema["properties"]]
+    return found + [below for name in answer.keys() - set(found) for below in unnamed(answer[name], schema["properties"][name], schemas)]
+
+
+def test_every_example_of_the_documentation_runs_and_is_answered_in_fields_that_it_names(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    paths, components = document["paths"], document["components"]
     for path in ("/v1/estimate", "/v1/plan", "/v1/check", "/v1/sweep"):
         content = paths[path]["post"]["requestBody"]["content"]["application/json"]
         assert content["examples"]
         for example in content["examples"].values():
             response = client.post(path, json=example["value"])
             assert response.status_code == 200, response.text
+            schema = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+            jsonschema_rs.validate({**schema, "components": components}, response.json())
+            assert unnamed(response.json(), schema, components["schemas"]) == []
 
 
 def test_the_same_question_gets_the_same_answer_and_another_gets_another(client: TestClient) -> None:
@@ -64,8 +84,11 @@ def test_a_plan_without_a_card_lists_cards(client: TestClient) -> None:
     assert found["gpus"]
 
 
-def test_the_documented_schema_refers_to_nothing_outside_itself(client: TestClient) -> None:
-    assert "$ref" not in str(client.get("/openapi.json").json()["paths"]["/v1/plan"]["post"]["requestBody"])
+def test_what_the_document_refers_to_stands_in_it(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    named = set(re.findall(r"'\$ref': '([^']+)'", str(document)))
+    assert "#/components/schemas/EstimateRequest" in named
+    assert named <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
 
 
 @pytest.mark.parametrize(

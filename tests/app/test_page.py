@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import orjson
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -25,7 +26,8 @@ from app.holding import cards_that_hold
 from app.http import create_app
 from app.service import answer
 from app.wording import headline
-from estimator.errors import RequestError
+from estimator.errors import RequestError, TraceError
+from estimator.sources.tracing import Tracer
 
 FIRST = presets.first()
 STATIC = Path(app.page.__file__).parent / "static"
@@ -339,6 +341,95 @@ def test_the_command_line_that_is_offered_asks_the_same(name: str) -> None:
     assert program == "vramplan"
     ran = CliRunner().invoke(cli, [*arguments, "--json"])
     assert orjson.loads(ran.stdout) == orjson.loads(orjson.dumps(answer(request)))
+
+
+# -- a step that has to be traced --------------------------------------------------------------------------------------------------------
+
+TRACED = Form.of(
+    {
+        "model": "facebook/opt-125m",
+        "dtype": "float32",
+        "training": {"per_device_train_batch_size": 2, "max_length": 128},
+        "hardware": {"gpu": "t4"},
+    }
+)
+TRACED_LOAD = f"{125_239_296 * 4 / 2**30:.2f} GiB"  # parameters of the class as transformers counts them, in float32
+
+
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nothing is traced yet; what would have been is noted and fails."""
+    asked: list[str] = []
+
+    def step(*_: Any, **__: Any) -> None:
+        asked.append("trace")
+        raise TraceError("no trace in this test", field="engine")
+
+    monkeypatch.setattr(Tracer, "has_step", lambda *_: False)
+    monkeypatch.setattr(Tracer, "step", step)
+    return asked
+
+
+@pytest.mark.parametrize("other", ["", SMALL.query])
+def test_a_step_that_has_to_be_traced_holds_up_no_page(client: TestClient, untraced: list[str], other: str) -> None:
+    form = TRACED.edited(against=other)
+    for path in ("/", "/page/answer"):
+        text = client.get(path, params=dict(form.values)).text
+        assert untraced == []
+        assert f"Loading takes {TRACED_LOAD}; the step has to be traced" in text
+        assert "the step is being traced" in text
+        assert "not_modelled" not in text
+        assert 'name="show" value="step"' in text
+        (address,) = set(re.findall(r'hx-get="(/page/answer[^"]+)"', text))
+        assert "wait=1" in address
+    for path in (html.unescape(address), f"{form.address}&show=step"):
+        text = client.get(path).text
+        assert untraced.pop() == "trace"
+        untraced.clear()
+        assert "the step has to be traced" not in text
+        assert "no trace in this test" in text
+
+
+def test_a_comparison_with_a_step_that_has_to_be_traced_waits_too(client: TestClient, untraced: list[str]) -> None:
+    assert "the step is being traced" in client.get("/", params=dict(SMALL.edited(against=TRACED.query).values)).text
+    assert untraced == []
+
+
+def test_a_load_that_is_too_much_alone_is_said_before_any_trace(client: TestClient, untraced: list[str]) -> None:
+    text = client.get("/", params=dict(TRACED.edited(model="facebook/opt-66b").values)).text
+    assert "Does not fit on Tesla T4: loading alone takes" in text
+    assert untraced == []
+
+
+def test_a_long_form_waits_for_its_trace_by_post(client: TestClient, untraced: list[str]) -> None:
+    long = TRACED.edited(extra=orjson.dumps({"hardware": {"deepspeed": {"x": "y" * 8000}}}).decode())
+    text = client.post("/", data=dict(long.values)).text
+    assert """hx-vals='{"wait": "1"}'""" in text
+    assert untraced == []
+    client.post("/page/answer", data={**long.values, "wait": "1"})
+    assert untraced != []
+
+
+# -- taken along ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_taken_along_as_a_script_and_as_training_files(client: TestClient) -> None:
+    text = client.get("/page/files", params=dict(FIRST.values)).text
+    copied = {html.unescape(title): html.unescape(file) for title, file in re.findall(r'aria-label="([^"]+)">(.*?)</pre>', text, re.DOTALL)}
+    assert list(copied) == ["TRL script", "axolotl YAML", "LLaMA-Factory YAML"]
+    compile(copied["TRL script"], "train.py", "exec")
+    assert "Trainer(" in copied["TRL script"]
+    for title, key in (("axolotl YAML", "micro_batch_size"), ("LLaMA-Factory YAML", "per_device_train_batch_size")):
+        assert yaml.safe_load(copied[title])[key] == 4
+        response = client.post("/", data={"request": copied[title]}, follow_redirects=False)
+        assert response.status_code == 303
+    assert "axolotl.yml: written; read back, it peaks at" in text
+
+
+def test_where_a_trainer_has_no_words_for_a_run_its_reason_stands(client: TestClient) -> None:
+    text = client.get("/page/files", params=dict(FIRST.edited(use_dora="true", strategy="device_map", num_gpus="2").values)).text
+    assert "TRL script" in text
+    assert '<p class="soft">LLaMA-Factory YAML: ' in text
 
 
 def test_what_has_no_option_goes_through_standard_input() -> None:

@@ -83,8 +83,13 @@ def test_one_trace_serves_every_batch_and_length_of_a_regime(inspector: Inspecto
 
 def test_a_public_trace_is_kept_on_disk_and_a_private_one_is_not(inspector: Inspector, subject: Subject, tmp_path: Path) -> None:
     first, second = Counting(inspector), Counting(inspector)
-    public = tracer(first, directory=tmp_path / "public").step(subject, recipe())
-    again = tracer(second, directory=tmp_path / "public").step(subject, recipe())
+    asks_first, asks_again = tracer(first, directory=tmp_path / "public"), tracer(second, directory=tmp_path / "public")
+    assert not asks_first.has_step(subject, recipe())
+    assert first.asked == []
+    public = asks_first.step(subject, recipe())
+    assert asks_first.has_step(subject, recipe(batch=7, length=1000))
+    assert asks_again.has_step(subject, recipe())
+    again = asks_again.step(subject, recipe())
     assert second.asked == []
     assert again.program.peaks[Phase.BACKWARD] == public.program.peaks[Phase.BACKWARD]
     private = Subject(config=subject.config, inventory=subject.inventory, is_public=False)
