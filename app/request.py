@@ -181,8 +181,14 @@ class FsdpFields(Border):
     model_config = ConfigDict(extra="ignore")
 
     version: Literal[1, 2] = 2
+    """1 = FullyShardedDataParallel, 2 = fully_shard."""
     reshard_after_forward: bool = True
+    """In version 1 FULL_SHARD; SHARD_GRAD_OP if false."""
     cpu_offload: bool = False
+    use_orig_params: bool = True
+    """Of version 1."""
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "NO_PREFETCH"
+    """Of version 1."""
 
 
 class HardwareFields(Border):

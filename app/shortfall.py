@@ -13,6 +13,7 @@ from app.reading import read_estimate
 from app.resolution import resolve_recipe
 from app.service import Case, render
 from app.settings import applied, joined, spelled
+from app.trainer_files.spread import with_hardware
 from estimator.allocator_settings import VARIABLE, parse_settings
 from estimator.correction import interval
 from estimator.device import context_bytes
@@ -310,5 +311,5 @@ def _advice(estimate: Estimate) -> Iterable[Json]:
 
 def payload_of(payload: Mapping[str, Any], sizes: Mapping[str, Any]) -> Json:
     """A request of `estimate` for some sizes, from one of `plan`."""
-    kept = {name: value for name, value in payload.items() if name not in PLAN_FIELDS}
+    kept = with_hardware({name: value for name, value in payload.items() if name not in PLAN_FIELDS})
     return applied(kept, spelled(kept, sizes))
