@@ -218,6 +218,8 @@ class SetAside(Border):
     """Keys that change memory by no formula, and what each does."""
     assumed: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
     """Sentences on what the files leave open."""
+    trainer: Literal["axolotl", "llamafactory", "trl", "transformers"] | None = None
+    """Whose training file there was: changes stay within it."""
 
 
 class StackFields(Border):

@@ -65,6 +65,8 @@ def _read(files: object, stack: object) -> tuple[Json, dict[str, str]]:
         if not keys[name].taken:  # one that another file points to is read there
             _translate(formats[name], keys[name], {other: k for other, k in keys.items() if other != name})
     result = found.request()
+    if trainers:
+        result.setdefault("set_aside", {})["trainer"] = formats[trainers[0]].value
     for name in requests:
         result = merged(result, dict(contents[name][0]))
     return result, {name: kind.value for name, kind in formats.items()}

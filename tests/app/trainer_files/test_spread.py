@@ -12,8 +12,9 @@ from app.check import check
 from app.plan import plan
 from app.reading import read_estimate
 from app.request_file import read_request
-from app.service import answer
+from app.service import answer, prepare
 from app.settings import applied
+from app.shortfall import Shortage
 from estimator.errors import RequestError
 from tests.app.test_service import codes
 
@@ -165,11 +166,13 @@ def test_on_one_gpu_the_answer_is_of_one_process_and_says_so(training: Json) -> 
 
 
 def test_more_cards_are_offered_to_what_shares_out() -> None:
-    asked = {**_with({"fsdp": True}, {"gpu": "rtx4060"}), "global_batch_size": 8}
-    changes = plan(asked)["shortfall"]["changes"]
-    (more,) = [change for change in changes if "hardware.num_gpus" in change["set"] and len(change["parts"]) == 1]
-    assert "hardware.strategy" not in more["set"]
-    assert answer(applied(_with({"fsdp": True}, {"gpu": "rtx4060"}), more["set"]))["recipe"]["num_gpus"] == more["set"]["hardware.num_gpus"]
+    asked = _with({"fsdp": True}, {"gpu": "rtx4060"})
+    case = prepare(read_estimate(asked))
+    shortage = Shortage(case=case, estimate=case.answerer.estimate(case.recipe), payload=asked, global_batch=8)
+    more = [lever.set for lever in shortage.all_levers() if lever.family == "num_gpus"]
+    assert [setting["hardware.num_gpus"] for setting in more] == [2, 4, 8]
+    assert not any("hardware.strategy" in setting for setting in more)
+    assert [answer(applied(asked, setting))["recipe"]["num_gpus"] for setting in more] == [2, 4, 8]
 
 
 def test_sizes_of_a_deepspeed_file_do_not_keep_a_plan_from_its_own() -> None:
