@@ -240,8 +240,9 @@ def _machines(request: Request, recipe: Recipe, global_batch: int) -> Iterator[L
     """More cards, which share the samples of an optimizer step evenly: where they cannot, that number is not offered."""
     assert recipe.training is not None
     hardware = request.hardware
-    if hardware is None or hardware.num_gpus > 1 or hardware.strategy != "single":
+    if hardware is None or hardware.num_gpus > 1 or (hardware.strategy != "single" and not recipe.parallel.strategy.runs_alone):
         return
+    strategy = {"hardware.strategy": "fsdp"} if hardware.strategy == "single" else {}  # else it is said, here or in `training`
     for number in _NUM_CARDS:
         steps, rest = divmod(global_batch, recipe.training.micro_batch_size * number)
         if rest:
@@ -251,7 +252,7 @@ def _machines(request: Request, recipe: Recipe, global_batch: int) -> Iterator[L
             "num_gpus",
             Cost.MONEY,
             f"{number} cards that share weights, states and the samples of a step",
-            {"hardware.num_gpus": number, "hardware.strategy": "fsdp", **sizes},
+            {"hardware.num_gpus": number, **strategy, **sizes},
         )
 
 

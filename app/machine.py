@@ -51,9 +51,23 @@ def _outside_cuda(a: Answered) -> Iterable[str]:
         )
 
 
+def _one_rank(a: Answered) -> Iterable[str]:
+    """Source: transformers 5.23, trainer.py, Trainer.__init__ (ParallelMode.DISTRIBUTED)."""
+    parallel = a.recipe.parallel
+    if parallel.strategy.runs_alone and parallel.num_gpus == 1:
+        launch = (
+            " The Trainer takes FSDP in a launched process only (torchrun, accelerate launch)." if not parallel.strategy.zero_stage else ""
+        )
+        yield (
+            f"{parallel.strategy.value} on one GPU shares nothing out: this is the answer for a single process, which casts, copies and "
+            f"offloads as each of several does. hardware.num_gpus says how many there are.{launch}"
+        )
+
+
 RULES: tuple[tuple[Rule, str], ...] = (
     (_in_use, "memory_in_use"),
     (_other_cards, "several_cards"),
     (_variant, "card_variant"),
     (_outside_cuda, "outside_cuda"),
+    (_one_rank, "one_rank"),
 )

@@ -3,7 +3,7 @@
 from app.request import HardwareFields, Request
 from estimator.errors import RequestError
 from estimator.inventory import Inventory
-from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy, Zero
+from estimator.parallelism.options import BackwardPrefetch, Ddp, Fsdp, Parallel, Strategy, Zero
 
 _FIELD = "hardware.strategy"
 
@@ -30,9 +30,6 @@ def resolve_parallel(request: Request, inventory: Inventory) -> Parallel:
     if stage is not None and stage != strategy.zero_stage:
         field = "hardware.deepspeed.zero_optimization.stage"
         raise RequestError(f"{field}: {stage} is not what hardware.strategy {strategy.value!r} says; accepted: the same", field=field)
-    if strategy is Strategy.FSDP and hardware.fsdp_config.version != 2:
-        field = "hardware.fsdp_config.version"
-        raise RequestError(f"{field}: 1 is not modelled; accepted: 2", field=field)
     ddp, fsdp = hardware.ddp, hardware.fsdp_config
     return Parallel(
         strategy=strategy,
@@ -44,7 +41,13 @@ def resolve_parallel(request: Request, inventory: Inventory) -> Parallel:
             static_graph=ddp.static_graph,
         ),
         zero=_zero(hardware, inventory),
-        fsdp=Fsdp(reshard_after_forward=fsdp.reshard_after_forward, offload_params=fsdp.cpu_offload),
+        fsdp=Fsdp(
+            version=fsdp.version,
+            reshard_after_forward=fsdp.reshard_after_forward,
+            offload_params=fsdp.cpu_offload,
+            use_orig_params=fsdp.use_orig_params,
+            backward_prefetch=BackwardPrefetch(fsdp.backward_prefetch),
+        ),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from app import fields
 from app.request import InferenceFields, PeftFields, QuantizationFields, TrainingFields
+from app.trainer_files.spread import with_hardware
 from app.unmodelled import EVALUATION, GENERATION, LORA, QUANTIZATION, TRAINING, Unmodelled, changes_memory, evaluates
 from estimator.errors import RequestError, UnknownNameError
 
@@ -73,6 +74,7 @@ def canonical(payload: Mapping[str, Any]) -> Pasted:
     top = _renamed({k: v for k, v in payload.items() if v is not None}, _TOP_ALIASES, "")
     _hoist_init_kwargs(top)
     _hoist_quantization(top)
+    top = with_hardware(top)
     pasted = Pasted(payload=top)
     if isinstance(top.get("quantization"), dict):
         top["quantization"] = _quantization(top["quantization"], pasted)

@@ -182,8 +182,14 @@ class FsdpFields(Border):
     model_config = ConfigDict(extra="ignore")
 
     version: Literal[1, 2] = 2
+    """1 = FullyShardedDataParallel, 2 = fully_shard."""
     reshard_after_forward: bool = True
+    """In version 1 FULL_SHARD; SHARD_GRAD_OP if false."""
     cpu_offload: bool = False
+    use_orig_params: bool = True
+    """Of version 1."""
+    backward_prefetch: Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"] = "NO_PREFETCH"
+    """Of version 1."""
 
 
 class HardwareFields(Border):
@@ -213,6 +219,8 @@ class SetAside(Border):
     """Keys that change memory by no formula, and what each does."""
     assumed: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)] = []
     """Sentences on what the files leave open."""
+    trainer: Literal["axolotl", "llamafactory", "trl", "transformers"] | None = None
+    """Whose training file there was: changes stay within it."""
 
 
 class StackFields(Border):

@@ -9,6 +9,8 @@ from estimator.errors import RequestError
 
 STANDARD_INPUT = "-"
 _YAML = (".yaml", ".yml")
+# Fields of TrainingArguments that may be paths.
+_POINTERS = ("deepspeed", "fsdp_config")
 
 
 def read_request(name: str) -> Json:
@@ -22,8 +24,38 @@ def read_request(name: str) -> Json:
     except OSError as error:
         raise RequestError(f"request: {name!r} cannot be read: {error.strerror}", field="request") from None
     is_yaml = not content.lstrip().startswith(b"{") if name == STANDARD_INPUT else Path(name).suffix in _YAML
+    folder = None if name == STANDARD_INPUT else Path(name).parent
     if not is_yaml:
-        return read_json(content)
+        return _with_pointed(read_json(content), folder)
     from app.yaml_text import parse  # PyYAML, where there is YAML
 
-    return parse("request", content.decode("utf-8", errors="replace"))
+    return _with_pointed(parse("request", content.decode("utf-8", errors="replace")), folder)
+
+
+def _with_pointed(payload: Json, folder: Path | None) -> Json:
+    """The request with what the files hold that its TrainingArguments point to: looked for from here, then beside the request."""
+    training = payload.get("training")
+    if not isinstance(training, dict):
+        return payload
+    inline = {}
+    for key in _POINTERS:
+        pointed = training.get(key)
+        if isinstance(pointed, str) and pointed and not pointed.lstrip().startswith("{"):
+            places = [Path(pointed)] + ([] if folder is None else [folder / pointed, folder / Path(pointed).name])
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                raise RequestError(
+                    f"training.{key}: {pointed[:80]!r} is not found, neither from here nor beside the request; accepted: the path of a "
+                    "JSON file, or what it holds",
+                    field=f"training.{key}",
+                )
+            inline[key] = read_json(_content(found))
+    return payload if not inline else {**payload, "training": {**training, **inline}}
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BODY_BYTES + 1)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None

@@ -13,6 +13,8 @@ from app.reading import read_estimate
 from app.resolution import resolve_recipe
 from app.service import Case, render
 from app.settings import applied, joined, spelled
+from app.trainer_files.read_back import KINDS, asked_and_run, differences
+from app.trainer_files.spread import with_hardware
 from estimator.allocator_settings import VARIABLE, parse_settings
 from estimator.correction import interval
 from estimator.device import context_bytes
@@ -26,6 +28,8 @@ from estimator.recipe import Recipe
 from estimator.shortfall import Chosen, minimal_sets, missing_by_phase
 from estimator.units import MIB
 
+# Changes of a run's sizes and of the machine, for which every trainer has words.
+_OF_ANY_TRAINER = frozenset(("card", "expandable_segments", "length", "micro_batch", "num_gpus"))
 # Fields of a plan that are none of an estimate.
 PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens", "confirm")
 
@@ -140,7 +144,34 @@ class Shortage:
         length = self._longest()
         if length is not None:
             found = [lever for lever in found if lever.family != "length"] + [shorter(length)]
-        return [replace(lever, set=spelled(self.payload, lever.set)) for lever in found]
+        return self._within_trainer([replace(lever, set=spelled(self.payload, lever.set)) for lever in found])
+
+    def _within_trainer(self, found: list[Lever]) -> list[Lever]:
+        """Changes that the trainer of the user's file can be told to make: written as its file, each is read back as the same run."""
+        trainer = self.case.question.request.set_aside.trainer
+        if trainer is None:
+            return found
+        kept = [lever for lever in found if "trainer" not in lever.set]
+        if trainer not in KINDS:  # a script of one's own can do all but become another trainer
+            return kept
+        before = asked_and_run(self.payload, trainer)
+        if before is None:
+            return kept
+        return [lever for lever in kept if lever.family in _OF_ANY_TRAINER or self._stays(lever, trainer, before)]
+
+    def _stays(self, lever: Lever, trainer: str, before: tuple[Recipe, Recipe]) -> bool:
+        """Whether a change comes back: beside it the trainer may choose otherwise only as it does already, or where that takes no more."""
+        after = asked_and_run(applied(self.payload, lever.set), trainer)
+        if after is None:
+            return False
+        own = set(differences(*after))
+        if own <= set(differences(*before)):
+            return True
+        changed = {_path(sentence) for sentence in differences(before[0], after[0])}
+        if changed & {_path(sentence) for sentence in own} or self.estimate.engine is Engine.TRACE:
+            return False
+        asked, run = (self.case.answerer.estimate(recipe).least_device_bytes for recipe in after)
+        return run <= asked
 
     def _longest(self) -> int | None:
         """The longest sequence that fits with all else as it is, the allocator's cache modelled, and put right by the replay at hand."""
@@ -155,6 +186,11 @@ class Shortage:
         usable = self.card.usable_bytes * modelled // replayed
         found = largest(evaluator, lengths(batch, steps, training.sequence_length - 1), usable, context)
         return None if found is None else int(found.length[0])
+
+
+def _path(difference: str) -> str:
+    """The choice that a sentence is about."""
+    return difference.partition(":")[0]
 
 
 def shortfall(shortage: Shortage) -> Json:
@@ -310,5 +346,5 @@ def _advice(estimate: Estimate) -> Iterable[Json]:
 
 def payload_of(payload: Mapping[str, Any], sizes: Mapping[str, Any]) -> Json:
     """A request of `estimate` for some sizes, from one of `plan`."""
-    kept = {name: value for name, value in payload.items() if name not in PLAN_FIELDS}
+    kept = with_hardware({name: value for name, value in payload.items() if name not in PLAN_FIELDS})
     return applied(kept, spelled(kept, sizes))

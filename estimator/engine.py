@@ -517,6 +517,9 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
             kept = largest(keeping.peaks[phase], batch, length).items()
             kept[Item.GRADIENTS] = int(kept.get(Item.GRADIENTS, 0) * share.kept_gradients)
             step = max(step, _sum(held, kept), key=lambda items: sum(items.values()))
+        if share.ending_communication_bytes and phase is Phase.BACKWARD:
+            ending = {**between, Item.COMMUNICATION: share.ending_communication_bytes, Item.GRADIENTS: share.gradients_bytes}
+            step = max(step, ending, key=lambda items: sum(items.values()))
         phases.append(_phase(phase, step, basis))
     update = dict(between)
     update[Item.GRADIENTS] = share.gradients_bytes

@@ -45,8 +45,8 @@ _SOURCES = {
     Item.LOGITS: "transformers, loss/loss_utils.py; torch, log_softmax and nll_loss; TRL and Liger for their fused losses",
     Item.TEMPORARY: "tensors alive inside the operator that makes the phase's largest instant",
     Item.KV_CACHE: "transformers, cache_utils.py",
-    Item.COMMUNICATION: "torch, csrc/distributed/c10d/reducer.cpp; distributed/fsdp/_fully_shard/_fsdp_collectives.py; deepspeed, "
-    "runtime/zero/stage_1_and_2.py and stage3.py; accelerate, hooks.py",
+    Item.COMMUNICATION: "torch, csrc/distributed/c10d/reducer.cpp; distributed/fsdp/_fully_shard/_fsdp_collectives.py; "
+    "distributed/fsdp/_flat_param.py; deepspeed, runtime/zero/stage_1_and_2.py and stage3.py; accelerate, hooks.py",
     Item.WORKSPACE: "torch, ATen/cuda/CublasHandlePool.cpp: one workspace per handle and thread; "
     "c10/cuda/CUDACachingAllocator.cpp, should_split",
 }

@@ -234,7 +234,8 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     inputs = sizes.steps * sum(allocated(INDEX_BYTES * n) for n in tensors)
     steady = sum(between_steps(prepared, program).values()) + inputs
     update = share.gradients_bytes + share.update_temporary_bytes + share.communication.get(Phase.OPTIMIZER_STEP, 0)
-    peak = np.maximum(steady + update, prepared.load.allocated_bytes)
+    ending = share.gradients_bytes + share.ending_communication_bytes
+    peak = np.maximum(steady + max(update, ending), prepared.load.allocated_bytes)
     for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
         waiting = share.waiting_gradients_bytes + share.communication.get(phase, 0)
         peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], batch, length))

@@ -73,6 +73,23 @@ class Stack:
         return self.transformers >= (4, 54) and self.torch >= (2, 8)
 
     @property
+    def trainer_takes_fsdp2(self) -> bool:
+        """Whether `fsdp` without a version means FSDP2, with layers as units in any case; before, FSDP1 and `auto_wrap`.
+
+        Source: transformers, training_args.py, TrainingArguments._process_fsdp_args: version 1 up to 5.9, 2 from 5.10.
+        """
+        return self.transformers >= (5, 10)
+
+    @property
+    def trainer_sets_sharding_strategy(self) -> bool:
+        """Whether `fsdp="shard_grad_op"` reaches FSDP1: by the environment in 4.x, later by an argument that accelerate passes over.
+
+        Source: transformers 4.57, training_args.py, TrainingArguments.__post_init__ (FSDP_SHARDING_STRATEGY); accelerate 1.15,
+        utils/dataclasses.py, FullyShardedDataParallelPlugin.__post_init__.
+        """
+        return self.transformers < (5,)
+
+    @property
     def trainer_checkpoints_reentrantly(self) -> bool:
         """Whether `gradient_checkpointing=True` without kwargs means `use_reentrant=True`.
 

@@ -8,7 +8,7 @@ from app.options import merged
 from app.trainer_files import accelerate, adapter_config, axolotl, deepspeed, llamafactory, trl
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.fsdp import translate_fsdp
-from app.trainer_files.translation import Keys, Translation
+from app.trainer_files.translation import Keys, Translation, asked_stack
 from app.yaml_text import parse
 from estimator.errors import RequestError
 
@@ -28,7 +28,7 @@ def opened(payload: Mapping[str, Any]) -> Json:
     rest = {name: value for name, value in payload.items() if name != FIELD}
     if files is None:
         return rest
-    result, formats = _read(files)
+    result, formats = _read(files, rest.get("stack"))
     result = merged(result, rest)
     hardware = result.get("hardware")
     trains = any(Format(name).trains for name in formats.values())
@@ -44,7 +44,7 @@ def converted(payload: Mapping[str, Any]) -> Json:
         RequestError: as `opened` does.
     """
     files = payload.get(FIELD)
-    formats = _read(files)[1] if files is not None else {}
+    formats = _read(files, payload.get("stack"))[1] if files is not None else {}
     return {"schema_version": SCHEMA_VERSION, "formats": formats, "request": opened(payload)}
 
 
@@ -52,10 +52,10 @@ def _is_several(number: object) -> bool:
     return isinstance(number, int) and number > 1
 
 
-def _read(files: object) -> tuple[Json, dict[str, str]]:
+def _read(files: object, stack: object) -> tuple[Json, dict[str, str]]:
     contents = _contents(files)
     formats = {name: format_of(name, values, given) for name, (values, given) in contents.items()}
-    found = Translation()
+    found = Translation(stack=asked_stack(stack))
     keys = {name: Keys(file=name, values=values, found=found) for name, (values, _) in contents.items()}
     trainers = [name for name, kind in formats.items() if kind.trains]
     if len(trainers) > 1:
@@ -64,7 +64,9 @@ def _read(files: object) -> tuple[Json, dict[str, str]]:
     for name in sorted(formats, key=lambda name: _FORMATS_ORDER.index(formats[name]) if formats[name] in _FORMATS_ORDER else -1):
         if not keys[name].taken:  # one that another file points to is read there
             _translate(formats[name], keys[name], {other: k for other, k in keys.items() if other != name})
-    result = _finished(found)
+    result = found.request()
+    if trainers:
+        result.setdefault("set_aside", {})["trainer"] = formats[trainers[0]].value
     for name in requests:
         result = merged(result, dict(contents[name][0]))
     return result, {name: kind.value for name, kind in formats.items()}
@@ -92,19 +94,6 @@ def _translate(kind: Format, keys: Keys, others: Mapping[str, Keys]) -> None:
             keys.found.put("model", {"config": dict(keys.values)}, keys.file)
         case Format.REQUEST:
             keys.taken.update(keys.values)
-
-
-def _finished(found: Translation) -> Json:
-    training = found.payload.get("training")
-    if found.own_optimizer is not None:
-        found.payload.setdefault("training", {})["optim"] = found.own_optimizer
-    is_given = isinstance(training, dict) and (training.get("bf16") or training.get("fp16"))
-    if found.precision in ("bf16", "fp16") and not is_given and found.payload.get("trainer") != "trl":
-        found.payload.setdefault("training", {})[found.precision] = True
-    set_aside = {"ignored": sorted(found.ignored), "not_modelled": found.not_modelled, "assumed": found.assumed}
-    if any(set_aside.values()):
-        found.payload["set_aside"] = {name: value for name, value in set_aside.items() if value}
-    return found.payload
 
 
 def _contents(files: object) -> dict[str, tuple[dict[str, Any], object]]:

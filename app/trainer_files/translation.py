@@ -5,11 +5,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from app.answer import Json
 from app.redaction import redacted
+from app.request import StackFields
+from app.versions import stack_of
 from estimator.errors import RequestError, UnknownNameError
+from estimator.stack import Stack
 
 _SHOWN = 80
+
+
+def asked_stack(asked: object) -> Stack:
+    """The versions of a request that is not checked yet; those installed where they cannot be read, which is refused later."""
+    try:
+        return stack_of(StackFields.model_validate(asked or {}))
+    except (ValidationError, RequestError):
+        return stack_of(StackFields())
 
 
 @dataclass(slots=True)
@@ -29,6 +42,8 @@ class Translation:
     """An optimizer that is made whatever the trainer is given."""
     precision: str | None = None
     """Mixed precision of the launcher, for a trainer that is given none."""
+    stack: Stack = field(default_factory=lambda: stack_of(StackFields()))
+    """Versions whose defaults are meant."""
 
     def put(self, path: str, value: object, origin: str) -> None:
         """Set a field of the request.
@@ -51,10 +66,23 @@ class Translation:
             found = found.get(section) if isinstance(found, Mapping) else None
         return found
 
+    def request(self) -> Json:
+        """The request, once all files are read, and in it what was set aside."""
+        training = self.payload.get("training")
+        if self.own_optimizer is not None:
+            self.payload.setdefault("training", {})["optim"] = self.own_optimizer
+        is_given = isinstance(training, dict) and (training.get("bf16") or training.get("fp16"))
+        if self.precision in ("bf16", "fp16") and not is_given and self.payload.get("trainer") != "trl":
+            self.payload.setdefault("training", {})[self.precision] = True
+        set_aside = {"ignored": sorted(self.ignored), "not_modelled": self.not_modelled, "assumed": self.assumed}
+        if any(set_aside.values()):
+            self.payload["set_aside"] = {name: value for name, value in set_aside.items() if value}
+        return self.payload
+
 
 @dataclass(slots=True)
 class Keys:
-    """One mapping of one file; nulls are absent keys."""
+    """One mapping of one file, or of a request where the file has no name; nulls are absent keys."""
 
     file: str
     values: Mapping[str, Any]
@@ -67,7 +95,7 @@ class Keys:
 
     def named(self, key: str) -> str:
         """A key as messages name it."""
-        return redacted(f"{self.file}: {self.prefix}{key}")[: _SHOWN * 2]
+        return redacted(f"{self.file}: {self.prefix}{key}" if self.file else f"{self.prefix}{key}")[: _SHOWN * 2]
 
     def take(self, key: str, default: Any = None) -> Any:
         """The value of a key as it stands."""

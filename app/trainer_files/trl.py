@@ -6,15 +6,13 @@ from typing import Any
 
 from app import fields
 from app.trainer_files import trl_fields
-from app.trainer_files.deepspeed import named_file, read_named
-from app.trainer_files.fsdp import translate_fsdp
+from app.trainer_files.spread import translate_spread
 from app.trainer_files.translation import Keys
 from estimator.errors import RequestError
 
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # Source: transformers 5.23, training_args.py, TrainingArguments: fields that a YAML may hold as text.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_FSDP_LEGACY = ("", "false", "no")
 
 
 def translate_sft(keys: Keys, others: Mapping[str, Keys]) -> None:
@@ -112,21 +110,7 @@ def translate_arguments(keys: Keys, others: Mapping[str, Keys]) -> None:
     Raises:
         RequestError: for a spread over several processes that is not modelled.
     """
-    read_named(keys, "deepspeed", others)
-    fsdp = keys.take("fsdp")
-    if fsdp and str(fsdp).lower() not in _FSDP_LEGACY:
-        given = keys.values.get("fsdp_config")
-        config = keys.section("fsdp_config") if not isinstance(given, str) else named_file(keys, "fsdp_config", given, others)
-        if str(fsdp).lower() not in ("true", "full_shard auto_wrap", "full_shard"):
-            keys.not_modelled("fsdp", f"{fsdp} asks for more than full shards")
-        translate_fsdp(config, default_version=2)
-    keys.taken.add("fsdp_config")
-    for key, field in (
-        ("ddp_bucket_cap_mb", "bucket_cap_mb"),
-        ("ddp_find_unused_parameters", "find_unused_parameters"),
-        ("ddp_static_graph", "static_graph"),
-    ):
-        keys.put(f"hardware.ddp.{field}", keys.take(key), key)
+    translate_spread(keys, others)
     for key, value in keys.values.items():
         if key in fields.TRAINING and key not in keys.taken and value is not None:
             name = key.replace("activation_checkpointing", "gradient_checkpointing")  # spellings of one field

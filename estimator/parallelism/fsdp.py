@@ -92,10 +92,12 @@ class Unit:
 
     @property
     def buffer_bytes(self) -> int:
-        """The flat tensor in which shards arrive; it stays until the next unit's is there [bytes].
+        """The flat tensor in which shards arrive; it stays until the next unit's is there. One rank alone copies without it [bytes].
 
         Source: torch, distributed/fsdp/_fully_shard/_fsdp_collectives.py, foreach_all_gather; _fsdp_param_group.py, wait_for_unshard.
         """
+        if any(m.num_ranks == 1 for m in self.members):
+            return 0
         return allocated(sum(m.gathered_bytes(self.compute) for m in self.members))
 
     @property
@@ -173,7 +175,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     unreduced = sum(unit.gradients_bytes for unit in units.all) if accumulates else 0
     if accumulates:
         notices.append(_ACCUMULATES)
-    tensors = _as_gathered(static.tensors, units)
+    tensors = as_seen(static.tensors, {m.tensor.pattern: m.gathered_dtype(unit.compute) for unit in units.all for m in unit.members})
     return Share(
         tensors=tensors,
         stored=stored,
@@ -211,7 +213,7 @@ def units_of(recipe: Recipe, tensors: tuple[StoredTensor, ...]) -> Units:
     groups: dict[object, list[Sharded]] = {}
     embedding, tail = "embedding", "tail"
     ordered = list(in_order(tensors))
-    has_head = any(_is_head(t) for t in ordered)
+    has_head = any(is_head(t) for t in ordered)
     for tensor in ordered:
         if tensor.quantization is not None and not tensor.quantization.is_4bit:
             raise RequestError(
@@ -227,7 +229,7 @@ def units_of(recipe: Recipe, tensors: tuple[StoredTensor, ...]) -> Units:
         else:
             # In a PeftModel accelerate finds no final norm: it stays with the root.
             is_norm = recipe.adapter is None and ("norm" in tensor.pattern or "ln_f" in tensor.pattern)
-            key = tail if is_norm or _is_head(tensor) else "root"
+            key = tail if is_norm or is_head(tensor) else "root"
         groups.setdefault(key, []).append(_sharded(tensor, recipe.parallel.num_gpus, compute, has_4bit=has_4bit))
 
     def unit(key: object) -> Unit:
@@ -237,7 +239,8 @@ def units_of(recipe: Recipe, tensors: tuple[StoredTensor, ...]) -> Units:
     return Units(layers=layers, embedding=unit(embedding), tail=unit(tail), root=unit("root"), whole=tuple(whole))
 
 
-def _is_head(tensor: StoredTensor) -> bool:
+def is_head(tensor: StoredTensor) -> bool:
+    """Whether it belongs to the output layer."""
     return "lm_head" in tensor.pattern or "embed_out" in tensor.pattern or "score" in tensor.pattern
 
 
@@ -251,9 +254,8 @@ def _sharded(tensor: StoredTensor, num_ranks: int, compute: DType | None, *, has
     return Sharded(tensor=tensor, dtype=dtype, rows=rows, row_elements=tensor.num_elements // max(rows, 1), num_ranks=num_ranks)
 
 
-def _as_gathered(tensors: Iterable[StoredTensor], units: Units) -> tuple[StoredTensor, ...]:
-    """The tensors in the types in which the operators of the step see them."""
-    seen: Mapping[str, DType] = {m.tensor.pattern: m.gathered_dtype(unit.compute) for unit in units.all for m in unit.members}
+def as_seen(tensors: Iterable[StoredTensor], seen: Mapping[str, DType]) -> tuple[StoredTensor, ...]:
+    """The tensors in the types in which the operators of the step see them, by pattern."""
     return tuple(_cast(t, seen) for t in tensors)
 
 

@@ -14,7 +14,7 @@ class Strategy(StrEnum):
     ZERO1 = "zero1"  # DeepSpeed: optimizer states shared out
     ZERO2 = "zero2"  # and gradients
     ZERO3 = "zero3"  # and parameters
-    FSDP = "fsdp"  # torch's fully_shard (FSDP2), as accelerate applies it
+    FSDP = "fsdp"  # torch's fully_shard (FSDP2) or FullyShardedDataParallel (FSDP1), as accelerate applies it
     DEVICE_MAP = "device_map"  # layers placed on cards by accelerate, one process
     TENSOR_PARALLEL = "tensor_parallel"  # every layer cut along its width by transformers, `tp_plan="auto"`
 
@@ -22,6 +22,11 @@ class Strategy(StrEnum):
     def is_data_parallel(self) -> bool:
         """Whether each rank reads samples of its own."""
         return self not in (Strategy.SINGLE, Strategy.DEVICE_MAP, Strategy.TENSOR_PARALLEL)
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether its library does its work on a single rank too, with copies, casts and offloading as on several."""
+        return self is Strategy.FSDP or self.zero_stage > 0
 
     @property
     def zero_stage(self) -> int:
@@ -73,13 +78,28 @@ class Zero:
     contiguous_gradients: bool = True
 
 
+class BackwardPrefetch(StrEnum):
+    """When FSDP1 gathers the next unit of the backward pass."""
+
+    PRE = "BACKWARD_PRE"  # before the gradients of the unit that runs
+    POST = "BACKWARD_POST"  # after them
+    NONE = "NO_PREFETCH"  # when it is needed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fsdp:
-    """Fields of `fsdp_config`."""
+    """Fields of `fsdp_config`, with the Trainer's defaults; what version 1 alone knows has no meaning in version 2."""
 
+    version: int = 2
+    """1 = FullyShardedDataParallel, 2 = fully_shard."""
     reshard_after_forward: bool = True
+    """In version 1 FULL_SHARD; SHARD_GRAD_OP if false."""
     offload_params: bool = False
     """`cpu_offload`: parameters, gradients and states on the host."""
+    use_orig_params: bool = True
+    """Of version 1."""
+    backward_prefetch: BackwardPrefetch = BackwardPrefetch.NONE
+    """Of version 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +116,8 @@ class Parallel:
 
     @property
     def is_spread(self) -> bool:
-        """Whether several cards share the work."""
-        return self.strategy is not Strategy.SINGLE and self.num_gpus > 1
+        """Whether several cards share the work, or one is run by a library that shares it out."""
+        return self.strategy is not Strategy.SINGLE and (self.num_gpus > 1 or self.strategy.runs_alone)
 
     @property
     def num_replicas(self) -> int:

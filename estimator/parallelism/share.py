@@ -38,6 +38,8 @@ class Share:
     """While models are made equal before the first step [bytes]."""
     communication: Mapping[Phase, int] = field(default_factory=lambda: MappingProxyType({}))
     """Buckets and gathered parameters, by phase [bytes]."""
+    ending_communication_bytes: int = 0
+    """As the backward pass ends: beside all gradients, when no activation is left [bytes]."""
     host_bytes: int = 0
     """Pinned memory of the host [bytes]."""
     outside_bytes: int = 0

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable, Mapping
 
-from estimator.parallelism import ddp, fsdp, zero
+from estimator.parallelism import ddp, fsdp, fsdp1, zero
 from estimator.parallelism.options import Strategy
 from estimator.parallelism.share import Share
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory
 
+
+def _fsdp(recipe: Recipe, static: StaticMemory) -> Share:
+    return fsdp1.share(recipe, static) if recipe.parallel.fsdp.version == 1 else fsdp.share(recipe, static)
+
+
 _SHARES: Mapping[Strategy, Callable[[Recipe, StaticMemory], Share]] = {
     Strategy.DDP: ddp.share,
-    Strategy.FSDP: fsdp.share,
+    Strategy.FSDP: _fsdp,
     Strategy.ZERO1: zero.share,
     Strategy.ZERO2: zero.share,
     Strategy.ZERO3: zero.share,

@@ -41,8 +41,6 @@ def phase_bytes(result: dict[str, Any]) -> dict[str, int]:
         ("torch_empty_cache_steps", 4),
         ("full_determinism", True),
         ("activation_offloading", True),
-        ("fsdp", "full_shard"),
-        ("deepspeed", "zero3.json"),
         ("half_precision_backend", "apex"),
         ("chat_template_path", "Qwen/Qwen3-0.6B"),
         ("use_cpu", True),

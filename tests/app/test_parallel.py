@@ -43,7 +43,8 @@ def test_libraries_own_options_are_read() -> None:
     [
         ({"strategy": "single"}, "hardware.strategy"),
         ({"strategy": "zero2", "deepspeed": {"zero_optimization": {"stage": 3}}}, "hardware.deepspeed.zero_optimization.stage"),
-        ({"strategy": "fsdp", "fsdp_config": {"version": 1}}, "hardware.fsdp_config.version"),
+        ({"strategy": "fsdp", "fsdp_config": {"version": 1}}, "quantization.bnb_4bit_quant_storage"),
+        ({"strategy": "fsdp", "fsdp_config": {"version": 1}, "num_gpus": 1}, "hardware.num_gpus"),
     ],
 )
 def test_what_does_not_go_together_is_refused(hardware: dict[str, Any], field: str) -> None:

@@ -115,7 +115,7 @@ def test_known_fields_without_bearing_are_listed_and_null_ones_are_not() -> None
 def test_a_field_that_changes_memory_in_an_unknown_way_is_not_passed_over() -> None:
     question = read(training={"torch_compile": True, "neftune_noise_alpha": 5.0, "fsdp": ""})
     assert question.unmodelled == ("training.torch_compile", "training.neftune_noise_alpha")
-    assert question.ignored == ("training.fsdp",)
+    assert question.request.set_aside.ignored == ["training.fsdp"]
 
 
 def test_an_unknown_field_is_refused_by_name_with_the_nearest_known_one() -> None:

@@ -1,4 +1,5 @@
-"""Real runs of two ranks on the CPU (gloo): what DistributedDataParallel and fully_shard hold.
+"""Real runs of two ranks on the CPU (gloo): what DistributedDataParallel, fully_shard and
+FullyShardedDataParallel hold.
 
 Run as a module it plays one rank: `python -m tests.estimator.ranks WHAT RANK STORE OUTPUT`.
 """
@@ -161,6 +162,10 @@ def _ddp() -> dict[str, Any]:
 
 
 def _fsdp() -> dict[str, Any]:
+    return {"version 1": _fsdp1(), "version 2": _fsdp2()}
+
+
+def _fsdp2() -> dict[str, Any]:
     return {
         f"{'tied' if tied else 'untied'}, {'adapter' if adapter else 'full'}": _sharded(
             {**CONFIG, "tie_word_embeddings": tied}, adapter=adapter
@@ -229,6 +234,111 @@ def _sharded(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:
         if key != "step"
     )
     return {"shards": shards, "gradients": gradients, "states": state_bytes, "buffers": buffers}
+
+
+# Options of FSDP1 beside those of transformers, by the name of a run: how it shards, when it gathers, whether parameters are kept.
+FLAT: Mapping[str, Mapping[str, Any]] = {
+    "untied, full": {},
+    "untied, full, ahead": {"backward_prefetch": "BACKWARD_PRE"},
+    "untied, full, after": {"backward_prefetch": "BACKWARD_POST", "use_orig_params": False},
+    "untied, full, kept": {"sharding_strategy": "SHARD_GRAD_OP"},
+    "tied, full": {"use_orig_params": False},
+    "untied, adapter": {},
+    "untied, adapter, ahead": {"backward_prefetch": "BACKWARD_PRE"},
+    "tied, adapter, kept": {"sharding_strategy": "SHARD_GRAD_OP", "use_orig_params": False},
+}
+
+
+def _fsdp1() -> dict[str, Any]:
+    return {
+        name: _flattened({**CONFIG, "tie_word_embeddings": name.startswith("tied")}, adapter="adapter" in name, options=options)
+        for name, options in FLAT.items()
+    }
+
+
+def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    from types import SimpleNamespace
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel, _flat_param, _runtime_utils
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=1,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        mixed_precision_policy="bf16",
+        cpu_ram_efficient_loading=False,
+        **{"use_orig_params": True, **options},
+    )
+    model = _model(config, adapter=adapter)
+    if adapter:  # transformers, distributed/fsdp.py, update_fsdp_plugin_peft
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+    accelerator: Any = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=SimpleNamespace(backend="NO")),
+        distributed_type=DistributedType.FSDP,
+        mixed_precision="bf16",
+        device=torch.device("cpu"),
+        is_main_process=False,
+        is_fsdp2=False,
+        multi_device=False,
+        native_amp=False,
+        parallelism_config=None,
+        fp8_backend=None,
+        delayed_fp8_autocast=False,
+        verify_device_map=lambda model: False,
+        _models=[None],
+    )
+    model = Accelerator.prepare_model(accelerator, model, device_placement=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
+
+    def step() -> None:
+        ids = torch.randint(0, config["vocab_size"], (1, 8))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        peaks.append(gathered[0])
+        loss.backward()
+
+    gathered, reduced = [0], []
+    peaks: list[int] = []
+    step()  # the second step is that of all others
+    optimizer.zero_grad()
+    peaks = [0]
+    kept = _flat_param._alloc_storage, _flat_param._free_storage, _runtime_utils._get_reduce_scatter_tensors
+
+    def alloc(tensor: Any, size: Any) -> None:
+        before = tensor.untyped_storage().size()
+        kept[0](tensor, size)
+        gathered[0] += tensor.untyped_storage().size() - before
+        peaks[-1] = max(peaks[-1], gathered[0])
+
+    def free(tensor: Any) -> None:
+        gathered[0] -= tensor.untyped_storage().size()
+        kept[1](tensor)
+
+    def reduce(state: Any, gradient: Any) -> Any:
+        reduced.append([gradient.nbytes, gradient.dtype.itemsize])
+        return kept[2](state, gradient)
+
+    _flat_param._alloc_storage, _flat_param._free_storage, _runtime_utils._get_reduce_scatter_tensors = alloc, free, reduce
+    try:
+        step()
+    finally:
+        _flat_param._alloc_storage, _flat_param._free_storage, _runtime_utils._get_reduce_scatter_tensors = kept
+    optimizer.step()
+    flat = [m._flat_param for m in FullyShardedDataParallel.fsdp_modules(model) if m._has_params]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "shards": sorted(p.nbytes for p in flat),
+        "gradients": sorted(p.grad.nbytes for p in flat if p.grad is not None),
+        "trained": sorted(p.numel() for p in parameters if p.numel()),
+        "states": sum(v.nbytes for state in optimizer.state.values() for key, v in state.items() if key != "step"),
+        "reduced": sorted(reduced),
+        "peaks": peaks,
+        "left": gathered[0],
+    }
 
 
 REDUCE_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 200_000, 1000

@@ -17,7 +17,7 @@ from estimator.phases import Item, Phase
 from estimator.recipe import Quantization, QuantizationKind, Recipe
 from estimator.static_memory import static_memory
 from estimator.units import GIB
-from tests.estimator.recipes import NF4, inference, model, training
+from tests.estimator.recipes import ALL_LINEAR, NF4, inference, model, training
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
 
@@ -34,11 +34,25 @@ def _bytes(answer: Estimate, phase: Phase, item: Item) -> int:
     return sum(i.num_bytes for i in _phase(answer, phase).items if i.item is item)
 
 
-@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("strategy", [strategy for strategy in Strategy if not strategy.runs_alone])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_one_card_of_any_strategy_is_one_card(strategy: Strategy, method: str) -> None:
     recipe = training(method=method)
     assert _answer(recipe, strategy, 1) == estimate(model(LLAMA_8B), recipe)
+
+
+def test_libraries_that_share_out_run_on_one_card_too() -> None:
+    """Masters and states are all there, or on the host; FSDP raises trained weights to float32 and casts them back unit by unit."""
+    recipe = training(method="full")
+    scalars = static_memory(model(LLAMA_8B), recipe).parameters.trainable
+    offloaded = _answer(recipe, Strategy.ZERO3, 1, zero=Zero(offload_optimizer=True))
+    assert offloaded.host_bytes > 12 * scalars
+    assert _bytes(offloaded, Phase.OPTIMIZER_STEP, Item.OPTIMIZER_STATES) == 0
+    fsdp = _answer(recipe, Strategy.FSDP, 1)
+    assert _bytes(fsdp, Phase.OPTIMIZER_STEP, Item.WEIGHTS) == pytest.approx(4 * scalars, rel=1e-6)
+    assert _bytes(fsdp, Phase.FORWARD, Item.COMMUNICATION) < 2 * scalars
+    with pytest.raises(RequestError, match="on one GPU torch makes NO_SHARD of FSDP1"):
+        _answer(recipe, Strategy.FSDP, 1, fsdp=Fsdp(version=1))
 
 
 def test_ddp_holds_gradients_twice_unless_they_are_views_of_the_buckets() -> None:
@@ -139,6 +153,64 @@ def test_int8_weights_are_refused_by_fsdp() -> None:
     recipe = replace(training(), quantization=Quantization(kind=QuantizationKind.INT8))
     with pytest.raises(RequestError, match=r"LLM\.int8"):
         _answer(recipe, Strategy.FSDP)
+
+
+FSDP1 = Fsdp(version=1)
+
+
+def test_fsdp1_keeps_embedding_and_head_gathered_all_the_way() -> None:
+    recipe = training(method="lora")
+    answer = _answer(recipe, Strategy.FSDP, 8, fsdp=FSDP1)
+    ends = sum(r.num_elements for r in model(LLAMA_8B).parameters if not r.indices)
+    for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
+        assert _bytes(answer, phase, Item.COMMUNICATION) >= 2 * ends
+    assert _bytes(answer, Phase.LOSS, Item.COMMUNICATION) == pytest.approx(2 * ends, rel=1e-3)
+
+
+def test_fsdp1_ends_the_backward_pass_with_the_gradients_of_the_root() -> None:
+    """Of a small batch nothing is larger: the root, its gradients, and those put together, in bfloat16."""
+    recipe = training(1, 8, method="full", optimizer="sgd")
+    answer = _answer(recipe, Strategy.FSDP, 8, fsdp=FSDP1)
+    static = static_memory(model(LLAMA_8B), recipe)
+    ends = sum(r.num_elements for r in model(LLAMA_8B).parameters if not r.indices)
+    assert _bytes(answer, Phase.BACKWARD, Item.COMMUNICATION) == pytest.approx(3 * 2 * ends, rel=1e-3)
+    assert _bytes(answer, Phase.BACKWARD, Item.GRADIENTS) == pytest.approx(4 * static.parameters.trainable / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        (training(method="qlora"), FSDP1, "bnb_4bit_quant_storage: FSDP1 .* refuses integers"),
+        (replace(training(), quantization=Quantization(kind=QuantizationKind.INT8)), FSDP1, r"LLM\.int8"),
+        (
+            replace(training(method="qlora"), quantization=replace(NF4, storage_dtype=DType.FLOAT16)),
+            FSDP1,
+            r"refuses several types: .* \(bfloat16\) and .* \(float16\)",
+        ),
+        (
+            replace(training(method="lora"), adapter=replace(ALL_LINEAR, bias="all")),
+            Fsdp(version=1, use_orig_params=False),
+            "use_orig_params: false needs the parameters of a layer to be all trained or all frozen",
+        ),
+    ],
+)
+def test_what_torch_does_not_put_into_one_parameter_is_refused(recipe: Recipe, options: Fsdp, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        _answer(recipe, Strategy.FSDP, fsdp=options, name="Qwen/Qwen2.5-7B")
+
+
+def test_4bit_weights_in_a_floating_point_storage_are_flattened_with_the_norms() -> None:
+    recipe = replace(training(method="qlora"), quantization=replace(NF4, storage_dtype=DType.BFLOAT16))
+    whole = static_memory(model(LLAMA_8B), recipe).weights_bytes
+    assert _bytes(_answer(recipe, Strategy.FSDP, 4, fsdp=FSDP1), Phase.FORWARD, Item.WEIGHTS) == pytest.approx(whole / 4, rel=1e-3)
+
+
+def test_a_layer_of_which_only_biases_are_trained_has_gradients_of_all_of_it() -> None:
+    recipe = replace(training(method="lora"), adapter=replace(ALL_LINEAR, bias="all"))
+    answer = _answer(recipe, Strategy.FSDP, 8, fsdp=FSDP1, name="Qwen/Qwen2.5-7B")
+    assert "fsdp1_trains_frozen_parameters_too" in [n.code for n in answer.notices]
+    layers = sum(r.num_elements * r.num_copies for r in model("Qwen/Qwen2.5-7B").parameters if r.indices)
+    assert _bytes(answer, Phase.OPTIMIZER_STEP, Item.GRADIENTS) > 4 * layers / 8
 
 
 @pytest.mark.parametrize("method", ["full", "qlora", "inference"])

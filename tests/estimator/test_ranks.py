@@ -13,15 +13,16 @@ import pytest
 from estimator.dtypes import DType
 from estimator.inventory import Inventory
 from estimator.optimizers import weight_decay_groups
+from estimator.parallelism import fsdp1
 from estimator.parallelism.ddp import bucket_bytes
 from estimator.parallelism.fsdp import Unit, as_trained, units_of
-from estimator.parallelism.options import Ddp, Fsdp, Parallel, Strategy
+from estimator.parallelism.options import BackwardPrefetch, Ddp, Fsdp, Parallel, Strategy
 from estimator.parallelism.shares import share_of
 from estimator.parallelism.zero import flat_sizes, partition_elements
 from estimator.phases import Item
 from estimator.recipe import Adapter, Recipe
 from estimator.static_memory import StaticMemory, static_memory
-from tests.estimator.ranks import BUCKET_CAP_MB, CONFIG, NUM_RANKS, RANK, run
+from tests.estimator.ranks import BUCKET_CAP_MB, CONFIG, FLAT, NUM_RANKS, RANK, run
 from tests.estimator.real_models import inventory_of, plain_name
 from tests.estimator.recipes import training
 
@@ -68,8 +69,14 @@ def test_rebuilt_buckets_are_as_many_and_together_as_large_as_the_real_ones(ddp:
 
 
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Runs of both versions, in the same processes."""
     return run("fsdp", tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["version 2"] for record in both]
 
 
 CASES = pytest.mark.parametrize("kind", ["untied, full", "untied, adapter", "tied, full", "tied, adapter"])
@@ -144,6 +151,63 @@ def test_offloaded_parameters_leave_nothing_of_them_on_the_card() -> None:
     offloaded = share_of(replace(recipe, parallel=replace(recipe.parallel, fsdp=Fsdp(offload_params=True))), static)
     assert sum(offloaded.stored.values()) == static.buffers_bytes
     assert offloaded.host_bytes == sum(on_card.stored.values()) - static.buffers_bytes + on_card.gradients_bytes
+
+
+# -- FSDP1 ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flat(both: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["version 1"] for record in both]
+
+
+FLAT_CASES = pytest.mark.parametrize("kind", list(FLAT))
+
+
+def _flat(kind: str) -> tuple[Recipe, StaticMemory]:
+    options = dict(FLAT[kind])
+    reshards = options.pop("sharding_strategy", "FULL_SHARD") == "FULL_SHARD"
+    options["backward_prefetch"] = BackwardPrefetch(options.get("backward_prefetch", "NO_PREFETCH"))
+    recipe = _recipe(Strategy.FSDP, adapter="adapter" in kind)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, fsdp=Fsdp(version=1, reshard_after_forward=reshards, **options)))
+    return recipe, _static(recipe, tied=kind.startswith("tied"))
+
+
+@FLAT_CASES
+def test_flat_shards_and_their_gradients_are_those_of_torch(flat: list[dict[str, Any]], kind: str) -> None:
+    recipe, static = _flat(kind)
+    units = fsdp1.units_of(recipe, static.tensors).all
+    sizes = sorted(u.shard_elements * u.dtype.itemsize for u in units)
+    trained = sorted(u.shard_elements * u.dtype.itemsize for u in units if u.trains)
+    for rank in range(NUM_RANKS):
+        assert (flat[rank][kind]["shards"], flat[rank][kind]["gradients"]) == (sizes, trained)
+
+
+@FLAT_CASES
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_optimizers_see_the_parts_of_parameters_that_lie_in_a_ranks_shard(flat: list[dict[str, Any]], kind: str, rank: int) -> None:
+    recipe, static = _flat(kind)
+    parts = [part for unit in fsdp1.units_of(recipe, static.tensors).all for part in unit.as_trained(rank)]
+    assert sorted(part.num_elements for part in parts) == flat[rank][kind]["trained"]
+    assert sum(2 * part.raw_bytes for part in parts) == flat[rank][kind]["states"]
+
+
+@FLAT_CASES
+def test_whole_gradients_of_a_unit_leave_as_one_tensor_in_the_gathered_type(flat: list[dict[str, Any]], kind: str) -> None:
+    recipe, static = _flat(kind)
+    trained = [u for u in fsdp1.units_of(recipe, static.tensors).all if u.trains]
+    ours = sorted([u.num_elements * u.gathered_dtype.itemsize, u.gathered_dtype.itemsize] for u in trained)
+    assert ours == flat[0][kind]["reduced"]
+
+
+@FLAT_CASES
+def test_gathered_units_are_as_many_at_once_as_torch_holds(flat: list[dict[str, Any]], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted without the allocator's rounding, as storages on the CPU are."""
+    monkeypatch.setattr(fsdp1, "allocated", lambda num_bytes: num_bytes)
+    recipe, static = _flat(kind)
+    units, options = fsdp1.units_of(recipe, static.tensors), recipe.parallel.fsdp
+    assert [fsdp1.forward_bytes(units, options), fsdp1.backward_bytes(units, options)] == flat[0][kind]["peaks"]
+    assert flat[0][kind]["left"] == 0
 
 
 # -- ZeRO -------------------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from app.answer import Json
 from app.trainer_files.written.subject import Subject
 from estimator.errors import RequestError
-from estimator.parallelism.options import Strategy
+from estimator.parallelism.options import Fsdp, Strategy
 
 _KINDS = {Strategy.SINGLE: "NO", Strategy.DDP: "MULTI_GPU", Strategy.FSDP: "FSDP"}
 
@@ -33,11 +33,12 @@ def accelerate(subject: Subject) -> Json:
         "use_cpu": False,
     }
     if strategy is Strategy.FSDP:
+        options = parallel.fsdp
         config["fsdp_config"] = {
-            "fsdp_version": 2,
+            "fsdp_version": options.version,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": parallel.fsdp.reshard_after_forward,
-            "fsdp_offload_params": parallel.fsdp.offload_params,
+            **{f"fsdp_{name}": value for name, value in fsdp_options(options).items()},
+            "fsdp_offload_params": options.offload_params,
             "fsdp_cpu_ram_efficient_loading": True,
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
         }
@@ -50,3 +51,15 @@ def accelerate(subject: Subject) -> Json:
             "zero3_init_flag": strategy.zero_stage == 3,
         }
     return config
+
+
+def fsdp_options(options: Fsdp) -> Json:
+    """What is sharded and when, in the words of its version."""
+    if options.version == 2:
+        return {"reshard_after_forward": options.reshard_after_forward}
+    return {
+        "sharding_strategy": "FULL_SHARD" if options.reshard_after_forward else "SHARD_GRAD_OP",
+        "backward_prefetch": options.backward_prefetch.value,
+        "use_orig_params": options.use_orig_params,
+        "sync_module_states": True,
+    }

@@ -2,6 +2,7 @@
 
 from app.answer import Json
 from app.trainer_files.axolotl_fields import LORA_KERNELS
+from app.trainer_files.written.accelerate import fsdp_options
 from app.trainer_files.written.deepspeed import deepspeed
 from app.trainer_files.written.subject import PLACEHOLDER, Subject
 from estimator.dtypes import DType
@@ -111,12 +112,13 @@ def _spread(subject: Subject) -> Json:
     if parallel.strategy.zero_stage:
         return {"deepspeed": deepspeed(subject)}
     if parallel.strategy is Strategy.FSDP:
+        given = parallel.fsdp
         options = {
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "reshard_after_forward": parallel.fsdp.reshard_after_forward,
-            "offload_params": parallel.fsdp.offload_params,
+            **fsdp_options(given),
+            "offload_params": given.offload_params,
             "state_dict_type": "SHARDED_STATE_DICT",
         }
-        return {"fsdp_version": 2, "fsdp_config": options}
+        return {"fsdp_version": given.version, "fsdp_config": options}
     ddp = {"ddp_bucket_cap_mb": parallel.ddp.bucket_cap_mb, "ddp_find_unused_parameters": parallel.ddp.find_unused_parameters}
     return {name: value for name, value in ddp.items() if value is not None}

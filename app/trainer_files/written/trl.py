@@ -1,6 +1,7 @@
 """TRL: the YAML of `trl sft --config`, and a script that runs by itself."""
 
 from app.answer import Json
+from app.trainer_files.written.accelerate import fsdp_options
 from app.trainer_files.written.deepspeed import deepspeed
 from app.trainer_files.written.subject import PLACEHOLDER, Subject
 from estimator.parallelism.options import Strategy
@@ -61,8 +62,9 @@ def _spread(subject: Subject) -> Json:
     if parallel.strategy.zero_stage:
         return {"deepspeed": deepspeed(subject)}
     if parallel.strategy is Strategy.FSDP:
-        options = {"version": 2, "reshard_after_forward": parallel.fsdp.reshard_after_forward, "cpu_offload": parallel.fsdp.offload_params}
-        return {"fsdp": "full_shard", "fsdp_config": options}
+        given = parallel.fsdp
+        own = {name: value for name, value in fsdp_options(given).items() if name != "sharding_strategy"}  # which the Trainer does not read
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": given.version, **own, "cpu_offload": given.offload_params}}
     ddp = {"ddp_bucket_cap_mb": parallel.ddp.bucket_cap_mb, "ddp_find_unused_parameters": parallel.ddp.find_unused_parameters}
     return {name: value for name, value in ddp.items() if value is not None}
 

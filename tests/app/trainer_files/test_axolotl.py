@@ -173,8 +173,8 @@ def test_fsdp_is_version_1_unless_it_says_otherwise() -> None:
     hardware = _opened({**FULL, "fsdp_version": 2, "fsdp_config": config})["hardware"]
     assert hardware["strategy"] == "fsdp"
     assert hardware["fsdp_config"] == {"version": 2, "cpu_offload": True}
-    with pytest.raises(RequestError, match="FSDP1 is not modelled"):
-        _opened({**FULL, "fsdp_config": config})
+    old = _opened({**FULL, "fsdp_config": {**config, "fsdp_sharding_strategy": "SHARD_GRAD_OP", "fsdp_use_orig_params": False}})["hardware"]
+    assert old["fsdp_config"] == {"version": 1, "cpu_offload": True, "reshard_after_forward": False, "use_orig_params": False}
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,35 @@ def test_accelerates_fsdp_brings_ranks_precision_and_checkpoints() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({}, {}),
+        ({"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, {"reshard_after_forward": False}),
+        ({"fsdp_sharding_strategy": 2, "fsdp_backward_prefetch": 1}, {"reshard_after_forward": False, "backward_prefetch": "BACKWARD_PRE"}),
+        ({"fsdp_backward_prefetch_policy": "no_prefetch", "fsdp_use_orig_params": "false"}, {"use_orig_params": False}),
+        ({"fsdp_reshard_after_forward": "SHARD_GRAD_OP", "fsdp_offload_params": True}, {"cpu_offload": True}),
+    ],
+)
+def test_accelerates_fsdp_is_version_1_where_it_does_not_say(config: Json, read: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to accelerate's own plugin, made of the environment that its launcher makes of the file."""
+    utils: Any = pytest.importorskip("accelerate.utils")
+    hardware = _opened(launch={**FSDP, "fsdp_config": config})["hardware"]
+    ours = {"version": 1, "reshard_after_forward": True, "use_orig_params": True, "cpu_offload": False, **hardware["fsdp_config"]}
+    assert ours == {**ours, **read}
+    for key, value in {"fsdp_sharding_strategy": "FULL_SHARD", "fsdp_use_orig_params": "true", **config}.items():
+        monkeypatch.setenv(key.upper().removesuffix("_POLICY"), str(value))
+    theirs = utils.FullyShardedDataParallelPlugin()
+    prefetch = theirs.backward_prefetch
+    assert ours == {
+        "version": theirs.fsdp_version,
+        "reshard_after_forward": theirs.sharding_strategy.name == "FULL_SHARD",
+        "use_orig_params": theirs.use_orig_params,
+        "cpu_offload": theirs.cpu_offload.offload_params,
+        **({"backward_prefetch": "NO_PREFETCH" if prefetch is None else prefetch.name} if "backward_prefetch" in ours else {}),
+    }
+
+
 def test_fsdp_of_training_arguments_is_version_2() -> None:
     arguments = {
         "fsdp": "full_shard auto_wrap",
@@ -133,8 +162,10 @@ def test_fsdp_of_training_arguments_is_version_2() -> None:
     ("changes", "message"),
     [
         ({"distributed_type": "MEGATRON_LM"}, "distributed_type: 'MEGATRON_LM' is not known"),
-        ({"fsdp_config": {"fsdp_version": 1}}, "version: 1 is not accepted; expected 2; FSDP1 is not modelled"),
-        ({"fsdp_config": {}}, r"1 \(the default\) is not accepted"),
+        ({"fsdp_config": {"fsdp_version": 3}}, "version: 3 is not accepted; expected 1 or 2"),
+        ({"fsdp_config": {"fsdp_sharding_strategy": "HYBRID_SHARD"}}, "sharding_strategy: HYBRID_SHARD is not accepted"),
+        ({"fsdp_config": {"fsdp_sharding_strategy": 3}}, "sharding_strategy: 3 is not accepted"),
+        ({"fsdp_config": {"fsdp_backward_prefetch": "BACKWARD"}}, "expected BACKWARD_PRE, BACKWARD_POST, NO_PREFETCH"),
         ({"use_cpu": True}, "use_cpu: True is not modelled"),
         ({"num_proceses": 2}, "not a known field of accelerate; did you mean 'num_processes'"),
     ],

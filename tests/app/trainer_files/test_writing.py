@@ -57,16 +57,19 @@ ZERO2 = _spread(QLORA, "zero2", deepspeed={"zero_optimization": {"stage": 2, "re
 ZERO3 = _spread(
     FULL, "zero3", deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
 )
+FSDP1 = _spread(
+    FULL, "fsdp", fsdp_config={"version": 1, "reshard_after_forward": False, "backward_prefetch": "BACKWARD_PRE", "use_orig_params": False}
+)
 FSDP = _spread(FULL, "fsdp", fsdp_config={"reshard_after_forward": False, "cpu_offload": True})
 
 
 @pytest.mark.parametrize(
     ("request_", "kind"),
     [
-        *((request, "trl") for request in (SFT, PACKED, _spread(SFT, "zero2"), _spread(SFT, "ddp"))),
-        *((request, "axolotl") for request in (QLORA, INT8, FLAT, LIGER, FULL, ZERO2, ZERO3, FSDP)),
+        *((request, "trl") for request in (SFT, PACKED, _spread(SFT, "zero2"), _spread(SFT, "ddp"), _spread(SFT, "fsdp"))),
+        *((request, "axolotl") for request in (QLORA, INT8, FLAT, LIGER, FULL, ZERO2, ZERO3, FSDP, FSDP1)),
         *((request, "llamafactory") for request in (INT8, LIGER, ZERO2)),
-        *((request, "accelerate") for request in (FSDP, _spread(QLORA, "zero2"), ZERO3, _spread(QLORA, "ddp"), QLORA)),
+        *((request, "accelerate") for request in (FSDP, FSDP1, _spread(QLORA, "zero2"), ZERO3, _spread(QLORA, "ddp"), QLORA)),
         *((request, "deepspeed") for request in (ZERO2, ZERO3)),
     ],
 )
