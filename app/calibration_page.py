@@ -13,7 +13,7 @@ from markupsafe import Markup
 from app import scatter
 from app.answer import Json
 from calibration.accuracy import Comparison as Published
-from calibration.caps import Proof, proofs, sentence
+from calibration.caps import Proof, proofs, sentences
 from calibration.comparison import Comparison
 from calibration.evidence import (
     Figure,
@@ -73,7 +73,10 @@ def report(
             missing=_missing(pictures),
             fitted=comparison.spreads if measured else (),
             caps_told=[
-                sentence(proofs(_of_kind(records, kind)), kind) for kind in _CAP_KINDS if kind is Kind.MEASURED or _has(records, kind)
+                told
+                for kind in _CAP_KINDS
+                if kind is Kind.MEASURED or _has(records, kind)
+                for told in sentences(proofs(_of_kind(records, kind)), kind)
             ],
             caps=[_cap(proof, kind) for kind in _CAP_KINDS for proof in proofs(_of_kind(records, kind))],
             worst=[_worst(point) for point in worst_of(points, _NUM_WORST)],
@@ -165,9 +168,11 @@ def _cap(proof: Proof, kind: Kind) -> Json:
         "kind": kind.value,
         "card": proof.card,
         "case": f"{proof.case.model or proof.case.config.get('model_type')} × {proof.case.sequence_length}",
+        "policy": proof.policy,
         "planned": proof.planned or "none fits",
-        "ran": ", ".join(map(str, proof.ran)) or "none",
-        "ran_out": ", ".join(map(str, proof.ran_out)) or "none",
+        "ran": ", ".join(map(str, proof.runs.ran)) or "none",
+        "gave_back": ", ".join(map(str, proof.runs.retried)) or "none",
+        "ran_out": ", ".join(map(str, proof.runs.ran_out)) or "none",
         "tightness": "" if proof.tightness is None else f"{proof.tightness:.0%}",
         "verdict": proof.verdict.value,
     }

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from app.answer import device_bytes
 from app.service import Case
 from app.shortfall import Outcome
 from estimator.device import context_bytes, same_kernels
 from estimator.grid import Evaluator, Sizes
-from estimator.planner import Goal, PlanObjective, last_near, search
+from estimator.planner import Goal, PlanObjective, Policy, last_near, search
 from estimator.recipe import Recipe
 
 
@@ -18,11 +19,12 @@ class Search:
 
     case: Case
     goal: Goal
+    policy: Policy = Policy.CACHE_KEPT
     replayed: set[tuple[object, ...]] = field(default_factory=set)
     """Sizes whose run had to be replayed, for each kind of card: replays of one are those of all of its kind."""
 
     def found(self, evaluator: Evaluator) -> Sizes | None:
-        """The best size that fits with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
+        """The best size that fits, with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
         candidates = self.goal.candidates()
         if self.goal.objective is PlanObjective.MOST_MARGIN:
             return self.with_most_margin(evaluator, candidates)
@@ -38,7 +40,7 @@ class Search:
             guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
             return guess if guess is not None and self.fits(guess) else None
         asked = [(self.outcome(candidates.at([place])), place) for place in range(len(candidates))]
-        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if outcome.fits]
+        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if self.is_enough(outcome)]
         return candidates.at([-min(fitting)[1]]) if fitting else None
 
     def near(
@@ -63,8 +65,17 @@ class Search:
         return None if place is None else candidates.at([place])
 
     def fits(self, sizes: Sizes) -> bool:
-        """Whether one size fits, by its own estimate."""
-        return self.outcome(sizes).fits
+        """Whether one size fits as the policy asks, by its own estimate."""
+        return self.is_enough(self.outcome(sizes))
+
+    def is_enough(self, outcome: Outcome) -> bool:
+        """Whether a size fits; or, where the allocator's cache may be given back, whether its run ends in what the margin leaves."""
+        if self.policy is Policy.CACHE_KEPT or not outcome.may_fit or outcome.fits:
+            return outcome.fits
+        limit = outcome.limit_bytes
+        answerer = self.case.answerer
+        held = replace(answerer, device=replace(answerer.device, usable_bytes=limit)).estimate(outcome.recipe)
+        return device_bytes(held) <= limit
 
     def outcome(self, sizes: Sizes) -> Outcome:
         """One size on the card."""
