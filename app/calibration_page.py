@@ -33,6 +33,12 @@ from estimator.units import gib
 _HERE = Path(__file__).parent
 _NUM_WORST = 20
 _CAP_KINDS = (Kind.MEASURED, Kind.TRACED)
+MEASURE_ALL = """\
+for campaign in terms models generate; do vramplan calibrate run --campaign $campaign --out records.jsonl; done
+vramplan calibrate caps --out records.jsonl
+vramplan calibrate fit records.jsonl --out corrections.json
+vramplan calibrate report records.jsonl --out report.html"""
+"""What to run on a machine with an NVIDIA card to have everything measured; where it is interrupted, running it again goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,7 @@ def report(
             version=package_version("vramplan") or "",
             date=date,
             num_measured=len(measured),
+            measure_all=MEASURE_ALL,
             standing=standing(comparison, points),
             spreads=[_spread(points, origin, figure) for origin in Origin for figure in Figure if _of(points, origin, figure)],
             pictures=[(name, Markup(svg)) for name, svg in pictures.items()],  # escaped where they are drawn

@@ -52,6 +52,16 @@ class Search:
             guessed: the last that fits so many bytes with the cache modelled.
             known: a size whose replay tells how far the model is off; the first guess if None.
         """
+        start = self._start(evaluator, candidates, guessed, known)
+        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
+        return None if place is None else candidates.at([place])
+
+    def _start(self, evaluator: Evaluator, candidates: Sizes, guessed: Callable[[int], Sizes | None], known: Sizes | None) -> int:
+        """Where to begin; -1 where nothing may fit. See `near`."""
+        if self.policy is Policy.CACHE_GIVEN_BACK:
+            # Never below what keeps its cache: where it is given back, some sizes fail between others that live.
+            kept = replace(self, policy=Policy.CACHE_KEPT).near(evaluator, candidates, guessed, known)
+            return -1 if kept is None else _place(candidates, kept)
         assert self.case.card is not None
         usable = self.case.card.usable_bytes
         guess = guessed(usable) if known is None else known
@@ -60,9 +70,7 @@ class Search:
         if outcome.may_fit:
             modelled = int(evaluator.memory(known).required_bytes(self.context_bytes)[0])
             guess = guessed(usable * modelled // outcome.required_unpressed_bytes())
-        start = -1 if guess is None else _place(candidates, guess)
-        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
-        return None if place is None else candidates.at([place])
+        return -1 if guess is None else _place(candidates, guess)
 
     def fits(self, sizes: Sizes) -> bool:
         """Whether one size fits as the policy asks, by its own estimate."""

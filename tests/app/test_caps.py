@@ -40,7 +40,7 @@ def pythia() -> Case:
 def test_what_is_recommended_for_a_smaller_card_runs_under_its_cap_and_twice_as_much_does_not() -> None:
     cap = find_gpu("rtx3070").capacity_bytes
     kept, given_back, without_headroom = caps.recommendations(pythia(), A100, cap).values()
-    assert 1 < kept <= given_back <= without_headroom
+    assert 1 < kept <= min(given_back, without_headroom)
     under = pythia().at(cap_bytes=cap)
     reports = [traced_case.run(under.at(batch_size=size)) for size in (kept, given_back, 2 * given_back)]
     assert [report.outcome for report in reports] == ["ok", "ok", "oom"]
