@@ -74,6 +74,7 @@ def render_fit(card: Card, estimate: Estimate, interval: Interval | None) -> Jso
         "headroom_bytes": card.headroom_bytes,
         **({"occupied_bytes": card.occupied_bytes} if card.occupied_bytes else {}),
         "free_bytes": free,
+        **({"num_alloc_retries": estimate.holding.get().num_alloc_retries} if free >= 0 and _gives_cache_back(card, estimate) else {}),
         "verdict": _verdict(card, estimate, interval),
     }
 
@@ -81,7 +82,11 @@ def render_fit(card: Card, estimate: Estimate, interval: Interval | None) -> Jso
 def _verdict(card: Card, estimate: Estimate, interval: Interval | None) -> str:
     """What only fits because the allocator gives its cache back is tight."""
     verdict = card.verdict(device_bytes(estimate), interval.device_high_bytes if interval is not None else None)
-    return "tight" if verdict == "fits" and estimate.holding.get().without_pressure_bytes > card.usable_bytes else verdict
+    return "tight" if verdict == "fits" and _gives_cache_back(card, estimate) else verdict
+
+
+def _gives_cache_back(card: Card, estimate: Estimate) -> bool:
+    return estimate.holding.get().without_pressure_bytes > card.usable_bytes
 
 
 def device_bytes(estimate: Estimate) -> int:

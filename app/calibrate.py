@@ -21,7 +21,7 @@ from calibration import campaign as campaigns
 from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all
 from calibration.caps import Proof, proofs
-from calibration.caps import sentence as caps_sentence
+from calibration.caps import sentences as caps_sentences
 from calibration.card import card_id, card_name
 from calibration.case import Case
 from calibration.comparison import Comparison, rows_of
@@ -145,8 +145,9 @@ def caps(
         wanted = capped.trials(declared.cases(), smaller, at_hand)
         budget = 60 * (minutes if minutes is not None else declared.budget_minutes)
         for step in capped.run(wanted, runner, records, budget_seconds=budget):
-            case, told = step.record.case, "planned" if step.record.case.batch_size == step.proof.planned else "beside it"
-            console.print(f"{step.proof.card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
+            case, card = step.record.case, step.record.provenance.cap_card
+            told = ", ".join(proof.policy for proof in step.proofs if proof.planned == case.batch_size) or "beside them"
+            console.print(f"{card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
         show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
 
 
@@ -220,16 +221,18 @@ def report(
 
 
 def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:
-    """Every recommendation with what the runs under its cap showed, and all of them in a sentence."""
-    table = Table("card", "case", "planned", "true maximum", "planned / maximum", "verdict", box=None, pad_edge=False)
+    """Every recommendation with what the runs under its cap showed, and all of a policy in a sentence."""
+    table = Table("card", "case", "policy", "planned", "true maximum", "planned / maximum", "verdict", box=None, pad_edge=False)
     for proof in found:
-        largest = f"{max(proof.ran, default=0)} or more" if proof.largest is None else str(proof.largest)
+        runs = proof.runs
+        largest = f"{max(runs.ran, default=0)} or more" if runs.largest is None else str(runs.largest)
         share = "" if proof.tightness is None else f"{proof.tightness:.0%}"
         verdict = proof.verdict.value if proof.planned else "none fits"
         name = escape(proof.case.model or str(proof.case.config.get("model_type")))
-        table.add_row(proof.card, f"{name} × {proof.case.sequence_length}", str(proof.planned), largest, share, verdict)
+        table.add_row(proof.card, f"{name} × {proof.case.sequence_length}", proof.policy, str(proof.planned), largest, share, verdict)
     console.print(table)
-    console.print(caps_sentence(found, kind), highlight=False)
+    for told in caps_sentences(found, kind):
+        console.print(told, highlight=False)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from app import scatter
 from app.answer import Json
 from calibration.accuracy import Comparison as Published
-from calibration.caps import Proof, proofs, sentence
+from calibration.caps import Proof, proofs, sentences
 from calibration.comparison import Comparison
 from calibration.evidence import (
     Figure,
@@ -33,6 +33,12 @@ from estimator.units import gib
 _HERE = Path(__file__).parent
 _NUM_WORST = 20
 _CAP_KINDS = (Kind.MEASURED, Kind.TRACED)
+MEASURE_ALL = """\
+for campaign in terms models generate; do vramplan calibrate run --campaign $campaign --out records.jsonl; done
+vramplan calibrate caps --out records.jsonl
+vramplan calibrate fit records.jsonl --out corrections.json
+vramplan calibrate report records.jsonl --out report.html"""
+"""What to run on a machine with an NVIDIA card to have everything measured; where it is interrupted, running it again goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +73,17 @@ def report(
             version=package_version("vramplan") or "",
             date=date,
             num_measured=len(measured),
+            measure_all=MEASURE_ALL,
             standing=standing(comparison, points),
             spreads=[_spread(points, origin, figure) for origin in Origin for figure in Figure if _of(points, origin, figure)],
             pictures=[(name, Markup(svg)) for name, svg in pictures.items()],  # escaped where they are drawn
             missing=_missing(pictures),
             fitted=comparison.spreads if measured else (),
             caps_told=[
-                sentence(proofs(_of_kind(records, kind)), kind) for kind in _CAP_KINDS if kind is Kind.MEASURED or _has(records, kind)
+                told
+                for kind in _CAP_KINDS
+                if kind is Kind.MEASURED or _has(records, kind)
+                for told in sentences(proofs(_of_kind(records, kind)), kind)
             ],
             caps=[_cap(proof, kind) for kind in _CAP_KINDS for proof in proofs(_of_kind(records, kind))],
             worst=[_worst(point) for point in worst_of(points, _NUM_WORST)],
@@ -165,9 +175,11 @@ def _cap(proof: Proof, kind: Kind) -> Json:
         "kind": kind.value,
         "card": proof.card,
         "case": f"{proof.case.model or proof.case.config.get('model_type')} × {proof.case.sequence_length}",
+        "policy": proof.policy,
         "planned": proof.planned or "none fits",
-        "ran": ", ".join(map(str, proof.ran)) or "none",
-        "ran_out": ", ".join(map(str, proof.ran_out)) or "none",
+        "ran": ", ".join(map(str, proof.runs.ran)) or "none",
+        "gave_back": ", ".join(map(str, proof.runs.retried)) or "none",
+        "ran_out": ", ".join(map(str, proof.runs.ran_out)) or "none",
         "tightness": "" if proof.tightness is None else f"{proof.tightness:.0%}",
         "verdict": proof.verdict.value,
     }

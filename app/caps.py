@@ -14,6 +14,7 @@ from calibration.record import Record, RecordFile, environment_here
 from calibration.runner import Device, NoDeviceError, Runner
 from estimator.errors import RequestError
 from estimator.gpus import Gpu, find_gpu
+from estimator.planner import Policy
 
 # A dry run knows no card of its own: its trace is of this one, which recipes without a card are answered for.
 _TRACED_CARD = "a100-80"
@@ -21,10 +22,10 @@ _TRACED_CARD = "a100-80"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tried:
-    """One more run, and where the proof of its recommendation stands."""
+    """One more run, and where the proofs of the recommendations stand."""
 
     record: Record
-    proof: Proof
+    proofs: tuple[Proof, ...]
 
 
 def card_at_hand(runner: Runner) -> Gpu:
@@ -56,23 +57,34 @@ def smaller_cards(names: Sequence[str], at_hand: Gpu) -> tuple[Gpu, ...]:
     return tuple(sorted(found.values(), key=lambda gpu: gpu.capacity_bytes))
 
 
-def recommended(case: Case, at_hand: Gpu, cap_bytes: int) -> int:
+def recommended(
+    case: Case, at_hand: Gpu, cap_bytes: int, policy: Policy = Policy.CACHE_KEPT, *, headroom_bytes: int = HEADROOM_BYTES
+) -> int:
     """The micro-batch that a plan has for the card at hand when only so much of it may be used; 0 where none fits.
 
     It is planned for the card at hand, whose kernels and context the run will have: of the smaller card only the memory counts.
     """
     training = {name: value for name, value in case.training.items() if name != "per_device_train_batch_size"}
-    kept = at_hand.capacity_bytes - cap_bytes + HEADROOM_BYTES
-    found = plan({**payload_of(case), "training": training, "hardware": {"gpu": at_hand.id, "headroom": kept}})["plan"]
+    kept = at_hand.capacity_bytes - cap_bytes + headroom_bytes
+    hardware = {"gpu": at_hand.id, "headroom": kept}
+    found = plan({**payload_of(case), "training": training, "hardware": hardware, "policy": policy.value})["plan"]
     return 0 if found is None else int(found["per_device_train_batch_size"])
 
 
+def recommendations(case: Case, at_hand: Gpu, cap_bytes: int) -> dict[str, int]:
+    """What the planner recommends by each policy; and without headroom, of which the runs under the cap leave none."""
+    found = {policy.value: recommended(case, at_hand, cap_bytes, policy) for policy in Policy}
+    given_back = Policy.CACHE_GIVEN_BACK
+    found[f"{given_back.value} without headroom"] = recommended(case, at_hand, cap_bytes, given_back, headroom_bytes=0)
+    return found
+
+
 def trials(cases: Sequence[Case], cards: Sequence[Gpu], at_hand: Gpu) -> Iterator[Trial]:
-    """Every case on every card, with the recommendation for it."""
+    """Every case on every card, with the recommendations for it."""
     for card in cards:
         for case in cases:
-            planned = recommended(case, at_hand, card.capacity_bytes)
-            yield Trial(card=card.id, planned=planned, case=case.at(batch_size=max(1, planned), cap_bytes=card.capacity_bytes))
+            planned = recommendations(case, at_hand, card.capacity_bytes)
+            yield Trial(card=card.id, planned=planned, case=case.at(batch_size=1, cap_bytes=card.capacity_bytes))
 
 
 def run(
@@ -90,7 +102,7 @@ def run(
         return runner.run(case) if clock() - started < budget_seconds else None
 
     for trial in found:
-        for record, proof in prove(trial, known, measure):
+        for record, found_of in prove(trial, known, measure):
             records.append(record)
             known.append(record)
-            yield Tried(record=record, proof=proof)
+            yield Tried(record=record, proofs=found_of)

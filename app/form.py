@@ -48,6 +48,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "hardware.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp", "device_map"),
     "engine": ("auto", "analytic", "trace"),
     "objective": ("largest_micro_batch", "longest_sequence", "most_margin"),
+    "policy": ("cache_kept", "cache_given_back"),
     "sort": ("price", "margin", "batch", "length", "memory", "speed", "cost"),
 }
 SUGGESTIONS: Mapping[str, tuple[str, ...]] = {
@@ -230,6 +231,7 @@ class Form:
     def cards_request(self) -> Json:
         """The request to `which`."""
         payload = self.plan_request()
+        payload.pop("policy", None)  # is of a plan for one card
         hardware = payload.get("hardware") or {}
         kept = {name: hardware[name] for name in ("headroom", "strategy") if name in hardware}
         whole = self._whole()

@@ -6,6 +6,7 @@ from app import left_out, machine
 from app.answer import is_modelled
 from app.answered import Answered, Rule
 from app.versions import shown
+from app.wording import times
 from estimator.correction import MIN_RESIDUALS, carried, class_of, margin_without_interval, other_stack
 from estimator.dtypes import DType
 from estimator.estimate import Notice
@@ -228,10 +229,11 @@ def _nvidia_smi(a: Answered) -> Iterable[str]:
 def _under_pressure(a: Answered) -> Iterable[str]:
     holding = a.estimate.holding.get()
     if holding.without_pressure_bytes > holding.device_bytes:
+        when = f"{times(retries)} in every step, which takes time" if (retries := holding.num_alloc_retries) else "in the first steps"
         yield (
             f"with room for all that the allocator would cache the run holds {gib(holding.without_pressure_bytes)}: here it fits only "
-            "because the cache is given back to make room (num_alloc_retries), which takes time; expandable_segments:True in "
-            "PYTORCH_CUDA_ALLOC_CONF may spare it."
+            f"because the cache is given back to make room (num_alloc_retries), {when}, and again wherever lengths vary; "
+            "expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF may spare it."
         )
 
 

@@ -117,6 +117,7 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
     "Plan": (
         _option("global_batch_size", "int", "samples per optimizer step; absent = as large as fits"),
         _option("objective", "str", "largest_micro_batch, longest_sequence or most_margin"),
+        _option("policy", "str", "cache_kept, or cache_given_back: a larger batch, that runs because the allocator gives its cache back"),
         _option("hardware.filter", "str", "cards to choose from, instead of one: '24GB..80GB bf16'"),
         _option("sort", "str", "of the cards: price, margin, batch, length, memory, speed or cost"),
         _option("epoch_tokens", "int", "tokens of an epoch, for what one costs"),

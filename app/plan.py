@@ -16,7 +16,7 @@ from app.which import which
 from estimator.correction import margin_without_interval
 from estimator.errors import RequestError
 from estimator.grid import Evaluator, Sizes
-from estimator.planner import LENGTH_STEP, Goal, PlanObjective, divisors, largest, lengths
+from estimator.planner import LENGTH_STEP, Goal, PlanObjective, Policy, divisors, largest, lengths
 from estimator.recipe import Training
 
 NUM_ALTERNATIVES = 4
@@ -31,9 +31,12 @@ def plan(payload: Mapping[str, Any]) -> Json:
     question = read_plan(payload)
     case = prepare(_completed(question))
     goal = goal_of(question.request, case)
+    policy = Policy(question.request.policy)
     if case.card is None:
+        if policy is not Policy.CACHE_KEPT:
+            raise RequestError(f"policy: {policy.value!r} needs a card; give hardware.gpu, or leave it out", field="policy")
         return which(question.request, case, goal)
-    found = _Plan(search=Search(case=case, goal=goal), request=question.request, payload=payload)
+    found = _Plan(search=Search(case=case, goal=goal, policy=policy), request=question.request, payload=payload)
     return {"schema_version": SCHEMA_VERSION, **found.answer(), "gpus": None}
 
 
@@ -91,8 +94,16 @@ class _Plan:
         evaluator = evaluator_of(self.case, self.case.recipe, self.case.answerer.estimate(self.case.recipe))
         found = self.search.found(evaluator)
         if found is None:
-            return {"plan": None, "shortfall": shortfall(self.shortage(self.goal.smallest()))}
+            missing = shortfall(self.shortage(self.goal.smallest()))
+            return {"plan": None, "shortfall": {**missing, "cache_given_back": self.with_cache_given_back(evaluator)}}
         return {"plan": self.rendered(evaluator, found), "shortfall": None}
+
+    def with_cache_given_back(self, evaluator: Evaluator) -> Json | None:
+        """What the other policy would recommend where this one has nothing."""
+        if self.search.policy is Policy.CACHE_GIVEN_BACK:
+            return None
+        found = replace(self.search, policy=Policy.CACHE_GIVEN_BACK).found(evaluator)
+        return None if found is None else self.described(found)[0]
 
     def shortage(self, sizes: Sizes) -> Shortage:
         recipe = self.search.recipe(sizes)
@@ -153,6 +164,7 @@ class _Plan:
         assert self.case.card is not None
         margin = f"the estimate and {100 * margin_without_interval().share:.1f} %"
         return {
+            "name": self.search.policy.value,
             "headroom_bytes": self.case.card.headroom_bytes,
             "margin": margin if interval is None else f"the upper end of the interval of {100 * interval['coverage']:.0f} %",
         }

@@ -261,6 +261,8 @@ class PlanRequest(Request):
 
     global_batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH * 16)] | None = None
     objective: Literal["largest_micro_batch", "longest_sequence", "most_margin"] = "largest_micro_batch"
+    policy: Literal["cache_kept", "cache_given_back"] = "cache_kept"
+    """Whether a plan for one card leaves room for all that the allocator caches, or lets it give its cache back to make room."""
     sort: Literal["price", "margin", "batch", "length", "memory", "speed", "cost"] = "price"
     """Of the cards, where none is named: `cost` is that of a token."""
     epoch_tokens: Annotated[int, Field(ge=1, le=2**50)] | None = None

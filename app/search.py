@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from app.answer import device_bytes
 from app.service import Case
 from app.shortfall import Outcome
 from estimator.device import context_bytes, same_kernels
 from estimator.grid import Evaluator, Sizes
-from estimator.planner import Goal, PlanObjective, last_near, search
+from estimator.planner import Goal, PlanObjective, Policy, last_near, search
 from estimator.recipe import Recipe
 
 
@@ -18,11 +19,12 @@ class Search:
 
     case: Case
     goal: Goal
+    policy: Policy = Policy.CACHE_KEPT
     replayed: set[tuple[object, ...]] = field(default_factory=set)
     """Sizes whose run had to be replayed, for each kind of card: replays of one are those of all of its kind."""
 
     def found(self, evaluator: Evaluator) -> Sizes | None:
-        """The best size that fits with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
+        """The best size that fits, with the allocator replayed; near where its cache, modelled, lets one fit, unless candidates are few."""
         candidates = self.goal.candidates()
         if self.goal.objective is PlanObjective.MOST_MARGIN:
             return self.with_most_margin(evaluator, candidates)
@@ -38,7 +40,7 @@ class Search:
             guess = search(evaluator, self.goal, self.case.card.usable_bytes, self.context_bytes)
             return guess if guess is not None and self.fits(guess) else None
         asked = [(self.outcome(candidates.at([place])), place) for place in range(len(candidates))]
-        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if outcome.fits]
+        fitting = [(outcome.estimate.without_pressure_bytes(), -place) for outcome, place in asked if self.is_enough(outcome)]
         return candidates.at([-min(fitting)[1]]) if fitting else None
 
     def near(
@@ -50,6 +52,16 @@ class Search:
             guessed: the last that fits so many bytes with the cache modelled.
             known: a size whose replay tells how far the model is off; the first guess if None.
         """
+        start = self._start(evaluator, candidates, guessed, known)
+        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
+        return None if place is None else candidates.at([place])
+
+    def _start(self, evaluator: Evaluator, candidates: Sizes, guessed: Callable[[int], Sizes | None], known: Sizes | None) -> int:
+        """Where to begin; -1 where nothing may fit. See `near`."""
+        if self.policy is Policy.CACHE_GIVEN_BACK:
+            # Never below what keeps its cache: where it is given back, some sizes fail between others that live.
+            kept = replace(self, policy=Policy.CACHE_KEPT).near(evaluator, candidates, guessed, known)
+            return -1 if kept is None else _place(candidates, kept)
         assert self.case.card is not None
         usable = self.case.card.usable_bytes
         guess = guessed(usable) if known is None else known
@@ -58,13 +70,20 @@ class Search:
         if outcome.may_fit:
             modelled = int(evaluator.memory(known).required_bytes(self.context_bytes)[0])
             guess = guessed(usable * modelled // outcome.required_unpressed_bytes())
-        start = -1 if guess is None else _place(candidates, guess)
-        place = last_near(start, len(candidates), lambda place: self.fits(candidates.at([place])))
-        return None if place is None else candidates.at([place])
+        return -1 if guess is None else _place(candidates, guess)
 
     def fits(self, sizes: Sizes) -> bool:
-        """Whether one size fits, by its own estimate."""
-        return self.outcome(sizes).fits
+        """Whether one size fits as the policy asks, by its own estimate."""
+        return self.is_enough(self.outcome(sizes))
+
+    def is_enough(self, outcome: Outcome) -> bool:
+        """Whether a size fits; or, where the allocator's cache may be given back, whether its run ends in what the margin leaves."""
+        if self.policy is Policy.CACHE_KEPT or not outcome.may_fit or outcome.fits:
+            return outcome.fits
+        limit = outcome.limit_bytes
+        answerer = self.case.answerer
+        held = replace(answerer, device=replace(answerer.device, usable_bytes=limit)).estimate(outcome.recipe)
+        return device_bytes(held) <= limit
 
     def outcome(self, sizes: Sizes) -> Outcome:
         """One size on the card."""

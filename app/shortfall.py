@@ -31,7 +31,7 @@ from estimator.units import MIB
 # Changes of a run's sizes and of the machine, for which every trainer has words.
 _OF_ANY_TRAINER = frozenset(("card", "expandable_segments", "length", "micro_batch", "num_gpus"))
 # Fields of a plan that are none of an estimate.
-PLAN_FIELDS = ("global_batch_size", "objective", "sort", "epoch_tokens", "confirm")
+PLAN_FIELDS = ("global_batch_size", "objective", "policy", "sort", "epoch_tokens", "confirm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,15 @@ class Outcome:
     @property
     def fits(self) -> bool:
         """Whether nothing is missing: settled without the card's limit, by a replay that ends where too much is held, or by none."""
+        return self.may_fit and self.required_unpressed_bytes(self.limit_bytes + 1) <= self.card.usable_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """What may be held, so that as much as the estimate may be wrong by is usable beside it [bytes]."""
         usable = self.card.usable_bytes
-        if not self.may_fit:
-            return False
         at_limit = self.card.required_bytes(usable, high_bytes(self.recipe, self.estimate, usable))
-        # What must be usable grows at least in proportion: what is held beyond this share of the limit is too much.
-        return self.required_unpressed_bytes(usable * usable // at_limit + 1) <= usable
+        # What must be usable grows at least in proportion: what is held beyond this share is too much.
+        return usable * usable // at_limit
 
 
 def missing_bytes(recipe: Recipe, card: Card, estimate: Estimate) -> int:

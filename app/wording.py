@@ -18,10 +18,22 @@ def verdict_sentence(answer: Json) -> str:
     free = fit["free_bytes"]
     taken = f" and {gib(fit['occupied_bytes'])} in use by others" if fit.get("occupied_bytes") else ""
     headroom = f"with {gib(fit['headroom_bytes'])} kept free{taken}"
-    spare = "to spare" if fit["verdict"] == "fits" else "left by the estimate, less than its margin for errors"
+    spare = "to spare" if fit["verdict"] == "fits" else f"left by the estimate, {_why_tight(fit)}"
     rest = f"{gib(free)} {spare}, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
     when = f" in {peak['phase']}" if peak else ""
     return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
+
+
+def _why_tight(fit: Json) -> str:
+    retries = fit.get("num_alloc_retries")
+    if retries is None:
+        return "less than its margin for errors"
+    return f"as the allocator gives its cache back {f'{times(retries)} in every step' if retries else 'in the first steps'}"
+
+
+def times(number: int) -> str:
+    """How often, in words."""
+    return "once" if number == 1 else f"{number} times"
 
 
 def _need(answer: Json) -> str:
@@ -40,8 +52,13 @@ def plan_sentence(plan: Json) -> str:
     return (
         f"per_device_train_batch_size {plan['per_device_train_batch_size']} × "
         f"gradient_accumulation_steps {plan['gradient_accumulation_steps']} at {plan['max_length']:,} tokens "
-        f"(global batch {plan['global_batch_size']}); {gib(plan['margin_bytes'])} to spare{_longer(plan)}."
+        f"(global batch {plan['global_batch_size']}); {gib(plan['margin_bytes'])} to spare{_longer(plan)}{_pressed(plan)}."
     )
+
+
+def _pressed(plan: Json) -> str:
+    fit = plan["estimate"]["fit"]
+    return f", {_why_tight(fit)}" if "num_alloc_retries" in fit else ""
 
 
 def _longer(plan: Json) -> str:
@@ -65,8 +82,15 @@ def shortfall_sentence(shortfall: Json) -> str:
     """What is missing, in one sentence."""
     fit, missing = shortfall["estimate"]["fit"], gib(shortfall["missing_bytes"])
     if fit is not None and fit["verdict"] == "tight":
-        return f"Nothing fits for sure: the smallest batch is tight, {missing} short of its margin in {shortfall['phase']}."
-    return f"Nothing fits: the smallest batch is {missing} short in {shortfall['phase']}, the margin for errors included."
+        told = f"Nothing fits for sure: the smallest batch is tight, {missing} short of its margin in {shortfall['phase']}."
+    else:
+        told = f"Nothing fits: the smallest batch is {missing} short in {shortfall['phase']}, the margin for errors included."
+    found = shortfall["cache_given_back"]
+    if found is None:
+        return told
+    batch, steps = found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
+    at = f"{batch} × {steps} at {found['max_length']:,} tokens"
+    return f"{told} {at} runs if the allocator gives its cache back to make room (policy cache_given_back)."
 
 
 def setting_sentence(setting: Json) -> str:
@@ -119,7 +143,7 @@ def headline(answer: Json, card: str | None) -> str:
         case "fits":
             return f"Fits on {where} with {gib(free)} to spare: {moment}."
         case "tight":
-            return f"Tight on {where}: {gib(free)} to spare, less than the margin for errors; {moment}."
+            return f"Tight on {where}: {gib(free)} to spare, {_why_tight(fit)}; {moment}."
         case _:
             return f"Does not fit on {where}: {gib(-free)} missing; {moment}."
 

@@ -157,6 +157,8 @@ class Provenance(_Frozen):
     """Card of the catalogue whose memory `case.cap_bytes` is."""
     planned_batch_size: int | None = None
     """Micro-batch that the planner recommended under the cap; 0 where it said that none fits."""
+    planned_by_policy: dict[str, int] | None = None
+    """The same by policy of the planner; None in records from before there were several."""
 
 
 # Others' use of the card above this makes device figures worthless.

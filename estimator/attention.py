@@ -10,13 +10,13 @@ from estimator.extent import Extent
 from estimator.kernels import Kernel
 from estimator.operators import (
     add,
+    all_lower_precision,
     batched_product,
     cast,
     clone,
     contiguous_copy,
     dropout,
     expanded_view,
-    lower_precision,
     saving_output,
     scale,
     softmax,
@@ -92,7 +92,7 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
     """
     tape = query.tape
     tape.kernels.add(Kernel.FLASH)
-    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
+    query, key, value = all_lower_precision(query, key, value)
     extents = [v.extent for v in (query, key, value)]
     tokens = query.extent.scaled(1, heads.num_heads * heads.head_dim)
     per_head = tokens.scaled(heads.num_heads)
@@ -171,7 +171,7 @@ def written_out(
     """
     tape = query.tape
     tape.kernels.add(Kernel.WRITTEN_OUT)
-    arguments = [lower_precision(x) for x in (query, key, value)]  # autocast holds on to its casts until the call returns
+    arguments = all_lower_precision(query, key, value)  # autocast holds on to its casts until the call returns
     dtype = arguments[0].dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
     accumulated, key, value = (cast(x, DType.FLOAT32) for x in arguments)
@@ -227,7 +227,7 @@ def memory_efficient(query: Value, key: Value, value: Value, mask: Value | None,
     query, key, value, heads = expanded(query, key, value, heads)
     tape = query.tape
     tape.kernels.add(Kernel.MEMORY_EFFICIENT)
-    query, key, value = lower_precision(query), lower_precision(key), lower_precision(value)
+    query, key, value = all_lower_precision(query, key, value)
     extents = [v.extent for v in (query, key, value)]
     per_head = query.extent.scaled(1, heads.head_dim)
     converted = None if mask is None else _converted(mask, query.dtype)

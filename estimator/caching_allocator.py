@@ -30,6 +30,8 @@ class Allocator(Protocol[Taken]):
     """What a program does with an allocator; `Taken` is a block that it has been given."""
 
     max_reserved_bytes: int
+    num_alloc_retries: int
+    """How often the cache was given back to make room."""
 
     def allocate(self, num_bytes: int, /) -> Taken | None: ...
 

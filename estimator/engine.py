@@ -469,8 +469,9 @@ class _Held:
         if limit is not None and least <= limit < free:
             recipe = _on_any_card(self.recipe)
             pressed = reservation(self.inventory, recipe, schedule, self._inputs(), self.device.settings, limit)
-        held = free if pressed is None else pressed
-        return _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
+        held = free if pressed is None else pressed.max_bytes
+        holding = _holding(prepared, max(held, least), Basis.REPLAYED, unpressed=max(free, least))
+        return holding if pressed is None else replace(holding, num_alloc_retries=pressed.num_alloc_retries)
 
     def unpressed_bytes(self, peak_bytes: int, steady_bytes: int, enough_bytes: int | None = None) -> int:
         """`Holding.without_pressure_bytes` of the same, for which no limit matters; see `Estimate.without_pressure_bytes` [bytes]."""

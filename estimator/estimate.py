@@ -83,6 +83,8 @@ class Holding:
     without_pressure_bytes: int
     """What nvidia-smi would show on a card with room for all that is cached; more than `device_bytes` only where the run fits because the
     allocator gives its cache back [bytes]."""
+    num_alloc_retries: int = 0
+    """How often every step gives it back, once steps repeat each other; 0 where the first steps alone do."""
 
 
 class Deferred(Generic[T]):

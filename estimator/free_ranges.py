@@ -1,4 +1,4 @@
-"""The caching allocator at its default options, by the ranges of addresses that are free: no blocks, no counters but one.
+"""The caching allocator at its default options, by the ranges of addresses that are free: no blocks, and few counters.
 
 Segments lie apart, so that free ranges merge inside their segment alone. Long programs take half the time that they take on blocks.
 
@@ -34,6 +34,7 @@ class FreeRanges:
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = 0
         self.max_reserved_bytes = 0
+        self.num_alloc_retries = 0
         self._next = _GAP
         self._segments: dict[int, int] = {}  # start → end
         self._ends: dict[int, int] = {}  # of free ranges: start → end
@@ -52,6 +53,7 @@ class FreeRanges:
                     ranges._give(ranges._small if segment.is_small else ranges._large, start, start + block.num_bytes)
                 start += block.num_bytes
         ranges.max_reserved_bytes = allocator.max_reserved_bytes
+        ranges.num_alloc_retries = allocator.num_alloc_retries
         return ranges
 
     def allocate(self, num_bytes: int) -> Range | None:
@@ -113,6 +115,7 @@ class FreeRanges:
     def _from_driver(self, num_bytes: int) -> Range | None:
         if self.capacity_bytes is not None and self.reserved_bytes + num_bytes > self.capacity_bytes:
             self.empty_cache()
+            self.num_alloc_retries += 1
             if self.reserved_bytes + num_bytes > self.capacity_bytes:
                 return None
         start = self._reserve(num_bytes)

@@ -66,6 +66,14 @@ def lower_precision(x: Value) -> Value:
     return tape.autocast_cache[x.node.name]
 
 
+def all_lower_precision(*values: Value | None) -> list[Value]:
+    """What autocast does to all arguments of a call: the last is cast first, in the order in which GCC evaluates them.
+
+    Source: torch, ATen/autocast_mode.h, WrapFunction_ (`(*F)(cached_cast(…)...)`).
+    """
+    return [lower_precision(x) for x in reversed(values) if x is not None][::-1]
+
+
 def full_precision(x: Value) -> Value:
     """What autocast does to the arguments of norms, softmax, pow, rsqrt and their like."""
     return cast(x, DType.FLOAT32) if x.tape.autocast_enabled and x.dtype.is_half else x
@@ -284,8 +292,23 @@ def mean(x: Value, width: int) -> Value:
 
 
 def rsqrt(x: Value) -> Value:
-    """`torch.rsqrt(x)`: saves its result."""
-    return saving_output(full_precision(x))
+    """`torch.rsqrt(x)`: saves its result, of which the backward formula makes the cube, and −½ of the gradient, before it multiplies."""
+    x = full_precision(x)
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        (saved,) = node.unpacked()
+        tape = gradient.tape
+        half = tape.new(gradient.extent, gradient.dtype)
+        cube = tape.new(saved.extent, saved.dtype)
+        result = tape.new(gradient.extent, promoted(gradient.dtype, saved.dtype))
+        del saved, half, cube
+        return [result]
+
+    node = x.tape.node([x], backward)
+    y = x.tape.new(x.extent, x.dtype)
+    x.tape.save_output(node, y)
+    y.node = node
+    return y
 
 
 def dropout(x: Value, probability: float) -> Value:
@@ -421,6 +444,23 @@ def relaid(x: Value) -> Value:
     return y
 
 
+def heads_ahead(x: Value) -> Value:
+    """`x.view(B, S, a, d).transpose(1, 2)` before rotary positions: a view, whose gradient comes back head after head and is copied.
+
+    The gradients of halves of heads are written into zeros that lie head after head, and the rest is added to those.
+
+    Source: torch, ATen/native/TensorShape.cpp, slice_backward; derivatives.yaml, view (`grad.reshape`).
+    """
+
+    def backward(node: Node, gradient: Value) -> Gradients:
+        return [gradient.tape.new(gradient.extent, gradient.dtype)]
+
+    node = x.tape.node([x], backward)
+    y = x.view()
+    y.node = node
+    return y
+
+
 def with_rows(x: Value, rows: Value) -> Value:
     """`x.index_copy(0, index, rows)` on a constant: a second tensor of its size; saves the rows, and picks theirs out of the gradient."""
     extent = rows.extent
@@ -459,14 +499,16 @@ def gathered(x: Value, rows: Extent, index: Value) -> Value:
 def linear(x: Value, weight: Value, bias: Value | None, fan_in: int, fan_out: int) -> Value:
     """`F.linear`: the input is saved if the weight is trained, the weight if the input is.
 
+    Formulas run in the order of their arguments' names: `mat2` before `self` without a bias (mm), `mat1` before `mat2` with one (addmm).
+    So the weight's gradient is made first where there is no bias, and the input's where there is.
+
     Args:
         x: (…, fan_in); weight: (fan_out, fan_in); bias: (fan_out) or None.
+
+    Source: torch, tools/autograd/load_derivatives.py, create_differentiability_info (arguments sorted by name); ATen/native/Linear.cpp.
     """
-    x = lower_precision(x)
-    weight = lower_precision(weight)
-    inputs = [x, weight]
-    if bias is not None:
-        inputs.append(lower_precision(bias))
+    inputs = all_lower_precision(x, weight, bias)
+    x, weight = inputs[:2]
     x_trained, weight_trained = x.requires_grad, weight.requires_grad
     x_extent, weight_extent = x.extent, weight.extent
     saved = ([weight] if x_trained else []) + ([x] if weight_trained else [])
@@ -478,11 +520,11 @@ def linear(x: Value, weight: Value, bias: Value | None, fan_in: int, fan_out: in
         results: list[Value | None] = [None] * num_inputs
         if num_inputs == 3:
             results[2] = gradient.view()
-        if x_trained:
-            # The product is one of matrices; rows are made tokens again by a view.
-            results[0] = tape.new(x_extent, gradient.dtype).reshaped()
-        if weight_trained:
-            results[1] = tape.new(weight_extent, gradient.dtype).reshaped()  # a transposed view of the product
+        trained = (0, x_trained, x_extent), (1, weight_trained, weight_extent)
+        for place, is_trained, extent in trained if num_inputs == 3 else reversed(trained):
+            if is_trained:
+                # The products are of matrices; views make rows tokens again, and transpose the weight's.
+                results[place] = tape.new(extent, gradient.dtype).reshaped()
         del operands
         return results
 
@@ -494,7 +536,7 @@ def linear(x: Value, weight: Value, bias: Value | None, fan_in: int, fan_out: in
 
 def batched_product(x: Value, y: Value, result: Extent) -> Value:
     """`torch.matmul` of two batched tensors: both are saved."""
-    x, y = lower_precision(x), lower_precision(y)
+    x, y = all_lower_precision(x, y)
     x_trained, y_trained = x.requires_grad, y.requires_grad
     extents = x.extent, y.extent
     saved = ([y] if x_trained else []) + ([x] if y_trained else [])

@@ -34,6 +34,13 @@ class PlanObjective(StrEnum):
     MOST_MARGIN = "most_margin"
 
 
+class Policy(StrEnum):
+    """What a size must leave for a plan to recommend it; both ask for the margin that the estimate may be wrong by, and the headroom."""
+
+    CACHE_KEPT = "cache_kept"  # room for all that the allocator caches: the verdict is `fits`
+    CACHE_GIVEN_BACK = "cache_given_back"  # the run lives, as the allocator gives its cache back to make room: the verdict may be `tight`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """What is given, and what is to be found."""

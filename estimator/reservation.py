@@ -6,9 +6,10 @@ Nothing here is fitted: sizes and order come from the program, the rules from th
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Generic
+from typing import Any, Generic
 
 from estimator.allocator_settings import AllocatorSettings
 from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
@@ -22,7 +23,18 @@ from estimator.schedule import MicroBatch, Schedule
 from estimator.static_memory import StaticMemory, static_memory
 
 MAX_STEPS = 6
-"""Optimizer steps that are replayed at most. The second finds the optimizer's states; a third that adds nothing is the last."""
+"""Optimizer steps that are replayed at most. The second finds the optimizer's states; a third that adds nothing is the last, unless the
+cache had to be given back in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserved:
+    """What the allocator came to in a run."""
+
+    max_bytes: int
+    """`max_memory_reserved` [bytes]."""
+    num_alloc_retries: int
+    """How often every step gives the cache back to make room, once steps repeat each other; often the first steps alone have to."""
 
 
 def reservation(
@@ -32,7 +44,7 @@ def reservation(
     inputs: Sequence[int],
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
-) -> int | None:
+) -> Reserved | None:
     """A training run on the allocator.
 
     Args:
@@ -44,10 +56,10 @@ def reservation(
         capacity_bytes: what the driver can give in all; None for a card without a limit [bytes].
 
     Returns:
-        `max_memory_reserved` [bytes]; None where the card has too little.
+        None where the card has too little.
     """
     if capacity_bytes is None:
-        return held_without_limit(inventory, recipe, schedule, inputs, settings)
+        return Reserved(max_bytes=held_without_limit(inventory, recipe, schedule, inputs, settings), num_alloc_retries=0)
     return _under_limit(inventory, recipe, schedule, tuple(inputs), settings, capacity_bytes)
 
 
@@ -129,29 +141,42 @@ def _under_limit(
     inputs: tuple[int, ...],
     settings: AllocatorSettings | None,
     capacity_bytes: int,
-) -> int | None:
+) -> Reserved | None:
+    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
     try:
-        return max(_stages(CachingAllocator(settings, capacity_bytes=capacity_bytes), inventory, recipe, schedule, inputs))
+        _load(allocator, inventory, recipe)
+        run = _run(allocator, inventory, recipe)
+        for _ in run.steps(schedule, inputs):
+            pass
     except NoRoomError:
         return None
+    return Reserved(max_bytes=run.allocator.max_reserved_bytes, num_alloc_retries=run.num_retries_of_last_step)
 
 
 def _stages(
     allocator: CachingAllocator, inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...]
 ) -> Iterator[int]:
     """A run, which yields what was reserved at most so far: after loading, and after every part of a step [bytes]."""
+    _load(allocator, inventory, recipe)
+    yield allocator.max_reserved_bytes
+    yield from _run(allocator, inventory, recipe).steps(schedule, inputs)
+
+
+def _load(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> None:
     blocks: dict[str, Block] = {}
     for name, num_bytes in placements(inventory, recipe):
         put(allocator, blocks, name, num_bytes)
     # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
     allocator.empty_cache()
-    yield allocator.max_reserved_bytes
+
+
+def _run(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> "_Run[Any]":
+    """The steps of a loaded model."""
     static = static_memory(inventory, recipe)
     if allocator.settings == AllocatorSettings():
         # The model stays where it is, so that only what is free matters from here on.
-        yield from _Run(FreeRanges.following(allocator), static, recipe).steps(schedule, inputs)
-    else:
-        yield from _Run(allocator, static, recipe).steps(schedule, inputs)
+        return _Run(FreeRanges.following(allocator), static, recipe)
+    return _Run(allocator, static, recipe)
 
 
 class _Run(Generic[Taken]):
@@ -164,15 +189,17 @@ class _Run(Generic[Taken]):
         self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
+        self.num_retries_of_last_step = 0
 
     # -- steps ----------------------------------------------------------------------------------------------------------------------------
 
     def steps(self, schedule: Schedule, inputs: Sequence[int]) -> Iterator[int]:
-        """Steps until one adds nothing; yields what was reserved at most so far [bytes]."""
+        """Steps until one adds nothing and keeps the cache; yields what was reserved at most so far [bytes]."""
         for number in range(MAX_STEPS):
-            before = self.allocator.max_reserved_bytes
+            before, retries = self.allocator.max_reserved_bytes, self.allocator.num_alloc_retries
             yield from self.step(schedule, inputs)
-            if number > 0 and self.allocator.max_reserved_bytes == before:
+            self.num_retries_of_last_step = self.allocator.num_alloc_retries - retries
+            if number > 0 and self.allocator.max_reserved_bytes == before and not self.num_retries_of_last_step:
                 break
 
     def step(self, schedule: Schedule, inputs: Sequence[int]) -> Iterator[int]:

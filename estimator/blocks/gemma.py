@@ -7,7 +7,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp, rotated
 from estimator.dtypes import DType
 from estimator.modules import Modules, add_number
-from estimator.operators import add, cast, mean, multiply, rsqrt, square
+from estimator.operators import add, cast, heads_ahead, mean, multiply, rsqrt, square
 from estimator.tape import Value
 
 
@@ -28,8 +28,8 @@ def _normalized(x: Value, width: int) -> Value:
 def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:
     m = layer.modules
     heads = layer.heads()
-    query = m.linear("self_attn.q_proj", hidden)
-    key = m.linear("self_attn.k_proj", hidden)
+    query = heads_ahead(m.linear("self_attn.q_proj", hidden))
+    key = heads_ahead(m.linear("self_attn.k_proj", hidden))
     value = m.linear("self_attn.v_proj", hidden)
     if m.has("self_attn.q_norm.weight"):
         query = norm(m, "self_attn.q_norm", query, heads.head_dim)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import gated_mlp, rotated
-from estimator.operators import add, scale
+from estimator.operators import add, heads_ahead, scale
 from estimator.tape import Value
 
 
@@ -21,14 +21,16 @@ def rotates(config: Mapping[str, object], index: int) -> bool:
 def attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[Value, Value | None]:
     m = layer.modules
     heads = layer.heads()
-    if m.has("self_attn.q_norm.weight"):
-        query = m.rms_norm("self_attn.q_norm", m.linear("self_attn.q_proj", hidden), heads.head_dim)
-        key = m.rms_norm("self_attn.k_norm", m.linear("self_attn.k_proj", hidden), heads.head_dim)
-    else:
-        query = m.linear("self_attn.q_proj", hidden)
-        key = m.linear("self_attn.k_proj", hidden)
+    has_rotation = rotates(layer.config, layer.index)
+    has_norms = m.has("self_attn.q_norm.weight")
+    query = m.linear("self_attn.q_proj", hidden)
+    query = heads_ahead(query) if has_rotation else query
+    query = m.rms_norm("self_attn.q_norm", query, heads.head_dim) if has_norms else query
+    key = m.linear("self_attn.k_proj", hidden)
+    key = heads_ahead(key) if has_rotation else key
+    key = m.rms_norm("self_attn.k_norm", key, heads.head_dim) if has_norms else key
     value = m.linear("self_attn.v_proj", hidden)
-    if rotates(layer.config, layer.index):
+    if has_rotation:
         query, key = rotated(query, key, around)
     key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0))

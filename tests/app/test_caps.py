@@ -39,11 +39,14 @@ def pythia() -> Case:
 
 def test_what_is_recommended_for_a_smaller_card_runs_under_its_cap_and_twice_as_much_does_not() -> None:
     cap = find_gpu("rtx3070").capacity_bytes
-    planned = caps.recommended(pythia(), A100, cap)
-    assert planned > 1
-    under = pythia().at(batch_size=planned, cap_bytes=cap)
-    assert [traced_case.run(under.at(batch_size=size)).outcome for size in (planned, 2 * planned)] == ["ok", "oom"]
-    assert traced_case.run(pythia().at(batch_size=2 * planned)).outcome == "ok"
+    kept, given_back, without_headroom = caps.recommendations(pythia(), A100, cap).values()
+    assert 1 < kept <= min(given_back, without_headroom)
+    under = pythia().at(cap_bytes=cap)
+    reports = [traced_case.run(under.at(batch_size=size)) for size in (kept, given_back, 2 * given_back)]
+    assert [report.outcome for report in reports] == ["ok", "ok", "oom"]
+    assert reports[0].figures is not None
+    assert reports[0].figures.num_allocation_retries == 0
+    assert traced_case.run(pythia().at(batch_size=2 * given_back)).outcome == "ok"
 
 
 def test_a_larger_cap_is_recommended_no_smaller_batch() -> None:
@@ -77,7 +80,7 @@ def test_the_command_proves_every_recommendation_and_goes_on_where_it_ended(tmp_
         return record(one, kind=runner.kind, outcome=Outcome.OK if fits else Outcome.OOM, environment=environment_here())
 
     monkeypatch.setattr(Runner, "run", run)
-    monkeypatch.setattr(caps, "recommended", lambda _case, _gpu, cap: 20 if cap == small else 28)
+    monkeypatch.setattr(caps, "recommendations", lambda _case, _gpu, cap: {"cache_kept": 20 if cap == small else 28})
     campaign, out = tmp_path / "tiny.yaml", tmp_path / "records.jsonl"
     campaign.write_text(CAMPAIGN)
     arguments = ["caps", "--campaign", str(campaign), "--out", str(out), "--device", "trace", "--cards", "rtx3080-10,rtx3070"]

@@ -11,6 +11,7 @@ from app.levers import Cost, upcast_parts
 from app.plan import plan
 from app.reading import read_estimate
 from app.service import answer, prepare
+from estimator.correction import margin_without_interval
 from estimator.errors import RequestError
 
 
@@ -285,6 +286,45 @@ def test_growing_segments_are_not_offered_to_who_has_them_or_has_no_cuda(changed
     shortfall = plan(asked)["shortfall"]
     assert not [change for change in shortfall["changes"] if "pytorch_cuda_alloc_conf" in change["set"]]
     assert shortfall["advice"] == []
+
+
+TIGHT = {
+    "model": "Qwen/Qwen2.5-0.5B-Instruct",
+    "dtype": "bfloat16",
+    "training": {"bf16": True, "optim": "adamw_torch", "gradient_checkpointing": True, "max_length": 1024},
+    "hardware": {"gpu": "rtx4060ti-8"},
+}
+
+
+def test_a_run_that_lives_by_giving_its_cache_back_is_recommended_where_the_policy_lets_it() -> None:
+    refused = plan(TIGHT)
+    assert refused["plan"] is None
+    assert refused["shortfall"]["cache_given_back"]["per_device_train_batch_size"] == 1
+    found = plan({**TIGHT, "policy": "cache_given_back"})["plan"]
+    assert found["per_device_train_batch_size"] == 1
+    assert found["policy"]["name"] == "cache_given_back"
+    assert found["estimate"]["fit"]["verdict"] == "tight"
+
+
+def test_giving_the_cache_back_never_makes_a_plan_smaller_and_leaves_the_margin_for_errors() -> None:
+    asked = {**TIGHT, "model": "HuggingFaceTB/SmolLM2-1.7B", "hardware": {"gpu": "rtx4090"}}
+    kept, given_back = (plan({**asked, "policy": policy})["plan"] for policy in ("cache_kept", "cache_given_back"))
+    assert kept["estimate"]["fit"]["verdict"] == "fits"
+    assert "num_alloc_retries" not in kept["estimate"]["fit"]
+    assert given_back["per_device_train_batch_size"] > kept["per_device_train_batch_size"]
+    assert given_back["estimate"]["fit"]["verdict"] == "tight"
+    assert given_back["estimate"]["fit"]["num_alloc_retries"] == 0  # from the second step on
+    usable = answer({**asked, "training": {**TIGHT["training"], "per_device_train_batch_size": 1}})["fit"]  # type: ignore[dict-item]
+    smaller = (usable["capacity_bytes"] - usable["headroom_bytes"]) / (1 + margin_without_interval().share)
+    sizes = {**TIGHT["training"], "per_device_train_batch_size": given_back["per_device_train_batch_size"]}  # type: ignore[dict-item]
+    # On a card that is smaller by the margin, everything kept free used up, the run still lives.
+    on_less = answer({**asked, "training": sizes, "hardware": {"capacity_gib": smaller / 2**30, "headroom": 0}})
+    assert on_less["fit"]["verdict"] == "tight"
+
+
+def test_a_policy_is_of_a_plan_for_one_card() -> None:
+    with pytest.raises(RequestError, match="needs a card"):
+        plan({**TIGHT, "hardware": None, "policy": "cache_given_back"})
 
 
 def test_without_a_replay_growing_segments_are_advice_that_says_so() -> None:

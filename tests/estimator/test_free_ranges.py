@@ -20,8 +20,8 @@ _PROGRAM = st.lists(st.one_of(_SIZES, _SIZES, st.integers(-1000, -1), st.integer
 
 def _play(
     program: Sequence[int | None], allocator: CachingAllocator | FreeRanges, live: list[Block | Range]
-) -> list[tuple[int, int, bool]]:
-    """What is reserved and was at most, and whether there was room, after every event."""
+) -> list[tuple[int, int, int, bool]]:
+    """What is reserved and was at most, how often the cache was given back, and whether there was room, after every event."""
     seen = []
     for event in program:
         has_room = True
@@ -34,7 +34,7 @@ def _play(
                 live.append(block)
         elif live:
             allocator.free(live.pop(event % len(live)))  # type: ignore[arg-type]
-        seen.append((allocator.reserved_bytes, allocator.max_reserved_bytes, has_room))
+        seen.append((allocator.reserved_bytes, allocator.max_reserved_bytes, allocator.num_alloc_retries, has_room))
     return seen
 
 

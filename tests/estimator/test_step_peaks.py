@@ -11,7 +11,7 @@ from estimator.optimizers import BITSANDBYTES
 from estimator.optimizers import MODELLED as OPTIMIZERS
 from estimator.phases import Phase
 from tests.estimator.test_kept_activations import MODELLED, SAMPLE
-from tests.oracle import estimates
+from tests.oracle import estimates, run
 from tests.oracle.models import MODES, Mode
 from tests.oracle.run import StepReport, step
 
@@ -59,6 +59,41 @@ def test_every_phase_of_every_family_peaks_where_the_real_step_does(family: str)
 @pytest.mark.parametrize("family", MODELLED)
 def test_every_phase_of_every_family_and_mode_peaks_where_the_real_step_does(family: str, mode: str, scheme: str) -> None:
     check(family, mode, SCHEMES[scheme])
+
+
+def in_order(changes: list[int]) -> list[int]:
+    """Changes as far as the allocator minds, up to the last request: what is released between two is merged in any order.
+
+    Scalars and ids are left out.
+    """
+    found: list[int] = []
+    released: list[int] = []
+    for change in changes:
+        if abs(change) < 512:
+            continue
+        if change < 0:
+            released.append(change)
+        else:
+            found += [*sorted(released), change]
+            released = []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "gc"),
+    [
+        *(
+            ("llama", mode, gc)
+            for mode in ("full_bf16_autocast", "lora_bf16_fp32_autocast", "qlora_prepared_autocast")
+            for gc in (None, False)
+        ),
+        *((family, "full_bf16_autocast", False) for family in ("qwen2", "qwen3", "gemma", "gemma3_text", "granite", "starcoder2")),
+    ],
+)
+def test_a_backward_pass_makes_and_releases_what_the_real_one_does_in_the_same_order(family: str, mode: str, gc: bool | None) -> None:
+    """What the allocator makes of a step hangs on it: a weight's gradient before the input's or after it decides what fits where."""
+    real, said = (module.backward_changes(family, mode, B, S, 3, gc=gc) for module in (run, estimates))
+    assert in_order(said) == in_order(real)
 
 
 @pytest.mark.parametrize("mode", ["qlora_prepared_autocast", "lora_bf16_fp32_autocast", "int8_fp32_autocast"])

@@ -5,6 +5,7 @@ from typing import Any
 
 from estimator.engine import _generation_instants
 from estimator.inventory import Inventory
+from estimator.log import Log
 from estimator.optimizers import SCALAR_BYTES
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
@@ -38,6 +39,18 @@ def live_bytes(
     assert recipe.training is not None
     shape = recipe.training.shape
     return {phase: max(s.at(*shape) for s in peaks) for phase, peaks in program.peaks.items()}
+
+
+def backward_changes(family: str, mode: str | Mode, B: int, S: int, layers: int, *, gc: bool | None) -> list[int]:
+    """What a backward pass makes, and with a minus what it releases, as `run.backward_changes` lists it [bytes, not rounded]."""
+    inventory, recipe = recipes.inventory(family, layers, None), recipes.recipe(family, mode, B, S, gc=gc)
+    log = Log()
+    _Step(
+        inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False, names=False, log=log
+    ).run()
+    assert recipe.training is not None
+    sizes = [size.at(*recipe.training.shape) for size in log.sizes]
+    return [sizes[event] if event >= 0 else -sizes[~event] for event in log.events[log.backward :]]
 
 
 def generation_bytes(family: str, mode: str | Mode, B: int, prompt: int, new: int, layers: int, **options: Any) -> dict[Phase, int]:

@@ -93,6 +93,8 @@ class LiveStorages(TorchDispatchMode):
         self.granularity_bytes = granularity_bytes
         self.kernels = kernels or {}
         self.log: list[Event] | None = [] if log else None
+        self.changes: list[int] | None = [] if log else None
+        """Every storage when it is made, and with a minus when it is released, in order [bytes]."""
         self.live_bytes = 0
         self.known_bytes: Counter[str] = Counter()
         self.order = 0
@@ -140,7 +142,10 @@ class LiveStorages(TorchDispatchMode):
         self.known_bytes[known.label] -= known.num_bytes
 
     def _free(self, key: int) -> None:
-        self.live_bytes -= self._live.pop(key).num_bytes
+        num_bytes = self._live.pop(key).num_bytes
+        self.live_bytes -= num_bytes
+        if self.changes is not None:
+            self.changes.append(-num_bytes)
 
     def _see(self, tensor: torch.Tensor, op: str) -> Storage | None:
         storage = tensor.untyped_storage()
@@ -150,6 +155,8 @@ class LiveStorages(TorchDispatchMode):
         seen = Storage(self._rounded(storage.nbytes()), tuple(tensor.shape), tensor.dtype, op, self.phase, self.order)
         self._live[key] = seen
         self.live_bytes += seen.num_bytes
+        if self.changes is not None:
+            self.changes.append(seen.num_bytes)
         weakref.finalize(storage, self._free, key)
         return seen
 

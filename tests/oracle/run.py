@@ -298,6 +298,24 @@ def step(
             )
 
 
+def backward_changes(family: str, mode: str | Mode, B: int, S: int, layers: int, *, gc: bool | None) -> list[int]:
+    """What a backward pass makes, and with a minus what it releases, storage by storage [bytes, not rounded].
+
+    Args:
+        gc: see `step`.
+    """
+    mode = mode_of(mode)
+    with cuda_paths():
+        model, batch = build(family, mode, layers, gc=gc), Batch.of(B, S)
+        warm_up(model, mode, batch)
+        with watched(model, batch, granularity_bytes=1, log=True) as live:
+            value = _loss(_like_accelerate(model, mode), batch)
+            assert live.changes is not None
+            before = len(live.changes)
+            value.backward()
+            return live.changes[before:]
+
+
 def worst(live: LiveStorages) -> Mapping[str, PhasePeak]:
     known = live.known_bytes.total()
     largest: dict[str, Peak] = {}

@@ -32,7 +32,8 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        query, key, value, _, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # held to the end, as the kernel reads its output and the sums of its rows
+        query, key, value = saved[:3]
         batch, heads, length, head_dim = query.shape
         results = [torch.empty_like(t) for t in (query, key, value)]
         taken = [
@@ -60,7 +61,8 @@ class MemoryEfficient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        query, key, value, _, _, _ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # held to the end, as the kernel reads all of it
+        query, key, value = saved[:3]
         results = [torch.empty_like(t) for t in (query, key, value)]
         per_head = query.shape[:-1]
         taken = [torch.empty(per_head, dtype=torch.float32), torch.empty((*per_head, query.shape[-1]), dtype=torch.float32)]
@@ -99,7 +101,8 @@ class CudaAttention:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Source: torch, ATen/native/transformers/cuda/sdp_utils.cpp, select_sdp_backend; attention.cpp, scaled_dot_product_attention."""
-        query, key, value = _lower_precision(query), _lower_precision(key), _lower_precision(value)
+        # In the order in which GCC evaluates the arguments of `WrapFunction_`'s call: the last first.
+        value, key, query = _lower_precision(value), _lower_precision(key), _lower_precision(query)
         head_dim = query.shape[-1]
         # Heads that are left to broadcasting fit no fused kernel; grouped ones fit flash alone.
         # Source: sdp_utils_cpp.h, check_batch_size_and_num_heads_dense.
