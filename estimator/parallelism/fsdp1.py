@@ -211,7 +211,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     arguments = dict(training.optimizer_arguments)
     states = optimizer_states(training.optimizer, arguments, trained)
     states_bytes = sum(s.allocated_bytes for s in states)
-    temporary = step_temporary_bytes(training.optimizer, arguments, trained)
+    temporary = step_temporary_bytes(training.optimizer, trained, decays=training.decays)
     # Parameters are views of the loaded shards until the first forward pass, beside the raised ones.
     raised = sum(allocated(u.shard_elements * u.loaded_dtype.itemsize) for u in units.all if u.dtype is not u.loaded_dtype)
     host = 0
