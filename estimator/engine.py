@@ -145,6 +145,12 @@ def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
     return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
 
 
+def keeping_part(inventory: Inventory, recipe: Recipe) -> Program | None:
+    """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`); else None."""
+    structure = _without_sizes(recipe)
+    return _keeping_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+
+
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
     """A sentence when only the load can be answered for; None when the step is modelled."""
     if recipe.training is None and recipe.inference is None:
@@ -532,7 +538,7 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
     return Estimate(
         parameters=static.parameters,
         phases=tuple(phases),
-        steady_state_bytes=steady,
+        steady_state_bytes=steady + (share.gradients_bytes if share.gradients_rest else 0),
         holding=Deferred(lambda: run.replayed(peak, steady)),
         quick_device_bytes=run.modelled(peak, steady).device_bytes,
         least_device_bytes=device_bytes(

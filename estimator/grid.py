@@ -10,6 +10,7 @@ Legend: B micro-batch, S sequence length, T = B·S tokens.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 from estimator.allocator import IDLE_SHARE, SEGMENT_GRANULARITY_BYTES
 from estimator.correction import margin_without_interval, radii
 from estimator.device import device_bytes
-from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, parts
+from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, keeping_part, parts
 from estimator.estimate import Estimate
 from estimator.extent import Polynomial, Size, Snapshot
 from estimator.fused_loss import CHUNK_ROWS, TILE_ROWS
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Strategy
-from estimator.phases import Phase
+from estimator.phases import Item, Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
 from estimator.step import Program
 from estimator.units import allocated, ceil_div
@@ -239,6 +240,10 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
         waiting = share.waiting_gradients_bytes + share.communication.get(phase, 0)
         peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], batch, length))
+    keeping = keeping_part(inventory, recipe)
+    if keeping is not None:
+        kept = _largest(keeping.peaks[Phase.BACKWARD], batch, length, share.kept_gradients)
+        peak = np.maximum(peak, steady + share.waiting_gradients_bytes + share.communication.get(Phase.BACKWARD, 0) + kept)
     moving = np.maximum(peak - steady, 0)
     held = peak + np.rint(moving * IDLE_SHARE[head_of(training)]).astype(np.int64)
     reserved = -(-held // SEGMENT_GRANULARITY_BYTES) * SEGMENT_GRANULARITY_BYTES
@@ -259,28 +264,34 @@ def _is_huge(program: Program, batch: Ints, length: Ints, steps: Ints) -> NDArra
     return np.asarray(largest + 64.0 * steps * b * s > LARGEST_BYTES)
 
 
-def _largest(snapshots: tuple[Snapshot, ...], batch: Ints, length: Ints) -> Ints:
-    """Rounded bytes of the instant that is largest before rounding, as `engine.largest` chooses it [bytes]."""
+def _largest(snapshots: tuple[Snapshot, ...], batch: Ints, length: Ints, gradients: Fraction = Fraction(1)) -> Ints:
+    """Rounded bytes of the instant that is largest before rounding, as `engine.largest` chooses it, of gradients a part [bytes]."""
     if len(snapshots) == 1:
-        return _rounded(snapshots[0], batch, length)
+        return _rounded(snapshots[0], batch, length, gradients)
     tokens = batch * length
     powers = np.stack((np.ones_like(batch), batch, length, tokens, length * length, tokens * length))  # the first of `tape.POWERS`
     worst = np.argmax(np.array([snapshot.totals[: len(powers)] for snapshot in snapshots]) @ powers, axis=0)
     first = int(worst[0])
     if (worst == first).all():
-        return _rounded(snapshots[first], batch, length)
+        return _rounded(snapshots[first], batch, length, gradients)
     found = np.empty(len(batch), dtype=np.int64)
     for index in np.unique(worst):
         where = np.flatnonzero(worst == index)
-        found[where] = _rounded(snapshots[index], batch[where], length[where])
+        found[where] = _rounded(snapshots[index], batch[where], length[where], gradients)
     return found
 
 
-def _rounded(snapshot: Snapshot, batch: Ints, length: Ints) -> Ints:
+def _rounded(snapshot: Snapshot, batch: Ints, length: Ints, gradients: Fraction = Fraction(1)) -> Ints:
     total: Any = np.zeros(len(batch), dtype=np.int64)
-    for (_, size), number in snapshot.held:
-        total = total + number * allocated(_extent(size, batch, length))
-    return total  # type: ignore[no-any-return]
+    made: Any = np.zeros(len(batch), dtype=np.int64)
+    for (item, size), number in snapshot.held:
+        held = number * allocated(_extent(size, batch, length))
+        if item is Item.GRADIENTS and gradients != 1:
+            made = made + held
+        else:
+            total = total + held
+    # In integers of any size: a fraction's parts are sizes of whole models.
+    return total + np.array([int(int(num_bytes) * gradients) for num_bytes in made], dtype=np.int64)  # type: ignore[no-any-return]
 
 
 def _extent(size: Size, batch: Ints, length: Ints) -> Any:

@@ -25,6 +25,8 @@ class Share:
     """At the optimizer's step [bytes]."""
     waiting_gradients_bytes: int
     """From the first micro-batch to the last: those of earlier micro-batches [bytes]."""
+    gradients_rest: bool = False
+    """Whether they stay from one step to the next forward pass, whatever `zero_grad` does."""
     gradients_have_places: bool
     """Whether gradients move to their place as soon as they are there, so that the step itself holds one at a time."""
     kept_gradients: Fraction = Fraction(0)

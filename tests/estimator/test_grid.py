@@ -11,7 +11,7 @@ from estimator.correction import interval, required_bytes
 from estimator.device import context_bytes
 from estimator.engine import estimate
 from estimator.grid import LARGEST_BYTES, ClosedForms, OneByOne, Sizes, program_codes
-from estimator.parallelism.options import Parallel, Strategy
+from estimator.parallelism.options import Fsdp, Parallel, Strategy
 from estimator.recipe import Attention, Loss, Recipe
 from estimator.step import regime_of
 from estimator.sweep import sweep
@@ -44,6 +44,14 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         f"full, {strategy.value}": (SMALL, replace(training(method="full"), parallel=Parallel(strategy=strategy, num_gpus=2)))
         for strategy in (Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3)
     },
+    "full, FSDP2": (
+        SMALL,
+        replace(training(method="full", optimizer="sgd"), parallel=Parallel(strategy=Strategy.FSDP, num_gpus=8)),
+    ),
+    "full, FSDP1": (
+        SMALL,
+        replace(training(method="full", optimizer="sgd"), parallel=Parallel(strategy=Strategy.FSDP, num_gpus=8, fsdp=Fsdp(version=1))),
+    ),
     "LoRA, zero3": (LLAMA, replace(training(method="lora"), parallel=Parallel(strategy=Strategy.ZERO3, num_gpus=8))),
     "large workspaces": (LLAMA, training(compute_capability=(9, 0))),
 }
