@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app import calibrate as cli
-from app.calibration_page import Report, report
+from app.calibration_page import MEASURE_ALL, Report, report
 from calibration.accuracy import compare_all
 from calibration.comparison import compare
 from calibration.evidence import Figure, Origin, coverage_of, points_of, points_of_published
@@ -51,6 +51,13 @@ def test_where_nothing_was_measured_the_page_says_so_first() -> None:
     assert "4 rows published by others" in told
     assert "Terms by themselves: no record shows any" in told
     assert "no recommendation was run under a cap yet" in told
+
+
+def test_where_nothing_was_measured_the_page_and_the_guide_say_how_all_of_it_is() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "calibration.md"
+    assert MEASURE_ALL in guide.read_text(encoding="utf-8")
+    assert f"<pre>{MEASURE_ALL}</pre>" in made([], with_published=False).html
+    assert "<pre>" not in made(measured(), with_published=False).html
 
 
 def test_dry_runs_are_never_called_measurements() -> None:
