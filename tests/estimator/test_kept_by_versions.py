@@ -1,0 +1,71 @@
+"""What a layer keeps under other versions of transformers, against what they kept in runs of their own (`tests/oracle/record_kept.py`)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estimator.dtypes import DType
+from estimator.recipe import Attention, Recipe, Trainer, Training
+from estimator.sources.process import Inspector
+from estimator.sources.resolve import build
+from estimator.stack import Stack, parse_version
+from estimator.static_memory import stored_tensors
+from estimator.step import _Step, keeps_cache, regime_of
+from tests.oracle.record_kept import BATCH, FEW, LENGTH, MANY
+
+_LINES = (Path(__file__).parent / "data" / "kept_by_other_transformers.jsonl").read_text(encoding="utf-8").splitlines()
+RECORDED: list[dict[str, Any]] = [json.loads(line) for line in _LINES]
+
+# What differs per token in 4.45, in which these families were written otherwise: every layer made its own cos and sin (head size 40, for
+# two samples), and Phi-3's rotation joined nothing, so that the kernel's output was not copied.
+_OTHERWISE = {("mistral", "4.45.2"): -80, ("gemma2", "4.45.2"): -80, ("phi3", "4.45.2"): 240}
+
+
+def _name(line: dict[str, Any]) -> str:
+    config = line["config"]
+    cache = "cache" if line["use_cache"] else "no cache"
+    return f"{config['model_type']} {config['num_key_value_heads']} of 4 {cache} {line['transformers']}"
+
+
+def _recipe(line: dict[str, Any], **fields: Any) -> Recipe:
+    return Recipe(
+        dtype=DType.BFLOAT16,
+        attention=Attention(line["config"].get("attn_implementation", "sdpa")),
+        training=Training(micro_batch_size=BATCH, sequence_length=LENGTH, **fields),
+        stack=Stack(transformers=parse_version("transformers", line["transformers"])),
+    )
+
+
+def _kept(line: dict[str, Any], num_layers: int, inspector: Inspector) -> int:
+    fields = {key: value for key, value in line["config"].items() if key != "attn_implementation"}
+    inventory = build({**fields, "num_hidden_layers": num_layers, "use_cache": line["use_cache"]}, inspector=inspector)
+    recipe = _recipe(line)
+    step = _Step(inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False, names=False)
+    with step.tape.recording():
+        outputs = step._model()
+        found = sum(number * extent.at(BATCH, LENGTH) for (_, extent), number in step.tape.live.items())
+    del outputs
+    return found
+
+
+@pytest.mark.parametrize("line", RECORDED, ids=_name)
+def test_a_layer_keeps_what_it_kept_in_that_version(line: dict[str, Any], inspector: Inspector) -> None:
+    difference = _OTHERWISE.get((line["config"]["model_type"], line["transformers"]), 0) * BATCH * LENGTH
+    assert _kept(line, MANY, inspector) - _kept(line, FEW, inspector) == line["layer_bytes"] + difference
+
+
+def test_three_versions_of_transformers_4_are_recorded() -> None:
+    assert {line["transformers"] for line in RECORDED} == {"4.45.2", "4.51.3", "4.57.1"}
+
+
+def test_caches_are_kept_without_checkpointing_alone_and_not_by_a_trainer_that_wants_none(inspector: Inspector) -> None:
+    line = next(line for line in RECORDED if line["use_cache"])
+    inventory = build({**line["config"], "num_hidden_layers": FEW, "use_cache": True}, inspector=inspector)
+    assert keeps_cache(inventory, _recipe(line, gradient_checkpointing=False))
+    assert not keeps_cache(inventory, _recipe(line, gradient_checkpointing=True))
+    for version, is_kept in (((0, 21), True), ((0, 22), False)):
+        stack = Stack(transformers=(4, 57, 1), trl=version)
+        assert keeps_cache(inventory, replace(_recipe(line), trainer=Trainer.TRL, stack=stack)) is is_kept
