@@ -91,7 +91,7 @@ _ANSWERS: Mapping[str, Json] = {
             "free_bytes": _DIFFERENCE,
             "verdict": _VERDICT,
         },
-        optional={"occupied_bytes": _BYTES},
+        optional={"occupied_bytes": _BYTES, "num_alloc_retries": {"type": "integer", "minimum": 0}},
         description="`fits`: with the margin for errors; `tight`: by the estimate alone.",
     ),
     "Warning": _object({"code": _TEXT, "message": _TEXT}),
@@ -154,7 +154,7 @@ _ANSWERS: Mapping[str, Json] = {
         {
             **_SIZES,
             "longest_max_length": _nullable(_COUNT),
-            "policy": _object({"headroom_bytes": _BYTES, "margin": _TEXT}),
+            "policy": _object({"name": {"enum": ["cache_kept", "cache_given_back"]}, "headroom_bytes": _BYTES, "margin": _TEXT}),
             "estimate": ref("Estimate"),
             "alternatives": _listed(ref("Sizes")),
         }
@@ -179,6 +179,7 @@ _ANSWERS: Mapping[str, Json] = {
             "estimate": ref("Estimate"),
             "changes": _listed(ref("Change")),
             "advice": _listed({"type": "object"}),
+            "cache_given_back": {**_nullable(ref("Sizes")), "description": "What the policy of that name would recommend."},
         }
     ),
     "CardPlan": _object(

@@ -43,7 +43,13 @@ def test_every_card_has_the_estimate_of_its_sizes(objective: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "total"), [("largest_micro_batch", 16), ("largest_micro_batch", None), ("longest_sequence", None), ("most_margin", 4)]
+    ("objective", "total"),
+    [
+        ("largest_micro_batch", 16),
+        ("longest_sequence", None),
+        pytest.param("largest_micro_batch", None, marks=pytest.mark.slow),
+        pytest.param("most_margin", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_a_row_that_is_confirmed_says_what_a_plan_for_its_card_says(objective: str, total: int | None) -> None:
     asked = {"objective": objective, "global_batch_size": total, "hardware": {"filter": "10GB..24GB 1"}}
