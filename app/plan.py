@@ -34,7 +34,7 @@ def plan(payload: Mapping[str, Any]) -> Json:
     policy = Policy(question.request.policy)
     if case.card is None:
         if policy is not Policy.CACHE_KEPT:
-            raise RequestError(f"policy: {policy.value!r} needs a card; give hardware.gpu, or leave it out", field="policy")
+            raise RequestError(f"policy: {policy.value!r} needs a card (hardware.gpu); accepted without one: cache_kept", field="policy")
         return which(question.request, case, goal)
     found = _Plan(search=Search(case=case, goal=goal, policy=policy), request=question.request, payload=payload)
     return {"schema_version": SCHEMA_VERSION, **found.answer(), "gpus": None}

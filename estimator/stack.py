@@ -82,12 +82,37 @@ class Stack:
 
     @property
     def trainer_sets_sharding_strategy(self) -> bool:
-        """Whether `fsdp="shard_grad_op"` reaches FSDP1: by the environment in 4.x, later by an argument that accelerate passes over.
+        """Whether `fsdp="shard_grad_op"` reaches FSDP1: by the environment in 4.x, by `sharding_strategy` up to 5.3, later by an argument
+        that accelerate passes over.
 
-        Source: transformers 4.57, training_args.py, TrainingArguments.__post_init__ (FSDP_SHARDING_STRATEGY); accelerate 1.15,
-        utils/dataclasses.py, FullyShardedDataParallelPlugin.__post_init__.
+        Source: transformers 4.57, training_args.py, TrainingArguments.__post_init__ (FSDP_SHARDING_STRATEGY); 5.0 to 5.3,
+        trainer.py (fsdp_plugin_args); accelerate 1.15, utils/dataclasses.py, FullyShardedDataParallelPlugin.__post_init__.
         """
-        return self.transformers < (5,)
+        return self.transformers < (5, 4)
+
+    @property
+    def trainer_reads_fsdp_version(self) -> bool:
+        """Whether `fsdp_config.version` of TrainingArguments has an effect; before, accelerate's default of 1 held.
+
+        Source: transformers 4.57, training_args.py and trainer.py (neither reads it); 5.0, training_args.py.
+        """
+        return self.transformers >= (5,)
+
+    @property
+    def trainer_keeps_gathered_by_default(self) -> bool:
+        """Whether FSDP2 without `reshard_after_forward` keeps parameters gathered after the forward pass.
+
+        Source: transformers 5.0 to 5.3, training_args.py (`fsdp_config.get("reshard_after_forward", "false")`).
+        """
+        return (5,) <= self.transformers < (5, 4)
+
+    @property
+    def trainer_can_sync_each_batch(self) -> bool:
+        """Whether `sync_each_batch` of `gradient_accumulation_kwargs` is looked at.
+
+        Source: transformers 5.2, trainer.py (5.1: accelerator.no_sync in any case).
+        """
+        return self.transformers >= (5, 2)
 
     @property
     def trainer_checkpoints_reentrantly(self) -> bool:
@@ -464,17 +489,21 @@ class Stack:
     def first_keys_are_joined(self) -> bool:
         """Whether a cache that holds nothing joins its first keys and values to nothing, which copies them, and does not refer to them.
 
-        Source: transformers 4.54, cache_utils.py, DynamicLayer.update (4.53: DynamicCache.update appends them).
+        Source: transformers 4.56, cache_utils.py, DynamicLayer.update (4.55: the layer takes them as they are; 4.53: DynamicCache.update
+        appends them).
         """
-        return self.transformers >= (4, 54)
+        return self.transformers >= (4, 56)
 
-    def sdpa_copies_inputs(self, *, masked: bool) -> bool:
+    def sdpa_copies_inputs(self, model_type: str, *, masked: bool) -> bool:
         """Whether sdpa gets queries, keys and values copied head after head.
 
-        Source: transformers 4.48 to 4.55, integrations/sdpa_attention.py, sdpa_attention_forward; 4.36 to 4.47 with a mask alone:
-        models/llama/modeling_llama.py, LlamaSdpaAttention.forward.
+        Source: transformers 4.48 to 4.55, integrations/sdpa_attention.py, sdpa_attention_forward, read and run in 4.51; 4.36 to 4.47 with a
+        mask alone, read: models/llama/modeling_llama.py, LlamaSdpaAttention.forward; not for a torch of 2.2 or more in
+        models/gpt2/modeling_gpt2.py and gpt_neox/modeling_gpt_neox.py (4.45).
         """
-        return self.transformers < (4, 56) and (masked or self.transformers >= (4, 48))
+        if self.transformers >= (4, 48):
+            return self.transformers < (4, 56)
+        return masked and model_type not in ("gpt2", "gpt_neox")
 
     def keeps_cache_in_training(self, model_type: str, root_model_type: str, *, is_composite: bool, by_trl: bool) -> bool:
         """Whether a model without checkpointing stores keys and values while it is trained, and holds them until the loss is there.

@@ -1,10 +1,11 @@
 """How TrainingArguments spread a run over processes: `fsdp`, `fsdp_config`, `deepspeed` and `ddp_*`, in files and in requests.
 
-Source: transformers 4.57–5.23, training_args.py, TrainingArguments._process_fsdp_args and _apply_legacy_fsdp_to_config; trainer.py,
+Source: transformers 4.57 to 5.23, training_args.py, TrainingArguments._process_fsdp_args and _apply_legacy_fsdp_to_config; trainer.py,
 Trainer._build_accelerator_args.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -63,6 +64,14 @@ def translate_sharding(keys: Keys, others: Mapping[str, Keys]) -> None:
     stack = keys.found.stack
     keys.put("hardware.strategy", "fsdp", "fsdp")
     said = keys.found.value("hardware.fsdp_config.version")
+    if not stack.trainer_reads_fsdp_version:
+        unread = {name: config.values[name] for name in ("version", "fsdp_version") if name in config.values}
+        config = replace(config, values={name: value for name, value in config.values.items() if name not in unread})
+        if any(str(value) != "1" for value in unread.values()):
+            keys.found.assumed.append(
+                f"{keys.named('fsdp_config')}: transformers 4 does not read its version, and accelerate takes FSDP1 unless its own file or "
+                "the environment (FSDP_VERSION) says otherwise."
+            )
     translate_fsdp(config, default_version=said or (2 if stack.trainer_takes_fsdp2 else 1))
     if "offload" in words and keys.found.value(_OFFLOADS) is None:
         keys.put(_OFFLOADS, True, "fsdp")
@@ -71,9 +80,15 @@ def translate_sharding(keys: Keys, others: Mapping[str, Keys]) -> None:
             keys.put(_RESHARDS, False, "fsdp")
         else:
             keys.found.assumed.append(
-                f"{keys.named('fsdp')}: accelerate takes FULL_SHARD in FSDP1, whatever transformers 5 is given, unless the environment has "
-                "FSDP_SHARDING_STRATEGY."
+                f"{keys.named('fsdp')}: accelerate takes FULL_SHARD in FSDP1, whatever transformers since 5.4 is given, unless the "
+                "environment has FSDP_SHARDING_STRATEGY."
             )
+    if (
+        stack.trainer_keeps_gathered_by_default
+        and keys.found.value("hardware.fsdp_config.version") == 2
+        and keys.found.value(_RESHARDS) is None
+    ):
+        keys.put(_RESHARDS, False, "fsdp")
     if isinstance(fsdp, str | list) and words and "auto_wrap" not in words and not stack.trainer_takes_fsdp2:
         keys.not_modelled("fsdp", "without auto_wrap, and without an adapter, the whole model is one unit, and layers are counted as units")
 
@@ -94,6 +109,10 @@ def _words(keys: Keys, fsdp: Any) -> list[str] | None:
             )
         if word not in _WORDS:
             raise UnknownNameError.of(keys.named("fsdp"), word, _WORDS)
+    # Source: transformers 5.9, training_args.py, TrainingArguments._process_fsdp_args; 5.10 has neither check.
+    is_alone, is_both = words == ["offload"], {"full_shard", "shard_grad_op"} <= set(words)
+    if (is_alone or is_both) and not keys.found.stack.trainer_takes_fsdp2:
+        raise keys.error("fsdp", fsdp, "one of full_shard and shard_grad_op, beside offload and auto_wrap")
     return words
 
 
@@ -150,7 +169,8 @@ def _inline(name: str, value: Any) -> Any:
         try:
             return orjson.loads(value)
         except orjson.JSONDecodeError:
-            raise RequestError(f"training.{name}: the text is not JSON", field=f"training.{name}") from None
+            message = f"training.{name}: {value[:80]!r} is not JSON; accepted: an object, or the text of one"
+            raise RequestError(message, field=f"training.{name}") from None
     raise RequestError(
         f"training.{name}: {value[:80]!r} is a path, and a request reads no files; accepted: what the file holds. The command line "
         "reads one that lies beside the file of the request",

@@ -131,12 +131,13 @@ class Layer:
                 query, key, value, heads = expanded(query, key, value, heads)
             output = flash(query, key, value, heads)
             return (clone(output) if copies_output else output), None
-        if stack.sdpa_copies_inputs(masked=mask is not None) and not self.decoding:
+        repeats = mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels
+        if stack.sdpa_copies_inputs(self.model_type, masked=mask is not None) and not self.decoding:
             query = query if heads_first else clone(query)
-            if heads.groups == 1 and not cached:
+            if not cached and not (repeats and heads.groups > 1):  # else they lie head after head already
                 key, value = key if heads_first else clone(key), clone(value)
             copies_output = True
-        if mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels:
+        if repeats:
             if self.decoding and stack.sdpa_packs_queries and not self.compiled:
                 # The queries of a group are looked at as queries of one head.
                 heads = replace(heads, num_key_value_heads=heads.num_heads)
@@ -184,14 +185,14 @@ class Layer:
     def _stored_in_training(self, key: Value, value: Value) -> tuple[Value, Value]:
         """Keys and values joined to a cache that holds nothing yet, and for a layer with a window its length as a tensor.
 
-        Source: transformers, cache_utils.py, DynamicLayer.update and DynamicSlidingWindowLayer.__init__ (since 4.56).
+        Source: transformers, cache_utils.py, DynamicLayer.update and DynamicSlidingWindowLayer.__init__ (since 5.0).
         """
         assert self.handed_out is not None
         stack = self.modules.recipe.stack
         if stack.first_keys_are_joined:
             key, value = concatenate([key]), concatenate([value])
         self.handed_out.extend((key.view(), value.view()))
-        if self.layer_type == "sliding_attention" and stack.transformers >= (4, 56):
+        if self.layer_type == "sliding_attention" and stack.transformers >= (5,):
             self.handed_out.append(key.tape.new(Extent(1), DType.INT64))
         return key, value
 

@@ -17,6 +17,7 @@ from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.share import Share
 from estimator.phases import Item, Phase
 from estimator.recipe import Recipe
+from estimator.stack import Stack
 from estimator.static_memory import StaticMemory, gradient_bytes
 from estimator.storage import StoredTensor
 from estimator.units import allocated, ceil_div
@@ -27,11 +28,16 @@ _WHOLE = Notice(
     message="accelerate leaves 4-bit weights stored as uint8 out of FSDP2's sharding: every rank holds all of them. With "
     "bnb_4bit_quant_storage of a floating-point type, that of the other weights, they are sharded.",
 )
-_ACCUMULATES = Notice(
-    code="fsdp_accumulates_whole_gradients",
-    message="while gradients are accumulated accelerate switches FSDP2's reduction off (no_sync): whole gradients of all trained "
-    "parameters wait on every rank; accelerator_config.gradient_accumulation_kwargs.sync_each_batch=True reduces them each time.",
-)
+
+
+def waiting_gradients(name: str, stack: Stack) -> Notice:
+    """What accumulation costs under FSDP1 or FSDP2, and what spares it."""
+    advice = "; accelerator_config.gradient_accumulation_kwargs.sync_each_batch=True reduces them each time"
+    return Notice(
+        code="fsdp_accumulates_whole_gradients",
+        message=f"while gradients are accumulated accelerate switches {name}'s reduction off (no_sync): whole gradients of all that is "
+        f"trained wait on every rank{advice if stack.trainer_can_sync_each_batch else ''}.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +180,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
         notices.append(_WHOLE)
     unreduced = sum(unit.gradients_bytes for unit in units.all) if accumulates else 0
     if accumulates:
-        notices.append(_ACCUMULATES)
+        notices.append(waiting_gradients("FSDP2", recipe.stack))
     tensors = as_seen(static.tensors, {m.tensor.pattern: m.gathered_dtype(unit.compute) for unit in units.all for m in unit.members})
     return Share(
         tensors=tensors,

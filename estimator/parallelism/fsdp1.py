@@ -14,7 +14,7 @@ from estimator.errors import RequestError
 from estimator.estimate import Notice
 from estimator.optimizers import optimizer_states, step_temporary_bytes
 from estimator.parallelism.ddp import in_order
-from estimator.parallelism.fsdp import as_seen, is_head
+from estimator.parallelism.fsdp import as_seen, is_head, waiting_gradients
 from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import BackwardPrefetch, Fsdp
 from estimator.parallelism.share import Share
@@ -28,11 +28,6 @@ from estimator.units import allocated, ceil_div
 _ALIGNMENT_BYTES = 16
 _PARAMETERS = (Item.WEIGHTS, Item.ADAPTER_WEIGHTS)
 _FIELD = "hardware.fsdp_config.version"
-_ACCUMULATES = Notice(
-    code="fsdp_accumulates_whole_gradients",
-    message="while gradients are accumulated accelerate switches FSDP1's reduction off (no_sync): whole gradients of all trained units "
-    "wait on every rank; accelerator_config.gradient_accumulation_kwargs.sync_each_batch=True reduces them each time.",
-)
 _TRAINS_FROZEN = Notice(
     code="fsdp1_trains_frozen_parameters_too",
     message="FSDP1 holds a unit as one parameter: where some of it is trained, gradients are made of all of it, and under mixed precision "
@@ -255,7 +250,11 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
 def _notices(recipe: Recipe, *, trains_frozen: bool) -> tuple[Notice, ...]:
     training = recipe.training
     accumulates = training is not None and training.gradient_accumulation_steps > 1
-    said = ((_ACCUMULATES, accumulates), (_TRAINS_FROZEN, trains_frozen), (_ADAPTERS, recipe.adapter is not None))
+    said = (
+        (waiting_gradients("FSDP1", recipe.stack), accumulates),
+        (_TRAINS_FROZEN, trains_frozen),
+        (_ADAPTERS, recipe.adapter is not None),
+    )
     return tuple(notice for notice, applies in said if applies)
 
 

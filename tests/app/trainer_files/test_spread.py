@@ -76,12 +76,27 @@ def test_fsdp_is_read_as_the_trainer_reads_it(fsdp: Any, config: Json | None, mo
 def test_a_version_of_transformers_says_which_fsdp_it_means() -> None:
     read = {
         version: _read({"fsdp": "shard_grad_op auto_wrap"}, {"num_gpus": 2}, stack={"transformers": version})
-        for version in ("4.57", "5.9", "5.10")
+        for version in ("4.57", "5.0", "5.3", "5.9", "5.10")
     }
-    assert [hardware.fsdp_config.version for hardware in read.values()] == [1, 1, 2]
-    # accelerate passes over what transformers 5 hands on to FSDP1
-    assert [hardware.fsdp_config.reshard_after_forward for hardware in read.values()] == [False, True, False]
+    assert [hardware.fsdp_config.version for hardware in read.values()] == [1, 1, 1, 1, 2]
+    # accelerate passes over what transformers since 5.4 hands on to FSDP1
+    assert [hardware.fsdp_config.reshard_after_forward for hardware in read.values()] == [False, False, False, True, False]
     assert "read_from_file" in codes(answer(_with({"fsdp": "shard_grad_op auto_wrap"}, {"num_gpus": 2}, stack={"transformers": "5.9"})))
+
+
+@pytest.mark.parametrize(("version", "number", "reshards"), [("4.57", 1, True), ("5.0", 2, False), ("5.3", 2, False), ("5.4", 2, True)])
+def test_what_a_version_of_transformers_makes_of_an_asked_fsdp2(version: str, number: int, reshards: bool) -> None:
+    """4.57 does not read `version`; 5.0 to 5.3 keep parameters gathered where nothing is said."""
+    asked = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
+    found = _read(asked, {"num_gpus": 2}, stack={"transformers": version}).fsdp_config
+    assert (found.version, found.reshard_after_forward) == (number, reshards)
+
+
+@pytest.mark.parametrize("words", ["offload", "full_shard shard_grad_op auto_wrap"])
+def test_words_that_trainers_refuse_together_or_alone_are_refused_for_their_versions(words: str) -> None:
+    with pytest.raises(RequestError, match=r"training\.fsdp: .*one of full_shard and shard_grad_op"):
+        _read({"fsdp": words}, {"num_gpus": 2}, stack={"transformers": "5.9"})
+    assert _read({"fsdp": words}, {"num_gpus": 2}, stack={"transformers": "5.10"}).strategy == "fsdp"
 
 
 def test_without_auto_wrap_older_trainers_make_one_unit_of_the_model() -> None:
@@ -129,7 +144,7 @@ def test_deepspeed_is_read_from_what_it_holds_and_what_has_no_bearing_is_listed(
         ({"fsdp": True, "deepspeed": ZERO3}, {}, r"training\.deepspeed: together with training\.fsdp transformers refuses it"),
         ({"deepspeed": "zero3.json"}, {}, r"training\.deepspeed: 'zero3\.json' is a path, and a request reads no files"),
         ({"fsdp": True, "fsdp_config": "fsdp.json"}, {}, r"training\.fsdp_config: 'fsdp\.json' is a path"),
-        ({"deepspeed": "{"}, {}, r"training\.deepspeed: the text is not JSON"),
+        ({"deepspeed": "{"}, {}, r"training\.deepspeed: '{' is not JSON"),
         ({"fsdp": "hybrid_shard"}, {}, r"training\.fsdp: 'hybrid_shard' is not modelled; accepted: full_shard"),
         ({"fsdp": "full"}, {}, r"training\.fsdp: 'full' is not known"),
         ({"fsdp": 7}, {}, r"training\.fsdp: 7 is not accepted"),
