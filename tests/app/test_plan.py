@@ -179,7 +179,9 @@ def usable(found: dict[str, Any]) -> int:
     return int(found["fit"]["capacity_bytes"] - found["fit"]["headroom_bytes"])
 
 
-@pytest.mark.parametrize("name", SHORT_OF_MEMORY)
+@pytest.mark.parametrize(
+    "name", [name if name in ("full", "prepared QLoRA") else pytest.param(name, marks=pytest.mark.slow) for name in SHORT_OF_MEMORY]
+)
 def test_a_lever_saves_what_asking_again_with_it_gives(name: str) -> None:
     shortfall = plan({**SHORT_OF_MEMORY[name], "global_batch_size": 4})["shortfall"]
     sizes = {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 4}

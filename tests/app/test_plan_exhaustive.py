@@ -133,8 +133,8 @@ def check_shortfall(request: dict[str, Any], shortfall: dict[str, Any], lacks: i
 
 
 def test_plans_and_changes_of_random_jobs_are_what_single_questions_give() -> None:
-    planned = [check_plan(request) for request in jobs(8, seed=11)]
-    assert 0 < sum(planned) < 8
+    planned = [check_plan(request) for request in jobs(4, seed=11)]
+    assert 0 < sum(planned) < 4
 
 
 @pytest.mark.slow

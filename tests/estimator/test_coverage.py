@@ -93,6 +93,7 @@ def test_experts_that_run_one_by_one_get_the_tokens_that_are_stated(routing: str
     assert set(products) == {rows}
 
 
+@pytest.mark.slow
 def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None:
     session = Session(payload(architecture("bamba").config, training(3, 777, method="full")))
     with pytest.raises(NotOneProgramError):
@@ -103,6 +104,7 @@ def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None
     assert rounded == whole
 
 
+@pytest.mark.slow
 def test_the_outline_of_a_loop_over_tokens_meets_runs_that_it_was_not_fitted_to() -> None:
     model = small("mamba", num_hidden_layers=2, n_layer=2, vocab_size=4096)
     recipe = training(2, 1024, method="full", attention=Attention.EAGER, checkpointing=False)
@@ -140,6 +142,7 @@ def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, met
         model.train()(input_ids=ids, labels=ids)
 
 
+@pytest.mark.slow
 def test_the_program_of_a_scan_over_chunks_is_asked_for_again_at_its_own_length(tmp_path: Path) -> None:
     # no infinity goes to the worker
     model = small("bamba", num_hidden_layers=4, time_step_limit=[0.0, 1e9])

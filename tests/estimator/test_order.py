@@ -37,7 +37,7 @@ EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit")
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 BITSANDBYTES_OPTIMIZERS = tuple(dict.fromkeys((*EIGHT_BIT, *PAGED)))
 TORCH_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "rmsprop")
-WIDE = settings(max_examples=120, deadline=None)
+WIDE = settings(max_examples=60, deadline=None)
 
 
 def peak(inventory: Inventory, recipe: Recipe) -> int:
