@@ -21,6 +21,13 @@ from estimator.optimizers import states_in_order, step_lists
 from estimator.recipe import Recipe
 from estimator.schedule import MicroBatch, Schedule
 from estimator.static_memory import StaticMemory, static_memory
+from estimator.units import allocated
+
+MAX_SEPARATE_INPUTS = 256
+"""Micro-batches whose inputs are placed tensor by tensor; those of all further ones lie in one block."""
+
+MAX_BLOCK_BYTES = 2**50
+"""Beyond any card: what is larger fails or is told by what is allocated."""
 
 MAX_STEPS = 6
 """Optimizer steps that are replayed at most. The second finds the optimizer's states; a third that adds nothing is the last, unless the
@@ -94,13 +101,16 @@ class _Unlimited:
             if not self._is_finished and (enough_bytes is None or self._reserved_bytes <= enough_bytes):
                 stages = self._stages if self._stages is not None else self._play()
                 self._stages = None  # what is interrupted is played again
-                for reserved in stages:
-                    self._reserved_bytes = max(self._reserved_bytes, reserved)
-                    if enough_bytes is not None and reserved > enough_bytes:
-                        self._stages = stages
-                        break
-                else:
-                    self._is_finished = True
+                try:
+                    for reserved in stages:
+                        self._reserved_bytes = max(self._reserved_bytes, reserved)
+                        if enough_bytes is not None and reserved > enough_bytes:
+                            self._stages = stages
+                            break
+                    else:
+                        self._is_finished = True
+                except NoRoomError:  # more than there are addresses
+                    self._reserved_bytes, self._is_finished = MAX_BLOCK_BYTES, True
             is_paused, found = self._stages is not None, self._reserved_bytes
         if is_paused:
             _pause(self)
@@ -210,7 +220,9 @@ class _Run(Generic[Taken]):
         Source: transformers, trainer.py, Trainer._inner_training_loop (get_batch_samples takes the inputs of all of them first).
         """
         accumulation = self.training.gradient_accumulation_steps
-        batches = [self._make(size) for _ in range(accumulation) for size in inputs]
+        alone = min(accumulation, MAX_SEPARATE_INPUTS)
+        batches = [self._make(size) for _ in range(alone) for size in inputs]
+        batches.append(self._make(min((accumulation - alone) * sum(map(allocated, inputs)), MAX_BLOCK_BYTES)))
         gradients = self._micro_batch(schedule.first)
         yield self.allocator.max_reserved_bytes
         for _ in range(accumulation - 1):

@@ -10,7 +10,17 @@ from starlette.testclient import TestClient
 
 from app import examples
 from app.http import create_app
-from app.request import HardwareFields, InferenceFields, PeftFields, QuantizationFields, Request, TrainingFields
+from app.request import (
+    MAX_ACCUMULATION,
+    MAX_BATCH,
+    MAX_LENGTH,
+    HardwareFields,
+    InferenceFields,
+    PeftFields,
+    QuantizationFields,
+    Request,
+    TrainingFields,
+)
 
 CLIENT = TestClient(create_app(), raise_server_exceptions=False)
 SECTIONS: dict[str, list[str]] = {
@@ -48,6 +58,14 @@ def test_a_request_with_any_values_gets_200_or_422(example: dict[str, Any], chan
             target[name] = value
     response = CLIENT.post("/v1/estimate", json=request)
     assert response.status_code in (200, 422), (request, response.text)
+
+
+def test_the_largest_sizes_that_the_border_admits_are_answered() -> None:
+    largest = {"per_device_train_batch_size": MAX_BATCH, "max_length": MAX_LENGTH, "gradient_accumulation_steps": MAX_ACCUMULATION}
+    example = next(e["value"] for e in examples.ESTIMATE.values() if "training" in e["value"])
+    response = CLIENT.post("/v1/estimate", json={**example, "training": {**example["training"], **largest}})
+    assert response.status_code == 200, response.text
+    assert response.json()["peak"]["reserved_bytes"] >= 2**50
 
 
 TINY: dict[str, Any] = {

@@ -160,6 +160,14 @@ def test_cards_of_one_kind_share_their_replays() -> None:
     assert _unlimited.cache_info().misses == 2
 
 
+def test_a_million_micro_batches_are_replayed_as_few_and_hold_the_ids_of_all() -> None:
+    few, many = (answered(training(2, 512, accumulation=n)) for n in (256, 2**20))
+    ids = many.steady_state_bytes - few.steady_state_bytes  # type: ignore[operator]
+    assert ids == (2**20 - 256) * 3 * 2 * 512 * 8
+    assert 0 <= many.reserved_bytes - few.reserved_bytes - ids <= 4 * MIB
+    assert answered(training(2**16, 2**24, accumulation=2**20)).reserved_bytes >= 2**50
+
+
 def test_more_accumulation_than_two_micro_batches_adds_the_ids_alone() -> None:
     few, many = (answered(training(2, 512, accumulation=n)).reserved_bytes for n in (2, 64))
     assert few <= many <= few + 4 * MIB
