@@ -10,6 +10,7 @@ MAX_BATCH = 65_536
 MAX_LENGTH = 2**24
 MAX_RANK = 16_384
 MAX_ACCUMULATION = 2**20
+MAX_STEP_TOKENS = 2**44
 MAX_GIB = 16_384
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]

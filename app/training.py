@@ -2,7 +2,7 @@
 
 from app import fields
 from app.objective import LOSSES, resolve_objective, sequence_length
-from app.request import CheckpointingFields, LigerFields, Request, TrainingFields
+from app.request import MAX_STEP_TOKENS, CheckpointingFields, LigerFields, Request, TrainingFields
 from app.versions import shown
 from estimator.dtypes import DType
 from estimator.errors import RequestError, UnknownNameError
@@ -36,10 +36,13 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
     kwargs = asked.gradient_checkpointing_kwargs or CheckpointingFields()
     packs = asked.padding_free or (asked.packing and sft)
     objective = resolve_objective(request, stack)
+    batch, steps = asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE, asked.gradient_accumulation_steps or 1
+    length = _length(asked, sequence_length(request), inventory, sft=sft)
+    _check_tokens(batch, length, steps)
     return Training(
-        micro_batch_size=asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE,
-        sequence_length=_length(asked, sequence_length(request), inventory, sft=sft),
-        gradient_accumulation_steps=asked.gradient_accumulation_steps or 1,
+        micro_batch_size=batch,
+        sequence_length=length,
+        gradient_accumulation_steps=steps,
         optimizer=_optimizer(asked.optim, stack),
         optimizer_arguments=_optimizer_arguments(asked),
         weight_decay=asked.weight_decay,
@@ -52,6 +55,16 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         padded=request.padded and not packs,
         flattened=packs and _flattens(asked, stack),
     )
+
+
+def _check_tokens(batch: int, length: int, steps: int) -> None:
+    """Refuse a step whose bytes no 64-bit number holds."""
+    if batch * length * steps > MAX_STEP_TOKENS:
+        raise RequestError(
+            f"training.gradient_accumulation_steps: {steps:,} micro-batches of {batch:,} × {length:,} are {batch * length * steps:,} tokens "
+            f"a step; accepted: up to {MAX_STEP_TOKENS:,} together",
+            field="training.gradient_accumulation_steps",
+        )
 
 
 def check_length(field: str, length: int, inventory: Inventory) -> None:

@@ -4,6 +4,7 @@ import copy
 import time
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
@@ -60,12 +61,17 @@ def test_a_request_with_any_values_gets_200_or_422(example: dict[str, Any], chan
     assert response.status_code in (200, 422), (request, response.text)
 
 
-def test_the_largest_sizes_that_the_border_admits_are_answered() -> None:
-    largest = {"per_device_train_batch_size": MAX_BATCH, "max_length": MAX_LENGTH, "gradient_accumulation_steps": MAX_ACCUMULATION}
+@pytest.mark.parametrize(
+    ("batch", "length", "steps", "status"),
+    [(MAX_BATCH, MAX_LENGTH, 2**4, 200), (2**4, 2**20, MAX_ACCUMULATION, 200), (MAX_BATCH, MAX_LENGTH, MAX_ACCUMULATION, 422)],
+)
+def test_the_largest_sizes_are_answered_or_refused_together(batch: int, length: int, steps: int, status: int) -> None:
+    sizes = {"per_device_train_batch_size": batch, "max_length": length, "gradient_accumulation_steps": steps}
     example = next(e["value"] for e in examples.ESTIMATE.values() if "training" in e["value"])
-    response = CLIENT.post("/v1/estimate", json={**example, "training": {**example["training"], **largest}})
-    assert response.status_code == 200, response.text
-    assert response.json()["peak"]["reserved_bytes"] >= 2**50
+    response = CLIENT.post("/v1/estimate", json={**example, "training": {**example["training"], **sizes}})
+    assert response.status_code == status, response.text
+    if status == 422:
+        assert "accepted: up to 17,592,186,044,416 together" in response.json()["errors"][0]["message"]
 
 
 TINY: dict[str, Any] = {
