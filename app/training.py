@@ -59,10 +59,11 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
 
 def _check_tokens(batch: int, length: int, steps: int) -> None:
     """Refuse a step whose bytes no 64-bit number holds."""
-    if batch * length * steps > MAX_STEP_TOKENS:
+    tokens = batch * length * steps
+    if tokens > MAX_STEP_TOKENS:
         raise RequestError(
-            f"training.gradient_accumulation_steps: {steps:,} micro-batches of {batch:,} × {length:,} are {batch * length * steps:,} tokens "
-            f"a step; accepted: up to {MAX_STEP_TOKENS:,} together",
+            f"training.gradient_accumulation_steps: {steps:,} micro-batches of {batch:,} × {length:,} are {tokens:,} tokens a step; "
+            f"accepted: up to {MAX_STEP_TOKENS:,} together",
             field="training.gradient_accumulation_steps",
         )
 
