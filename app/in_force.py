@@ -31,10 +31,10 @@ class InForce:
         return self._known
 
     async def follow(self) -> None:
-        """Looks again and again, until it is cancelled."""
+        """Looks again and again, the first time after a while, until it is cancelled."""
         while self._state is not None:
-            await asyncio.to_thread(self.look)
             await asyncio.sleep(self._every_seconds)
+            await asyncio.to_thread(self.look)
 
     def look(self) -> None:
         """Looks once; blocks."""
