@@ -19,10 +19,7 @@ def read_request(name: str) -> Json:
     Raises:
         RequestError: if it cannot be read, or is no object.
     """
-    try:
-        content = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if name == STANDARD_INPUT else Path(name).read_bytes()
-    except OSError as error:
-        raise RequestError(f"request: {name!r} cannot be read: {error.strerror}", field="request") from None
+    content = sys.stdin.buffer.read(MAX_BODY_BYTES + 1) if name == STANDARD_INPUT else _content("request", Path(name))
     is_yaml = not content.lstrip().startswith(b"{") if name == STANDARD_INPUT else Path(name).suffix in _YAML
     folder = None if name == STANDARD_INPUT else Path(name).parent
     if not is_yaml:
@@ -49,13 +46,14 @@ def _with_pointed(payload: Json, folder: Path | None) -> Json:
                     "JSON file, or what it holds",
                     field=f"training.{key}",
                 )
-            inline[key] = read_json(_content(found))
+            inline[key] = read_json(_content(f"training.{key}", found))
     return payload if not inline else {**payload, "training": {**training, **inline}}
 
 
-def _content(path: Path) -> bytes:
+def _content(field: str, path: Path) -> bytes:
+    """No more than is read; one byte more shows that there is more."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BODY_BYTES + 1)
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RequestError(f"{field}: {str(path)!r} cannot be read: {error.strerror}", field=field) from None

@@ -13,7 +13,7 @@ from app.form import AGAINST, Form
 from app.holding import cards_that_hold
 from app.plan import plan
 from app.reading import read_estimate
-from app.service import Case, prepare, render
+from app.service import Case, answer_of, prepare, render
 from app.shortfall import Shortage, changes
 from app.sweep import answer_sweep, svg_of, sweep
 from app.trace import svg_of as timeline_of
@@ -45,7 +45,7 @@ def answered(form: Form, origin: str, *, waits: bool = True) -> Json:
     case, other_case = prepare(read_estimate(request)), _other(form)
     if not waits and any(one.answerer.has_to_trace(one.recipe) for one in (case, other_case) if one is not None):
         return _of_load(case, request, origin)
-    found = _answer(case)
+    found = answer_of(case)
     other = None if other_case is None else _answered_beside(other_case)
     view = _view(case.card, found, at_least=0 if other is None else largest_bytes(other))
     view["other"] = None if other is None or other_case is None else _view(other_case.card, other, at_least=largest_bytes(found))
@@ -97,13 +97,9 @@ def _other(form: Form) -> Case | None:
         return None
 
 
-def _answer(case: Case) -> Json:
-    return render(case, case.answerer.estimate(case.recipe))
-
-
 def _answered_beside(case: Case) -> Json | None:
     try:
-        return _answer(case)
+        return answer_of(case)
     except VramplanError:
         return None
 

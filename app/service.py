@@ -67,7 +67,15 @@ def answer(payload: Mapping[str, Any]) -> Json:
     Raises:
         VramplanError: if the request or the model cannot be answered for.
     """
-    case = prepare(read_estimate(payload))
+    return answer_of(prepare(read_estimate(payload)))
+
+
+def answer_of(case: Case) -> Json:
+    """The answer to a case.
+
+    Raises:
+        VramplanError: if it cannot be answered for.
+    """
     return render(case, case.answerer.estimate(case.recipe))
 
 

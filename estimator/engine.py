@@ -106,7 +106,7 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
 
 
 def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, device: Device, *, replays: bool) -> Estimate:
-    structure = _without_sizes(recipe)
+    structure = recipe.without_sizes()
     prepared = _prepared(inventory, structure)
     if traced is not None:
         seen = traced.schedule if replays else None
@@ -132,7 +132,7 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
 
 def loaded(inventory: Inventory, recipe: Recipe) -> Estimate:
     """What one card stores after loading, and nothing of what follows: for recipes whose step has still to be found out."""
-    return _load_only(_prepared(inventory, _without_sizes(recipe)), Notice(code="not_modelled", message=_LOAD_ONLY.format("The step")))
+    return _load_only(_prepared(inventory, recipe.without_sizes()), Notice(code="not_modelled", message=_LOAD_ONLY.format("The step")))
 
 
 def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
@@ -140,14 +140,14 @@ def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
 
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
-    structure = _without_sizes(recipe)
+    structure = recipe.without_sizes()
     prepared = _prepared(inventory, structure)
     return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
 
 
 def keeping_part(inventory: Inventory, recipe: Recipe) -> Program | None:
     """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`); else None."""
-    structure = _without_sizes(recipe)
+    structure = recipe.without_sizes()
     return _keeping_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
 
 
@@ -194,7 +194,7 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
-    parts = cards(inventory, _without_sizes(recipe))
+    parts = cards(inventory, recipe.without_sizes())
     answers = [_on_one_card(card.inventory, alone, None, device, replays=False) for card in parts]
     if not parts[0].has_head:
         answers[0] = _with_returned_logits(answers[0], inventory, recipe)
@@ -290,18 +290,6 @@ def _in_slices(inventory: Inventory, recipe: Recipe, device: Device) -> Estimate
 
 
 # -- shared parts -----------------------------------------------------------------------------------------------------------------------
-
-
-def _without_sizes(recipe: Recipe) -> Recipe:
-    """The recipe with batch and lengths struck out: what compiled programs are kept under."""
-    training, inference = recipe.training, recipe.inference
-    if training is not None:
-        training = replace(
-            training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps)
-        )
-    if inference is not None:
-        inference = replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1)
-    return replace(recipe, training=training, inference=inference)
 
 
 def _on_any_card(recipe: Recipe) -> Recipe:
@@ -576,7 +564,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
 
     Only for recipes whose step is modelled (`why_not_modelled`).
     """
-    structure = _without_sizes(recipe)
+    structure = recipe.without_sizes()
     training = recipe.training
     if training is not None:
         share = _prepared(inventory, structure).share
@@ -590,7 +578,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
 
 def weights_growth_bytes(inventory: Inventory, recipe: Recipe) -> int:
     """What the first forward pass adds to stored weights for good; only for recipes whose step is modelled [bytes]."""
-    structure = _without_sizes(recipe)
+    structure = recipe.without_sizes()
     if recipe.training is not None:
         return _shared_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory)).weights_growth_bytes
     return _first_generation(inventory, recipe, structure).weights_growth_bytes if recipe.inference is not None else 0

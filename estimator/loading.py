@@ -105,17 +105,10 @@ def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
     if quantization is not None:
         return _unsplit_bytes(inventory, Preparation.of(recipe)) if quantization.kind.is_4bit and is_filled else 0
     is_whole = recipe.parallel.strategy in (Strategy.SINGLE, Strategy.DDP)
-    return _unsplit_moved_bytes(inventory, _stored_alike(recipe)) if is_whole and (recipe.training is not None or is_filled) else 0
-
-
-def _stored_alike(recipe: Recipe) -> Recipe:
-    """The same recipe for all that differ in sizes or card alone."""
-    training, inference = recipe.training, recipe.inference
-    if training is not None:
-        training = replace(training, micro_batch_size=1, sequence_length=1, gradient_accumulation_steps=1)
-    if inference is not None:
-        inference = replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1)
-    return replace(recipe, training=training, inference=inference, compute_capability=(8, 0), num_multiprocessors=0)
+    if not is_whole or (recipe.training is None and not is_filled):
+        return 0
+    # The same for all sizes and cards.
+    return _unsplit_moved_bytes(inventory, replace(recipe.without_sizes(), compute_capability=(8, 0), num_multiprocessors=0))
 
 
 @lru_cache(maxsize=64)

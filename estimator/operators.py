@@ -6,7 +6,7 @@ saved) and autograd/FunctionsManual.cpp; casts under autocast follow ATen/autoca
 Legend: B micro-batch, S sequence length, T = B·S tokens, d head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from estimator.dtypes import DType
 from estimator.extent import Extent
@@ -184,15 +184,15 @@ def activation(x: Value) -> Value:
     return _unary(x, saves_input=True)
 
 
-def saving_output(x: Value) -> Value:
+def _times_output(node: Node, gradient: Value) -> Gradients:
+    saved = node.unpacked()
+    result = gradient.tape.new(gradient.extent, gradient.dtype)
+    del saved
+    return [result]
+
+
+def saving_output(x: Value, backward: Callable[[Node, Value], Gradients] = _times_output) -> Value:
     """`tanh`, `relu`, `sigmoid`, `exp`: functions that save their result."""
-
-    def backward(node: Node, gradient: Value) -> Gradients:
-        saved = node.unpacked()
-        result = gradient.tape.new(gradient.extent, gradient.dtype)
-        del saved
-        return [result]
-
     node = x.tape.node([x], backward)
     y = x.tape.new(x.extent, x.dtype)
     x.tape.save_output(node, y)
@@ -293,7 +293,6 @@ def mean(x: Value, width: int) -> Value:
 
 def rsqrt(x: Value) -> Value:
     """`torch.rsqrt(x)`: saves its result, of which the backward formula makes the cube, and −½ of the gradient, before it multiplies."""
-    x = full_precision(x)
 
     def backward(node: Node, gradient: Value) -> Gradients:
         (saved,) = node.unpacked()
@@ -304,11 +303,7 @@ def rsqrt(x: Value) -> Value:
         del saved, half, cube
         return [result]
 
-    node = x.tape.node([x], backward)
-    y = x.tape.new(x.extent, x.dtype)
-    x.tape.save_output(node, y)
-    y.node = node
-    return y
+    return saving_output(full_precision(x), backward)
 
 
 def dropout(x: Value, probability: float) -> Value:

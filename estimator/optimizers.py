@@ -2,9 +2,11 @@
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
 
 from estimator.dtypes import DType
 from estimator.errors import UnknownNameError
@@ -26,6 +28,8 @@ QUANTILE_MAP_BYTES = 256 * 4
 # What transformers passes to both torchao optimizers. Source: transformers, trainer_optimizer.py, _get_torchao_optimizer.
 TORCHAO_BLOCK_SIZE = 256
 SCALAR_BYTES = 4
+
+Made = TypeVar("Made")
 
 
 class Residence(StrEnum):
@@ -343,6 +347,28 @@ def step_lists(name: str, trained: Iterable[StoredTensor], *, decays: bool = Fal
             step = each if number else replace(each, freed_before=held)  # what the former group has left
             yield step
             held += 1 - step.freed_before - step.freed_after
+
+
+def play(lists: Iterable[StepList], make: Callable[[int], Made], release: Callable[[Made], None]) -> None:
+    """Makes the tensors of a step and lets them go, in its order; nothing is left.
+
+    Args:
+        lists: as `step_lists` gives them.
+        make: a tensor of some size [bytes].
+        release: lets one go.
+    """
+    held: deque[list[Made]] = deque()
+
+    def let_go(number: int) -> None:
+        for _ in range(number):
+            for made in held.popleft():
+                release(made)
+
+    for each in lists:
+        let_go(each.freed_before)
+        held.append([make(size) for size in each.sizes])
+        let_go(each.freed_after)
+    let_go(len(held))
 
 
 def _lists_by_type(name: str, ordered: Iterable[StoredTensor], *, decays: bool) -> Iterator[StepList]:

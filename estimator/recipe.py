@@ -1,6 +1,6 @@
 """What the user chose, every default resolved: the frozen value all arithmetic reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from estimator.dtypes import DType
@@ -161,6 +161,16 @@ class Training:
         """Whether there is any weight decay: how much has no bearing on memory."""
         return self.weight_decay != 0
 
+    def at(self, micro_batch_size: int, sequence_length: int) -> "Training":
+        """The same for all whose step is the same program: at some size, with more than one micro-batch or not, decayed or not."""
+        return replace(
+            self,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            gradient_accumulation_steps=min(2, self.gradient_accumulation_steps),
+            weight_decay=float(self.decays),
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and length of a micro-batch as the model gets it [samples, tokens]."""
@@ -203,3 +213,12 @@ class Recipe:
     parallel: Parallel = field(default_factory=Parallel)
     """How the run is spread over cards; batches are those of one rank."""
     stack: Stack
+
+    def without_sizes(self) -> "Recipe":
+        """With batch and lengths struck out: what is kept for all of them is kept under this."""
+        training, inference = self.training, self.inference
+        return replace(
+            self,
+            training=None if training is None else training.at(1, 1),
+            inference=None if inference is None else replace(inference, batch_size=1, prompt_length=1, max_new_tokens=1),
+        )

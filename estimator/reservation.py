@@ -17,7 +17,7 @@ from estimator.device import workspace_bytes
 from estimator.free_ranges import FreeRanges
 from estimator.inventory import Inventory
 from estimator.loading import NoRoomError, place, placements, put
-from estimator.optimizers import states_in_order, step_lists
+from estimator.optimizers import play, states_in_order, step_lists
 from estimator.recipe import Recipe
 from estimator.schedule import MicroBatch, Schedule
 from estimator.static_memory import StaticMemory, static_memory
@@ -274,21 +274,10 @@ class _Run(Generic[Taken]):
             self.has_states = True
             for state in states_in_order(self.training.optimizer, dict(self.training.optimizer_arguments), self.trained):
                 self._make(state.raw_bytes)
-        held: deque[list[Taken | None]] = deque()
-        for each in step_lists(self.training.optimizer, self.trained, decays=self.training.decays):
-            self._free_all(held, each.freed_before)
-            held.append([self._make(size) for size in each.sizes])
-            self._free_all(held, each.freed_after)
-        self._free_all(held, len(held))
+        play(step_lists(self.training.optimizer, self.trained, decays=self.training.decays), self._make, self._free)
 
     def _make(self, num_bytes: int) -> Taken | None:
         return place(self.allocator, num_bytes) if num_bytes else None
-
-    def _free_all(self, held: deque[list[Taken | None]], number: int) -> None:
-        """Lets go the oldest lists."""
-        for _ in range(number):
-            for block in held.popleft():
-                self._free(block)
 
     def _free(self, block: Taken | None) -> None:
         if block is not None:

@@ -55,6 +55,10 @@ class Preparation:
             stack=recipe.stack,
         )
 
+    def without_optimizer(self) -> "Preparation":
+        """What decides the stored tensors alone."""
+        return replace(self, optimizer=None, optimizer_arguments=(), decays=False)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticMemory:
@@ -101,7 +105,7 @@ def stored_tensors(inventory: Inventory, recipe: Recipe) -> tuple[StoredTensor, 
     Raises:
         RequestError: if the libraries would refuse the combination.
     """
-    return _stored(inventory, replace(Preparation.of(recipe), optimizer=None, optimizer_arguments=(), decays=False))
+    return _stored(inventory, Preparation.of(recipe).without_optimizer())
 
 
 def parameter_counts(tensors: Iterable[StoredTensor]) -> ParameterCounts:
@@ -131,7 +135,7 @@ def gradient_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 @lru_cache(maxsize=512)
 def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemory:
-    loaded = _stored(inventory, replace(preparation, optimizer=None, optimizer_arguments=(), decays=False))
+    loaded = _stored(inventory, preparation.without_optimizer())
     tensors = _settled(loaded, preparation.quantization)
     trained = tuple(t for t in tensors if t.trainable)
     states: tuple[OptimizerState, ...] = ()

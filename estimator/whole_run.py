@@ -3,7 +3,6 @@
 The traced step may have run a few layers only; what is stored comes from exact rows, tensor by tensor.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,7 @@ from functools import partial
 from estimator.device import workspace_bytes
 from estimator.inventory import Inventory
 from estimator.loading import IN_FULL, REFERENCE, one_by_one, placements
-from estimator.optimizers import states_in_order, step_lists
+from estimator.optimizers import play, states_in_order, step_lists
 from estimator.phases import LOADED, Item, Phase
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
@@ -65,15 +64,8 @@ def _update(run: "_Run", static: StaticMemory, recipe: Recipe, *, is_first: bool
     if is_first:
         for state in states_in_order(training.optimizer, dict(training.optimizer_arguments), trained):
             run.make(state.raw_bytes, Item.OPTIMIZER_STATES, state.pattern, state.dtype.value)
-    held: deque[list[int]] = deque()
-    for each in step_lists(training.optimizer, trained, decays=training.decays):
-        for _ in range(each.freed_before):
-            run.release_all(held.popleft())
-        held.append([run.make(size, Item.TEMPORARY, "optimizer") for size in each.sizes])
-        for _ in range(each.freed_after):
-            run.release_all(held.popleft())
-    for left in held:
-        run.release_all(left)
+    lists = step_lists(training.optimizer, trained, decays=training.decays)
+    play(lists, partial(run.make, item=Item.TEMPORARY, module="optimizer"), run.release)
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
-"""An application served on the loopback, for as long as a context lasts."""
+"""An application served on the loopback, for as long as a context lasts, and waiting for what it does."""
 
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,3 +24,11 @@ def serving(app: Any, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join(10)
+
+
+def until(holds: Callable[[], bool], *, seconds: float = 10) -> None:
+    """Waits for what comes within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

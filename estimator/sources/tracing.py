@@ -231,16 +231,8 @@ def regime(inventory: Inventory, length: int, *, shortest: int = 1) -> tuple[int
 
 
 def _sized(recipe: Recipe, batch: int, length: int) -> Recipe:
-    training = recipe.training
-    assert training is not None
-    sized = replace(
-        training,
-        micro_batch_size=batch,
-        sequence_length=length,
-        gradient_accumulation_steps=min(2, training.gradient_accumulation_steps),
-        weight_decay=float(training.decays),
-    )
-    return replace(recipe, training=sized)
+    assert recipe.training is not None
+    return replace(recipe, training=recipe.training.at(batch, length))
 
 
 def _read(file: Path) -> _Found | None:

@@ -1,7 +1,6 @@
 """A corrections file scales what is not exact, and the answer says on what evidence."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,6 +31,7 @@ from calibration.models import config_of
 from estimator.errors import RequestError
 from estimator.fitted import Corrections, Term, dumped
 from tests.calibration.test_fit import PLANTED, rows
+from tests.served import until
 
 REQUEST: dict[str, Any] = {
     "model": "meta-llama/Llama-3.1-8B",
@@ -173,22 +173,6 @@ ACCEPTED = Verdict(is_accepted=True, reason="better")
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'state.sqlite3'}"
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Waits for what comes within seconds."""
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_what_is_in_force_is_applied_by_every_process_of_the_service_and_taken_back(url: str, database: Database) -> None:

@@ -59,14 +59,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, postgres_url: str | None
     return postgres_url
 
 
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    database.migrate()
-    yield database
-    database.close()
-
-
 # -- migrations -------------------------------------------------------------------------------------------------------------------------
 
 

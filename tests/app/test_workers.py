@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +33,7 @@ from estimator.errors import RequestError
 from estimator.fitted import Corrections
 from tests import postgres, redis_server
 from tests.app.test_calibrations import measured
+from tests.served import until
 
 ACCEPTED = Verdict(is_accepted=True, reason="better")
 NEEDS_REDIS = pytest.mark.skipif(redis_server.why_not() is not None, reason=str(redis_server.why_not()))
@@ -229,10 +230,10 @@ def test_a_database_that_crashes_under_load_costs_no_answer_and_nothing_that_was
 
             with ThreadPoolExecutor(4) as pool:
                 running = [pool.submit(ask, one), *(pool.submit(post, number) for number in range(3))]
-                wait_for(lambda: posts[201] >= 5)
+                until(lambda: posts[201] >= 5, seconds=60)
                 server.restart(wait_seconds=0.5)
                 before = posts[201]
-                wait_for(lambda: posts[201] >= before + 5)
+                until(lambda: posts[201] >= before + 5, seconds=60)
                 over.set()
                 for one_running in running:
                     one_running.result()
@@ -244,10 +245,3 @@ def test_a_database_that_crashes_under_load_costs_no_answer_and_nothing_that_was
                 kept = set(connection.execute(select(MEASUREMENTS.c.hash)).scalars())
             assert acknowledged <= kept
             database.close()
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

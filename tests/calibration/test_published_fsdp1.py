@@ -1,4 +1,4 @@
-"""Published runs of full fine-tuning under FSDP1 on two A100s."""
+"""Published runs under FSDP1 on two A100s."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -52,3 +52,14 @@ def test_peaks_in_the_step_are_no_more_than_stated_off(number: str, above: float
     run = _run(row)
     off = estimate(inventory_of(run), run.recipe).peak.allocated_bytes / row.fields["figure_bytes"] - 1
     assert -0.012 < off < above
+
+
+@pytest.mark.parametrize("number", ["0034", "0036", "0126", "0128", "0215", "0217", "0251", "0253", "0303", "0305", "0353", "0354"])
+def test_runs_with_adapters_held_as_much_more_as_answers_say(number: str) -> None:
+    """Unexplained: the notice `fsdp1_adapters_may_take_more` states it."""
+    row = _row(number)
+    run = _run(row)
+    found = estimate(inventory_of(run), run.recipe)
+    (notice,) = (one for one in found.notices if one.code == "fsdp1_adapters_may_take_more")
+    assert "held 3 to 13 % more" in notice.message
+    assert 1.03 < row.fields["figure_bytes"] / found.peak.allocated_bytes < 1.135

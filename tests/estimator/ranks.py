@@ -175,22 +175,29 @@ def _fsdp2() -> dict[str, Any]:
     }
 
 
-def _sharded(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:
-    from types import SimpleNamespace
-
-    import torch
+def _plugin(version: int, **options: Any) -> Any:
+    """accelerate's, as the Trainer makes it."""
     from accelerate.utils import FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=version,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         mixed_precision_policy="bf16",
         cpu_ram_efficient_loading=False,
+        **options,
     )
+
+
+def _sharded(config: Mapping[str, Any], *, adapter: bool) -> dict[str, Any]:
+    from types import SimpleNamespace
+
+    import torch
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    plugin = _plugin(2)
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=False, device=torch.device("cpu")
     )
@@ -261,18 +268,11 @@ def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str
 
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
     from peft.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullyShardedDataParallel, _flat_param, _runtime_utils
 
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=1,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        mixed_precision_policy="bf16",
-        cpu_ram_efficient_loading=False,
-        **{"use_orig_params": True, **options},
-    )
+    plugin = _plugin(1, **{"use_orig_params": True, **options})
     model = _model(config, adapter=adapter)
     if adapter:  # transformers, distributed/fsdp.py, update_fsdp_plugin_peft
         plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
