@@ -14,13 +14,14 @@ from typing import Any, Generic
 from estimator.allocator_settings import AllocatorSettings
 from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
 from estimator.device import workspace_bytes
-from estimator.free_ranges import FreeRanges
+from estimator.free_ranges import FreeRanges, Range
 from estimator.inventory import Inventory
 from estimator.loading import NoRoomError, place, placements, put
 from estimator.optimizers import play, states_in_order, step_lists
 from estimator.recipe import Recipe
 from estimator.schedule import MicroBatch, Schedule
 from estimator.static_memory import StaticMemory, static_memory
+from estimator.streams import Stream, apart
 from estimator.units import allocated
 
 MAX_SEPARATE_INPUTS = 256
@@ -169,7 +170,7 @@ def _stages(
     """A run, which yields what was reserved at most so far: after loading, and after every part of a step [bytes]."""
     _load(allocator, inventory, recipe)
     yield allocator.max_reserved_bytes
-    yield from _run(allocator, inventory, recipe).steps(schedule, inputs)
+    yield from _run(allocator, inventory, recipe, by_pool=True).steps(schedule, inputs)
 
 
 def _load(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> None:
@@ -180,13 +181,14 @@ def _load(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> 
     allocator.empty_cache()
 
 
-def _run(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> "_Run[Any]":
-    """The steps of a loaded model."""
+def _run(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe, *, by_pool: bool = False) -> "_Run[Any]":
+    """The steps of a loaded model; where no limit matters, pool by pool."""
     static = static_memory(inventory, recipe)
-    if allocator.settings == AllocatorSettings():
-        # The model stays where it is, so that only what is free matters from here on.
-        return _Run(FreeRanges.following(allocator), static, recipe)
-    return _Run(allocator, static, recipe)
+    if allocator.settings != AllocatorSettings():
+        return _Run(allocator, static, recipe)
+    # The model stays where it is, so that only what is free matters from here on.
+    ranges = FreeRanges.following(allocator)
+    return _PoolByPool(ranges, static, recipe) if by_pool else _Run(ranges, static, recipe)
 
 
 class _Run(Generic[Taken]):
@@ -196,7 +198,6 @@ class _Run(Generic[Taken]):
         self.recipe = recipe
         self.training = recipe.training
         self.trained = tuple(t for t in static.tensors if t.trainable)
-        self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
         self.num_retries_of_last_step = 0
@@ -237,18 +238,13 @@ class _Run(Generic[Taken]):
         yield self.allocator.max_reserved_bytes
 
     def _micro_batch(self, part: MicroBatch) -> list[Taken | None]:
-        """Forward and backward pass; the gradients.
-
-        The first matrix product of each of both threads takes a workspace for good.
-        """
-        allocator = self.allocator
-        sizes, events = self._unpacked(part)
+        """Forward and backward pass; the gradients."""
+        allocator, staying = self.allocator, self._workspaces(part)
+        sizes = self._sizes(part)
         blocks: dict[int, Taken] = {}
-        workspaces = () if self.has_workspaces else (0, part.backward)
-        self.has_workspaces = True
-        for position, event in enumerate(events):
-            if position in workspaces:
-                place(allocator, workspace_bytes(self.recipe.compute_capability))
+        for position, event in enumerate(part.events):
+            if position in staying:
+                place(allocator, staying[position])
             if event < 0:
                 if (freed := blocks.pop(~event, None)) is not None:
                     allocator.free(freed)
@@ -262,12 +258,17 @@ class _Run(Generic[Taken]):
             allocator.free(block)
         return kept
 
-    def _unpacked(self, part: MicroBatch) -> tuple[Sequence[int], Sequence[int]]:
-        """The size of every storage at this batch and length, and the events."""
-        if part not in self.unpacked:
-            at_size = [size.at(*self.training.shape) for size in part.sizes]
-            self.unpacked[part] = [at_size[kind] for kind in part.kinds], part.events
-        return self.unpacked[part]
+    def _workspaces(self, part: MicroBatch) -> dict[int, int]:
+        """What stays for good, by the event before which it is made: one for the first matrix product of each of both threads [bytes]."""
+        if self.has_workspaces:
+            return {}
+        self.has_workspaces = True
+        return dict.fromkeys((0, part.backward), workspace_bytes(self.recipe.compute_capability))
+
+    def _sizes(self, part: MicroBatch) -> list[int]:
+        """Of every storage, at this batch and length [bytes]."""
+        at_size = [size.at(*self.training.shape) for size in part.sizes]
+        return [at_size[kind] for kind in part.kinds]
 
     def _update(self) -> None:
         if not self.has_states:
@@ -282,3 +283,22 @@ class _Run(Generic[Taken]):
     def _free(self, block: Taken | None) -> None:
         if block is not None:
             self.allocator.free(block)
+
+
+class _PoolByPool(_Run[Range]):
+    """Where neither pool takes room from the other: none plays the same again from the same state."""
+
+    def __init__(self, allocator: FreeRanges, static: StaticMemory, recipe: Recipe) -> None:
+        super().__init__(allocator, static, recipe)
+        self.ranges = allocator
+        self.streams: dict[MicroBatch, tuple[Stream, Stream]] = {}
+
+    def _micro_batch(self, part: MicroBatch) -> list[Range | None]:
+        staying = self._workspaces(part)
+        if staying or part not in self.streams:
+            self.streams[part] = apart(self._sizes(part), part.events, part.kept, staying)
+        streams = self.streams.pop(part) if staying else self.streams[part]
+        kept = self.ranges.play(*streams)
+        if kept is None:
+            raise NoRoomError
+        return [*kept]

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimator.caching_allocator import Block, CachingAllocator
-from estimator.free_ranges import FreeRanges, Range
+from estimator.free_ranges import FreeRanges, Range, _Pool
+from estimator.streams import apart
 from estimator.units import KIB, MIB
 
 _SIZES = st.one_of(
@@ -53,6 +55,70 @@ def test_free_ranges_go_on_from_the_state_of_blocks(before: list[int | None], af
     assert (following.reserved_bytes, following.max_reserved_bytes) == (blocks.reserved_bytes, blocks.max_reserved_bytes)
     # What was handed out before stays for good.
     assert _play(after, following, []) == _play(after, blocks, [])
+
+
+def _in_order(allocator: CachingAllocator, sizes: Sequence[int], events: Sequence[int], kept: Sequence[int]) -> list[Block]:
+    """A program on blocks; what is kept. Before its event 1 a block of 8 MiB is made that stays."""
+    there: dict[int, Block] = {}
+    for position, event in enumerate(events):
+        if position == 1:
+            allocator.allocate(8 * MIB)
+        if event < 0:
+            if ~event in there:
+                allocator.free(there.pop(~event))
+        elif sizes[event]:
+            block = allocator.allocate(sizes[event])
+            assert block is not None
+            there[event] = block
+    handed_over = [there.pop(storage) for storage in kept if storage in there]
+    for block in there.values():
+        allocator.free(block)
+    return handed_over
+
+
+@settings(max_examples=100)
+@given(before=_PROGRAM, data=st.data(), rounds=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+def test_pools_play_their_parts_of_programs_as_blocks_play_the_whole(
+    before: list[int | None], data: st.DataObject, rounds: list[int]
+) -> None:
+    programs = []
+    for _ in range(2):
+        sizes = data.draw(st.lists(st.one_of(st.just(0), _SIZES), min_size=1, max_size=20))
+        makes = [(data.draw(st.floats(0, 1)), storage) for storage in range(len(sizes))]
+        frees = [(data.draw(st.floats(at, 2)), ~storage) for at, storage in makes if data.draw(st.booleans())]
+        freed = {~event for _, event in frees}
+        kept = [storage for storage in range(len(sizes)) if storage not in freed and data.draw(st.booleans())]
+        programs.append((sizes, [event for _, event in sorted(makes + frees, key=lambda one: one[0])], kept))
+    blocks = CachingAllocator()
+    _play(before, blocks, [])
+    ranges = FreeRanges.following(blocks)
+    split = [apart(*program, {1: 8 * MIB}) for program in programs]
+    held: list[tuple[list[Block], list[Range]]] = []
+    for chosen in rounds:
+        in_pools = ranges.play(*split[chosen])
+        assert in_pools is not None
+        held.append((_in_order(blocks, *programs[chosen]), in_pools))
+        assert ranges.max_reserved_bytes == blocks.max_reserved_bytes
+        assert len(held[-1][0]) == len(in_pools)
+        if len(held) == 2:  # one program's outlives the next
+            for block in held[0][0]:
+                blocks.free(block)
+            for block in held.pop(0)[1]:
+                ranges.free(block)
+
+
+def test_a_pool_plays_nothing_twice_from_the_same_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = FreeRanges()
+    program = apart([MIB, 30 * MIB, 3 * MIB], [0, 1, 2, ~1, ~0], [2], {})
+    first = ranges.play(*program)
+    assert first is not None
+    ranges.free(first[0])
+    again = ranges.play(*program)
+    assert again == first
+    ranges.free(again[0])
+    monkeypatch.setattr(_Pool, "take", None)
+    assert ranges.play(*program) == first
+    assert ranges.reserved_bytes == 2 * MIB + 30 * MIB + 20 * MIB
 
 
 def test_a_block_of_the_small_pool_is_never_found_for_a_large_request() -> None:
