@@ -477,6 +477,31 @@ class Stack:
         """
         return self.trl >= (0, 22)
 
+    def layers_make_rotations(self, model_type: str) -> bool:
+        """Whether every layer makes its own cos and sin, and not the model for all of them.
+
+        Source: transformers, models/*/modeling_*.py, forward of the model (`position_embeddings = self.rotary_emb(…)`): read in 4.41 to
+        4.48, run in 4.45, 4.47 and 4.48.
+        """
+        since = {"llama": (4, 43), **dict.fromkeys(("gemma", "gemma2", "mistral", "mixtral", "olmo", "olmo2", "phi3"), (4, 48))}
+        return self.transformers < since.get(model_type, (4, 45))
+
+    @property
+    def phi3_joins_rotated(self) -> bool:
+        """Whether Phi-3 joins the part of each head that is rotated to the rest, also where there is none.
+
+        Source: transformers 4.49, models/phi3/modeling_phi3.py, apply_rotary_pos_emb (4.48: heads are rotated whole).
+        """
+        return self.transformers >= (4, 49)
+
+    @property
+    def olmo_rotates_in_float32(self) -> bool:
+        """Whether OLMo, 1 and 2, leaves cos and sin in float32.
+
+        Source: transformers 4.52, models/{olmo,olmo2}/modeling_*.py, *RotaryEmbedding.forward (4.51: in the type of the hidden states).
+        """
+        return self.transformers >= (4, 52)
+
     @property
     def olmo2_norm_weighs_in_float32(self) -> bool:
         """Whether OLMo 2's norm multiplies by its weight before it goes back to the input's type.

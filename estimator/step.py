@@ -361,6 +361,8 @@ class _Step:
             embedded = scale(embedded)
         positions = self.tape.new(Extent(1, 0, 1), DType.INT64) if self.spans is None else None
         around = family.surround(frame, embedded)
+        if self.recipe.stack.layers_make_rotations(self.inventory.model_type):
+            around = around.without_rotations()
         beside: list[Value] = []
         hidden = family.finish(frame, self._run_layers(family.enter(frame, embedded, beside), around))
         del embedded, around, positions, beside
@@ -505,7 +507,7 @@ class _Step:
         own = around.of(is_sliding=layer.layer_type == "sliding_attention")
 
         def function(x: Value) -> Value:
-            return self.family.layer(layer, x, own)
+            return self.family.layer(layer, x, own.in_layer())
 
         if self.training is not None and self._is_checkpointed(index):
             return self.tape.checkpoint(function, hidden, self.training.use_reentrant)

@@ -97,8 +97,9 @@ def rotary(frame: Frame, hidden: Value) -> Surroundings:
 
 
 def rotary_float32(frame: Frame, hidden: Value) -> Surroundings:
-    """Source: transformers, models/olmo2/modeling_olmo2.py, Olmo2RotaryEmbedding.forward."""
-    return _rotary(frame, DType.FLOAT32, hidden.dtype)
+    """In the type of the hidden states before 4.52. Source: transformers, models/olmo2/modeling_olmo2.py, Olmo2RotaryEmbedding.forward."""
+    in_full = frame.modules.recipe.stack.olmo_rotates_in_float32
+    return _rotary(frame, DType.FLOAT32 if in_full else hidden.dtype, hidden.dtype)
 
 
 def _rotary_halves(frame: Frame, hidden: Value) -> Surroundings:

@@ -12,7 +12,7 @@ from estimator.modules import Modules
 from estimator.operators import clone, concatenate
 from estimator.phases import Item
 from estimator.recipe import Attention
-from estimator.tape import Value
+from estimator.tape import Tape, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +29,28 @@ class Surroundings:
     sliding_sin: Value | None = None
     others: tuple[Value, ...] = ()
     """Held as long as the rest, but not looked at."""
+    unmade: tuple[Tape, Extent, DType] | None = None
+    """What cos and sin are like where every layer makes its own."""
 
     def of(self, *, is_sliding: bool) -> "Surroundings":
         """What a layer of one kind is given, and a checkpoint of it holds on to."""
         mask, sliding_mask = (None, self.sliding_mask) if is_sliding else (self.mask, None)
         own = is_sliding and self.sliding_cos is not None
         cos, sin = (self.sliding_cos, self.sliding_sin) if own else (self.cos, self.sin)
-        return Surroundings(cos=cos, sin=sin, mask=mask, sliding_mask=sliding_mask)
+        return Surroundings(cos=cos, sin=sin, mask=mask, sliding_mask=sliding_mask, unmade=self.unmade)
+
+    def without_rotations(self) -> "Surroundings":
+        """Cos and sin are left to the layers; for models with one set of frequencies."""
+        assert self.sliding_cos is None
+        return self if self.cos is None else replace(self, cos=None, sin=None, unmade=(self.cos.tape, self.cos.extent, self.cos.dtype))
+
+    def in_layer(self) -> "Surroundings":
+        """With cos and sin that the layer makes, where the model made none."""
+        if self.unmade is None:
+            return self
+        tape, extent, dtype = self.unmade
+        with tape.recording(False):
+            return replace(self, cos=tape.new(extent, dtype), sin=tape.new(extent, dtype), unmade=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ Source: transformers, models/phi/modeling_phi.py and models/phi3/modeling_phi3.p
 from estimator.attention import Heads
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import activated, partly_rotated, rotary_width, rotate_half
+from estimator.blocks.parts import rotated as rotated_whole
 from estimator.operators import add, alias, concatenate, dropout, multiply, part, split
 from estimator.tape import Value
 
@@ -66,11 +67,14 @@ def fused_attention(layer: Layer, hidden: Value, around: Surroundings) -> tuple[
     heads = layer.heads()
     query_key_value = m.linear("self_attn.qkv_proj", hidden)
     query, key, value = _slices(query_key_value, heads)
-    width = rotary_width(layer.config, heads.head_dim)
-    query, key = _rotated(query, key, around, width, heads.head_dim)
+    joins = m.recipe.stack.phi3_joins_rotated
+    if joins:
+        query, key = _rotated(query, key, around, rotary_width(layer.config, heads.head_dim), heads.head_dim)
+    else:
+        query, key = rotated_whole(query, key, around)
     key, value = layer.remember(key, value)
     output, weights = layer.attend_and_weights(
-        query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=True
+        query, key, value, heads, around, probability=layer.number("attention_dropout", 0.0), heads_first=joins
     )
     return m.linear("self_attn.o_proj", output), weights
 

@@ -41,6 +41,9 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"model_type": "phi3"},
     {"model_type": "olmo2"},
     {"model_type": "granite"},
+    {"model_type": "gemma", "head_dim": 40},
+    {"model_type": "olmo"},
+    {"model_type": "cohere"},
 )
 
 
