@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import inf
 from typing import Any
 
 from app.answer import Json
@@ -72,7 +73,7 @@ def levers(request: Request, recipe: Recipe, inventory: Inventory, payload: Mapp
     found = [
         *_allocator(request, recipe),
         *_kernels(request, recipe),
-        *_losses(recipe, inventory),
+        *_losses(request, recipe, inventory),
         *_batches(recipe, global_batch),
         *_recomputing(recipe),
         *_weights(recipe, inventory, payload),
@@ -121,14 +122,18 @@ def _kernels(request: Request, recipe: Recipe) -> Iterator[Lever]:
         yield _lever("padding_free", Cost.NONE, "samples lie end to end instead of being padded", {"training.padding_free": True})
 
 
-def _losses(recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:
+def _losses(request: Request, recipe: Recipe, inventory: Inventory) -> Iterator[Lever]:
     training = recipe.training
     assert training is not None
     if training.loss is not Loss.STOCK or training.objective.kind is not ObjectiveKind.SFT:
         return
+    stack, asked = recipe.stack, request.training.loss_type if request.training is not None else None
+    if recipe.trainer is Trainer.TRL and stack.sft_knows_chunked_loss and not stack.sft_tiles_loss and asked != "dft":
+        costs = "SFTTrainer's loss in chunks of tokens: the head's products are made twice"  # fused_loss.chunked_loss
+        yield _lever("chunked_loss", Cost.THROUGHPUT, costs, {"training.loss_type": "chunked_nll"})
     if fuses_loss(inventory):
         yield _lever("liger", Cost.PACKAGE, "needs liger-kernel", {"training.use_liger_kernel": True})
-    if recipe.trainer is Trainer.TRANSFORMERS and (recipe.stack.sft_tiles_loss or recipe.stack.sft_chunks_loss_by_default):
+    if recipe.trainer is Trainer.TRANSFORMERS and (stack.sft_tiles_loss or stack.sft_chunks_loss_by_default):
         yield _lever("trl", Cost.CODE, "TRL's SFTTrainer with its fused loss, and its defaults for all else", {"trainer": "trl"})
 
 
@@ -271,10 +276,27 @@ def another_card(gpu: Gpu, payload: Mapping[str, Any]) -> Lever:
     )
 
 
-def larger_cards(capacity_bytes: int) -> list[Gpu]:
-    """Cards for bitsandbytes' CUDA path that hold more, the smallest first."""
-    larger = [gpu for gpu in all_gpus() if gpu.capacity_bytes > capacity_bytes and gpu.vendor is Vendor.NVIDIA and not gpu.is_modified]
-    return sorted(larger, key=lambda gpu: (gpu.label_gb, gpu.capacity_bytes))
+def larger_cards(capacity_bytes: int, recipe: Recipe) -> list[Gpu]:
+    """Cards for bitsandbytes' CUDA path that hold more, the smallest label first; of one label the cheapest, those without a price last.
+
+    A run in bfloat16 is not sent from a card that computes in it to one that emulates it.
+    """
+    autocast = recipe.training.autocast_dtype if recipe.training is not None else None
+    keeps_native = DType.BFLOAT16 in (recipe.dtype, autocast) and recipe.compute_capability >= NATIVE_BFLOAT16
+    larger = [
+        gpu
+        for gpu in all_gpus()
+        if gpu.capacity_bytes > capacity_bytes
+        and gpu.vendor is Vendor.NVIDIA
+        and not gpu.is_modified
+        and (gpu.compute_capability >= NATIVE_BFLOAT16 or not keeps_native)
+    ]
+    return sorted(larger, key=lambda gpu: (gpu.label_gb, _price(gpu), gpu.capacity_bytes))
+
+
+def _price(gpu: Gpu) -> float:
+    offer = cheapest(gpu.id)
+    return offer.usd_per_hour_min if offer is not None else inf
 
 
 def _nf4(compute_dtype: DType) -> Json:

@@ -289,7 +289,7 @@ def _cards(shortage: Shortage) -> list[Lever]:
     """The next card up that is enough."""
     if shortage.estimate.engine is Engine.TRACE:  # a trace for every card takes too long
         return []
-    for gpu in larger_cards(shortage.card.capacity_bytes):
+    for gpu in larger_cards(shortage.card.capacity_bytes, shortage.case.recipe):
         lever = another_card(gpu, shortage.payload)
         if shortage.fits(lever):
             return [lever]

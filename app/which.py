@@ -55,8 +55,9 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     headroom = hardware.headroom if hardware is not None else None
     strategy = Strategy.DDP if hardware is None or hardware.strategy == "single" else Strategy(hardware.strategy)
     machines = [
-        Machine(gpu=gpu, num_gpus=number, usable_bytes=card_for(gpu, headroom).usable_bytes)
+        Machine(gpu=gpu, num_gpus=number, usable_bytes=usable)
         for gpu in _cards(wanted)
+        for usable in (card_for(gpu, headroom).usable_bytes,)
         for number in wanted.counts()
         if wanted.accepts(gpu, number) and not (request.global_batch_size or 0) % number
     ]
@@ -195,13 +196,16 @@ class _Works:
         sizes, steps = (choice.micro_batch_size, choice.sequence_length), choice.gradient_accumulation_steps
         recipe = self.recipes[choice.machine.kind]
         key = recipe.compute_capability >= NEWER_KERNELS, *sizes
-        if key not in self.known:
-            assert recipe.training is not None
-            batch, length = sizes
-            training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=1)
-            self.known[key] = step_work(self.inventory, replace(recipe, training=training, parallel=Parallel()))
-        work = self.known[key]  # of one micro-batch: all are alike
-        return replace(work, accumulation=steps, tokens=work.tokens * steps)
+        whole = *key, steps
+        if whole not in self.known:
+            if key not in self.known:
+                assert recipe.training is not None
+                batch, length = sizes
+                training = replace(recipe.training, micro_batch_size=batch, sequence_length=length, gradient_accumulation_steps=1)
+                self.known[key] = step_work(self.inventory, replace(recipe, training=training, parallel=Parallel()))
+            work = self.known[key]  # of one micro-batch: all are alike
+            self.known[whole] = replace(work, accumulation=steps, tokens=work.tokens * steps)
+        return self.known[whole]
 
 
 def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int | None) -> Json:

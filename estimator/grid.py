@@ -290,8 +290,12 @@ def _rounded(snapshot: Snapshot, batch: Ints, length: Ints, gradients: Fraction 
             made = made + held
         else:
             total = total + held
-    # In integers of any size: a fraction's parts are sizes of whole models.
-    return total + np.array([int(int(num_bytes) * gradients) for num_bytes in made], dtype=np.int64)  # type: ignore[no-any-return]
+    if gradients == 1:
+        return total  # type: ignore[no-any-return]
+    # In integers of any size: a fraction's parts are sizes of whole models. Gradients have the same sizes at every point.
+    different, place = np.unique(made, return_inverse=True)
+    kept = np.array([int(int(num_bytes) * gradients) for num_bytes in different], dtype=np.int64)
+    return total + kept[place]  # type: ignore[no-any-return]
 
 
 def _extent(size: Size, batch: Ints, length: Ints) -> Any:

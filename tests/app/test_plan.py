@@ -7,12 +7,13 @@ import pytest
 
 from app import examples
 from app.check import check
-from app.levers import Cost, upcast_parts
+from app.levers import Cost, larger_cards, levers, upcast_parts
 from app.plan import plan
 from app.reading import read_estimate
 from app.service import answer, prepare
 from estimator.correction import margin_without_interval
 from estimator.errors import RequestError
+from estimator.offers import cheapest
 
 
 def request(**changes: Any) -> dict[str, Any]:
@@ -358,3 +359,36 @@ def test_changes_that_are_enough_come_in_the_order_of_what_they_cost() -> None:
     ranks = [Cost(change["cost"]).rank for change in changes if change["fits"]]
     assert len(set(ranks)) > 2
     assert ranks == sorted(ranks)
+
+
+@pytest.mark.parametrize(
+    ("trl", "loss_type", "is_offered"),
+    # trl, trainer/sft_config.py: chunked_nll exists from 1.4, is the default from 1.7 and gone into the tiles of 1.16; dft is another loss
+    [("1.5", None, True), ("1.5", "nll", True), ("1.5", "dft", False), ("1.3", None, False), ("1.9", None, False), ("1.9", "nll", True)],
+)
+def test_trl_s_loss_in_chunks_is_offered_where_it_exists_and_is_not_in_use(trl: str, loss_type: str | None, is_offered: bool) -> None:
+    training = {"per_device_train_batch_size": 4, "max_length": 2048, "optim": "sgd", "bf16": True, "loss_type": loss_type}
+    stack = {"transformers": "5.0", "trl": trl}
+    case = prepare(
+        read_estimate({**examples.QLORA, "prepare_model_for_kbit_training": None, "trainer": "trl", "training": training, "stack": stack})
+    )
+    found = levers(case.question.request, case.recipe, case.inventory, {}, global_batch=4)
+    assert ({"training.loss_type": "chunked_nll"} in [lever.set for lever in found]) is is_offered
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_next_card_up_has_a_price_and_the_number_format_of_the_run(bf16: bool) -> None:
+    training = {**examples.QLORA["training"], "bf16": bf16}
+    case = prepare(
+        read_estimate(
+            {**examples.QLORA, "dtype": "bfloat16" if bf16 else "float16", "training": training, "hardware": {"gpu": "rtx3060-12"}}
+        )
+    )
+    cards = larger_cards(12 * 2**30, case.recipe)
+    assert [gpu.label_gb for gpu in cards] == sorted(gpu.label_gb for gpu in cards)
+    assert cheapest(cards[0].id) is not None
+    assert all(gpu.bf16 for gpu in cards) is bf16
+    eighty = [gpu.id for gpu in cards if gpu.label_gb == 80]
+    assert eighty.index("a100-80") < eighty.index(
+        "h100-sxm"
+    )  # 0.87 and 1.87 USD/h in estimator/data/offers.json; CUDA shows 37 MiB less of the latter

@@ -45,6 +45,10 @@ def test_the_total_decides_between_cards_of_one_name() -> None:
         ("A100", 81920, "a100-80"),
         ("H200", 143771, "h200-sxm"),
         ("NVIDIA H100", 95830, "h100-nvl"),
+        ("NVIDIA GeForce RTX 3060 Ti", 7833, "rtx3060ti"),
+        ("NVIDIA GeForce RTX 3060", 12288, "rtx3060-12"),
+        ("NVIDIA GeForce RTX 4070 SUPER", 12282, "rtx4070s"),
+        ("NVIDIA RTX A5500", 24564, "a5500"),
     ],
 )
 def test_a_name_and_the_total_of_nvidia_smi_or_cuda_are_one_card(name: str, total_mib: int, gpu: str) -> None:
@@ -69,9 +73,10 @@ def test_cards_outside_cuda_are_marked() -> None:
 
 def test_every_card_of_the_guides_is_there() -> None:
     wanted = (
-        "t4 p100-16 v100-16 v100-32 rtx2080ti rtx3060-12 rtx3070 rtx3080-10 rtx3080-12 rtx3080ti rtx3090 rtx3090ti rtx4060ti-16 rtx4070 "
-        "rtx4070ti rtx4070tis rtx4080 rtx4080s rtx4090 rtx5070ti rtx5080 rtx5090 a10g a16 a40 a4000 a4500 a5000 a6000 l4 l40s rtxpro4000 "
-        "rtxpro4500 rtxpro5000-48 rtxpro6000 a100-40 a100-80 h100-pcie h100-sxm h100-nvl h200-sxm b200 b300 gh200-96 mi300x"
+        "t4 p100-16 v100-16 v100-32 rtx2080ti rtx3060-12 rtx3060ti rtx3070 rtx3070ti rtx3080-10 rtx3080-12 rtx3080ti rtx3090 rtx3090ti "
+        "rtx4060ti-16 rtx4070 rtx4070s rtx4070ti rtx4070tis rtx4080 rtx4080s rtx4090 rtx5070ti rtx5080 rtx5090 a10g a16 a40 a4000 a4500 "
+        "a5000 a5500 a6000 l4 l40s rtxpro4000 rtxpro4500 rtxpro5000-48 rtxpro6000 a100-40 a100-80 h100-pcie h100-sxm h100-nvl h200-sxm "
+        "b200 b300 gh200-96 mi300x"
     )
     assert set(wanted.split()) <= {gpu.id for gpu in all_gpus()}
 

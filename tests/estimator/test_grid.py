@@ -1,5 +1,6 @@
 """Arrays of sizes, against the engine's answer for each of them alone."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -144,3 +145,27 @@ def test_a_sweep_lays_out_one_row_for_each_batch_and_finds_its_border() -> None:
     assert found.verdicts(usable)[1][2] == "fits"
     assert found.verdicts(usable - 1)[1][2] == "tight"
     assert found.verdicts(expected[1][2][1] - 1)[1][2] == "does_not_fit"
+
+
+@pytest.mark.parametrize("name", ["QLoRA", "full, FSDP1", "full, zero3"])
+def test_a_hundred_times_as_many_points_of_one_program_take_no_more_steps_of_python(name: str) -> None:
+    model_name, recipe = RECIPES[name]
+    evaluator = ClosedForms(inventory=model(model_name), recipe=recipe)
+
+    def calls(side: int) -> int:
+        points = Sizes.of(np.repeat(np.arange(64, 64 + side), side), np.tile(np.arange(2048, 2048 + side), side), 1)
+        evaluator.memory(points)
+        counted = 0
+
+        def count(*_: object) -> None:
+            nonlocal counted
+            counted += 1
+
+        sys.setprofile(count)
+        try:
+            evaluator.memory(points)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert calls(50) == calls(5)
