@@ -80,7 +80,7 @@ def recommendations(case: Case, at_hand: Gpu, cap_bytes: int) -> dict[str, int]:
 
 
 def trials(cases: Sequence[Case], cards: Sequence[Gpu], at_hand: Gpu) -> Iterator[Trial]:
-    """Every case on every card, with the recommendations for it: one case on all cards before the next, so that a budget reaches each card."""
+    """Every case on every card, with the recommendations for it; a case on all cards before the next one, so that a budget reaches each."""
     for case in cases:
         for card in cards:
             planned = recommendations(case, at_hand, card.capacity_bytes)
