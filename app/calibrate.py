@@ -4,7 +4,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +24,12 @@ from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all
 from calibration.caps import Proof, proofs
 from calibration.caps import sentences as caps_sentences
-from calibration.card import card_id, card_name
+from calibration.card import card_id, card_name, processes, used_bytes
 from calibration.case import Case
 from calibration.comparison import Comparison, rows_of
 from calibration.comparison import compare as compared
 from calibration.models import config_of
-from calibration.record import Figures, Kind, Outcome, Record, RecordFile, environment_here
+from calibration.record import CONTAMINATION_LIMIT_BYTES, Figures, Kind, Outcome, Record, RecordFile, environment_here
 from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
 from calibration.shards import Shard
 from estimator.errors import RequestError, VramplanError
@@ -36,9 +38,16 @@ from estimator.units import gib
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what a card really does.")
 
-_DEAREST = float(2**60)
 _TRACED_WORKER = (sys.executable, "-m", "app.traced_case")
+_BEFORE_CAPS = ("smoke", "terms", "models", "generate")
 RecordFiles = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files of records.")]
+
+
+class Weights(StrEnum):
+    """What a measured model is filled with."""
+
+    RANDOM = "random"
+    HUB = "hub"
 
 
 @app.callback()
@@ -56,6 +65,12 @@ def run(
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of a campaign, instead of its own.")] = None,
     device: Annotated[Device, typer.Option(help="cpu and trace are dry runs: nothing is measured.")] = Device.CUDA,
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
+    weights: Annotated[
+        Weights, typer.Option(help="Of --request: random ones, made on the card, or those of the model on the Hub (HF_TOKEN where gated).")
+    ] = Weights.RANDOM,
+    snapshot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Of --request: file for the allocator's history, for pytorch.org/memory_viz.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option("--per-device-train-batch-size", min=1, help="Instead of the request's.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Instead of the request's.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
@@ -70,17 +85,24 @@ def run(
             raise RequestError("give either --request or --campaign", field="request")
         if request is not None and (shard or ray):
             raise RequestError("--shard and --ray are for campaigns", field="shard" if shard else "ray")
-        runner = _runner(device, gpu, timeout)
+        if campaign is not None and (snapshot or weights is Weights.HUB):
+            raise RequestError("--snapshot and --weights hub are for a --request", field="snapshot" if snapshot else "weights")
+        if snapshot is not None and device is not Device.CUDA:
+            raise RequestError("--snapshot needs --device cuda; of a dry run `vramplan trace` writes one", field="snapshot")
+        if weights is Weights.HUB and device is Device.TRACE:
+            raise RequestError("--weights hub needs --device cuda or cpu; a trace has no weights", field="weights")
+        runner = replace(_runner(device, gpu, timeout), snapshot=snapshot)
         records = RecordFile(out)
         if campaign is not None:
             share = Shard.parse(shard) if shard is not None else Shard(number=1, of=1)
             _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again, share=share, ray=ray)
             return
         assert request is not None
-        case = read_case(request, batch_size=batch_size, max_length=max_length)
+        case = read_case(request, batch_size=batch_size, max_length=max_length, from_hub=weights is Weights.HUB)
         if not again and records.has(case, runner.kind):
             console.print(f"{escape(str(out))} has this case already ({case.hash}); --again measures it once more")
             return
+        _warn_of_others(runner, console)
         record = runner.run(case)
         records.append(record)
         show(record, console)
@@ -106,16 +128,7 @@ def fit(
     """Fit what is not exact to measured records, and say how well that predicts models it has not seen."""
     console = Console()
     with _errors():
-        comparison = _comparison(files)
-        if not comparison.corrections.groups:
-            raise RequestError(f"nothing can be fitted: {comparison.why_nothing}")
-        text = dumped(comparison.corrections)
-        if out is None:
-            print(text)
-            return
-        out.write_text(text + "\n", encoding="utf-8")
-        _show_comparison(comparison, console)
-        console.print(f"written: {escape(str(out))} ({comparison.corrections.version})")
+        _fit(files, out, console)
 
 
 @app.command()
@@ -130,25 +143,99 @@ def caps(
     out: Annotated[Path, typer.Option(help="JSONL file that records are appended to; what it has already is not run again.")],
     campaign: Annotated[str, typer.Option(help="What to run: a campaign with cards; its batches are the planner's.")] = "caps",
     cards: Annotated[str | None, typer.Option(help="Cards whose memory to imitate, by comma, instead of the campaign's.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget, instead of the campaign's.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of runs, instead of the campaign's.")] = None,
     device: Annotated[Device, typer.Option(help="trace is a dry run: the allocator is simulated.")] = Device.CUDA,
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Hold this card to the memory of smaller ones: the planner's batch must run there, and the next larger one should not."""
+    with _errors():
+        names = None if cards is None else [name.strip() for name in cards.split(",")]
+        _run_caps(campaigns.read(campaign), _runner(device, gpu, timeout), RecordFile(out), Console(), cards=names, minutes=minutes)
+
+
+@app.command("all")
+def everything(
+    folder: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for records.jsonl, corrections.json, report.html and its pictures.")
+    ],
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of each campaign, instead of its own.")] = None,
+    device: Annotated[Device, typer.Option(help="trace is a dry run: nothing is measured, and nothing can be fitted.")] = Device.CUDA,
+    gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
+) -> None:
+    """Everything on this card, one after another: all campaigns, the proof under caps, the fit, the report. Again goes on where it ended."""
     console = Console()
     with _errors():
-        declared = campaigns.read(campaign)
-        runner, records = _runner(device, gpu, timeout), RecordFile(out)
-        at_hand = capped.card_at_hand(runner)
-        smaller = capped.smaller_cards(declared.cards if cards is None else [name.strip() for name in cards.split(",")], at_hand)
-        wanted = capped.trials(declared.cases(), smaller, at_hand)
-        budget = 60 * (minutes if minutes is not None else declared.budget_minutes)
-        for step in capped.run(wanted, runner, records, budget_seconds=budget):
-            case, card = step.record.case, step.record.provenance.cap_card
-            told = ", ".join(proof.policy for proof in step.proofs if proof.planned == case.batch_size) or "beside them"
-            console.print(f"{card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
-        show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
+        runner, records = _runner(device, gpu, timeout), RecordFile(folder / "records.jsonl")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _BEFORE_CAPS:
+            if name == "generate" and device is Device.TRACE:
+                console.print("generate is left out: generation is not traced")
+                continue
+            share = Shard(number=1, of=1)
+            _run_campaign(campaigns.read(name), runner, records, console, minutes=minutes, again=False, share=share, ray=None)
+            if name == "smoke":
+                _stop_if_nothing_works(records, runner.kind)
+        try:
+            _run_caps(campaigns.read("caps"), runner, records, console, cards=None, minutes=minutes)
+        except VramplanError as error:
+            console.print(f"[yellow]no proof under caps:[/yellow] {escape(error.message)}")
+        try:
+            _fit([records.path], folder / "corrections.json", console)
+        except RequestError as error:
+            console.print(f"[yellow]{escape(error.message)}[/yellow]")
+        _report([records.path], folder / "report.html", folder / "pictures", console, published=True)
+
+
+def _stop_if_nothing_works(records: RecordFile, kind: Kind) -> None:
+    """Rather than let hours of cases fail for one reason.
+
+    Raises:
+        RequestError: with that reason.
+    """
+    seen = [one for one in records if one.kind is kind]
+    if seen and not any(one.outcome in (Outcome.OK, Outcome.OOM) for one in seen):
+        raise RequestError(f"no case came to its end, so nothing else is tried: {(seen[-1].error or '')[-1000:]}")
+
+
+def _run_caps(
+    campaign: campaigns.Campaign,
+    runner: Runner,
+    records: RecordFile,
+    console: Console,
+    *,
+    cards: Sequence[str] | None,
+    minutes: float | None,
+) -> None:
+    _warn_of_others(runner, console)
+    at_hand = capped.card_at_hand(runner)
+    smaller = capped.smaller_cards(campaign.cards if cards is None else cards, at_hand)
+    wanted = capped.trials(campaign.cases(), smaller, at_hand)
+    budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
+    for step in capped.run(wanted, runner, records, budget_seconds=budget):
+        case, card = step.record.case, step.record.provenance.cap_card
+        told = ", ".join(proof.policy for proof in step.proofs if proof.planned == case.batch_size) or "beside them"
+        console.print(f"{card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
+    show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
+
+
+def _fit(files: Sequence[Path], out: Path | None, console: Console) -> None:
+    """Writes or prints what records determine.
+
+    Raises:
+        RequestError: if that is nothing.
+    """
+    comparison = _comparison(files)
+    if not comparison.corrections.groups:
+        raise RequestError(f"nothing can be fitted: {comparison.why_nothing}")
+    text = dumped(comparison.corrections)
+    if out is None:
+        print(text)
+        return
+    out.write_text(text + "\n", encoding="utf-8")
+    _show_comparison(comparison, console)
+    console.print(f"written: {escape(str(out))} ({comparison.corrections.version})")
 
 
 @app.command()
@@ -205,19 +292,23 @@ def report(
     published: Annotated[bool, typer.Option(help="Whether rows published by others stand beside the records.")] = True,
 ) -> None:
     """A page of predicted beside observed memory: scatter, terms, coverage, caps, worst cases, and what each row rests on."""
+    with _errors():
+        _report(files, out, svg, Console(), published=published)
+
+
+def _report(files: Sequence[Path], out: Path, svg: Path | None, console: Console, *, published: bool) -> None:
     from app.calibration_page import report as page
 
-    with _errors():
-        records = schedule.merged(RecordFile(path) for path in files)
-        others, not_modelled = compare_all() if published else ((), ())
-        today = datetime.now(UTC).date().isoformat()
-        found = page(compared(*rows_of(records, predict), date=today), records, others, not_modelled, date=today)
-        out.write_text(found.html, encoding="utf-8")
-        if svg is not None:
-            svg.mkdir(parents=True, exist_ok=True)
-            for name, picture in found.pictures.items():
-                (svg / f"{name}.svg").write_text(picture, encoding="utf-8")
-        Console().print(f"written: {escape(str(out))}", highlight=False)
+    records = schedule.merged(RecordFile(path) for path in files)
+    others, not_modelled = compare_all() if published else ((), ())
+    today = datetime.now(UTC).date().isoformat()
+    found = page(compared(*rows_of(records, predict), date=today), records, others, not_modelled, date=today)
+    out.write_text(found.html, encoding="utf-8")
+    if svg is not None:
+        svg.mkdir(parents=True, exist_ok=True)
+        for name, picture in found.pictures.items():
+            (svg / f"{name}.svg").write_text(picture, encoding="utf-8")
+    console.print(f"written: {escape(str(out))}", highlight=False)
 
 
 def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:
@@ -245,6 +336,21 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def _warn_of_others(runner: Runner, console: Console) -> None:
+    """Before time is spent: what others hold of the card, since records of a shared card enter no fit."""
+    if runner.device is not Device.CUDA:
+        return
+    card = card_id(runner.gpu)
+    used = used_bytes(card)
+    if used is None or used <= CONTAMINATION_LIMIT_BYTES:
+        return
+    named = ", ".join(f"{one.name} (pid {one.pid})" for one in processes(card) or ()) or "whom the driver does not name; a desktop, perhaps"
+    console.print(
+        f"[yellow]{gib(used)} of the card are in use by others: {escape(named)}. Records are marked, and neither "
+        "compared nor fitted: end them first (a desktop on the card counts too).[/yellow]"
+    )
+
+
 def _runner(device: Device, gpu: int, timeout: float) -> Runner:
     if device is Device.TRACE:
         return Runner(device=device, timeout_seconds=timeout, worker=_TRACED_WORKER)
@@ -264,8 +370,12 @@ def _run_campaign(
 ) -> None:
     key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
     done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else key)
+    for grid in campaign.grids:
+        if grid.missing:
+            console.print(f"grid {grid.name} is left out: it needs {', '.join(grid.missing)}")
+    _warn_of_others(runner, console)
     whole = campaign.cases()
-    costs = {case.hash: _cost(case) for case in whole}
+    costs = _costs(whole)
     cases = share.take(whole, lambda case: costs[case.hash])
     waiting = schedule.pending(cases, done, lambda case: costs[case.hash])
     if len(waiting) < len(cases):
@@ -300,12 +410,18 @@ def _run_campaign(
         console.print(f"{len(waiting) - ran} cases are left; the same command goes on with them")
 
 
-def _cost(case: Case) -> float:
-    """How dear a case is: what it allocates; those that cannot be predicted come last [bytes]."""
+def _costs(cases: Sequence[Case]) -> dict[str, float]:
+    """How dear cases are, by hash: what each allocates; those that cannot be predicted come last [bytes]."""
+    found = {case.hash: _cost(case) for case in cases}
+    dearest = max((cost for cost in found.values() if cost is not None), default=0.0)
+    return {name: dearest + 1 if cost is None else cost for name, cost in found.items()}
+
+
+def _cost(case: Case) -> float | None:
     try:
         return float(predict(case, None).estimate.peak.allocated_bytes)
     except VramplanError:
-        return _DEAREST
+        return None
 
 
 def _named(case: Case) -> str:
@@ -355,7 +471,7 @@ def _show_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"[yellow]not compared[/yellow] {_named(missing.record.case)}: {escape(missing.reason[:200])}")
 
 
-def read_case(path: Path, *, batch_size: int | None = None, max_length: int | None = None) -> Case:
+def read_case(path: Path, *, batch_size: int | None = None, max_length: int | None = None, from_hub: bool = False) -> Case:
     """The case in a request file.
 
     Raises:
@@ -366,7 +482,8 @@ def read_case(path: Path, *, batch_size: int | None = None, max_length: int | No
     if isinstance(training, dict):
         given = {"per_device_train_batch_size": batch_size, "max_length": max_length}
         request = {**request, "training": {**training, **{name: value for name, value in given.items() if value is not None}}}
-    return Case.from_request(request, config_of(request))
+    case = Case.from_request(request, config_of(request))
+    return case.with_hub_weights(request.get("revision")) if from_hub else case
 
 
 def show(record: Record, console: Console) -> None:
@@ -393,4 +510,5 @@ def _lines(figures: Figures) -> dict[str, int | None]:
         "peak allocated": figures.peak_allocated_bytes,
         "peak reserved": figures.peak_reserved_bytes,
         "device": figures.device_bytes,
+        "by the driver": figures.nvml_process_bytes,
     }

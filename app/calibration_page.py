@@ -33,11 +33,7 @@ from estimator.units import gib
 _HERE = Path(__file__).parent
 _NUM_WORST = 20
 _CAP_KINDS = (Kind.MEASURED, Kind.TRACED)
-MEASURE_ALL = """\
-for campaign in terms models generate; do vramplan calibrate run --campaign $campaign --out records.jsonl; done
-vramplan calibrate caps --out records.jsonl
-vramplan calibrate fit records.jsonl --out corrections.json
-vramplan calibrate report records.jsonl --out report.html"""
+MEASURE_ALL = "vramplan calibrate all --folder calibrated"
 """What to run on a machine with an NVIDIA card to have everything measured; where it is interrupted, running it again goes on."""
 
 

@@ -80,9 +80,9 @@ def recommendations(case: Case, at_hand: Gpu, cap_bytes: int) -> dict[str, int]:
 
 
 def trials(cases: Sequence[Case], cards: Sequence[Gpu], at_hand: Gpu) -> Iterator[Trial]:
-    """Every case on every card, with the recommendations for it."""
-    for card in cards:
-        for case in cases:
+    """Every case on every card, with the recommendations for it; a case on all cards before the next one, so that a budget reaches each."""
+    for case in cases:
+        for card in cards:
             planned = recommendations(case, at_hand, card.capacity_bytes)
             yield Trial(card=card.id, planned=planned, case=case.at(batch_size=1, cap_bytes=card.capacity_bytes))
 
@@ -92,17 +92,27 @@ def run(
 ) -> Iterator[Tried]:
     """Runs what the trials still want and appends each record before it is told of; what the file has an answer for is not run again.
 
-    No run is begun after the budget is spent.
+    Args:
+        found: worked out one after another, as they are come to: a plan takes seconds.
+        budget_seconds: that runs may take together; after it none is begun, and nothing more is planned. Planning is not counted.
     """
-    started = clock()
+    spent = 0.0
     key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
     known = [one for one in records if one.kind is runner.kind and one.environment is not None and one.environment.key == key]
 
     def measure(case: Case) -> Record | None:
-        return runner.run(case) if clock() - started < budget_seconds else None
+        nonlocal spent
+        if spent >= budget_seconds:
+            return None
+        started = clock()
+        record = runner.run(case)
+        spent += clock() - started
+        return record
 
     for trial in found:
         for record, found_of in prove(trial, known, measure):
             records.append(record)
             known.append(record)
             yield Tried(record=record, proofs=found_of)
+        if spent >= budget_seconds:
+            return

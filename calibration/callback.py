@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
-from calibration.card import card_id, driver_version, processes
+from calibration.card import driver_version, processes
 from calibration.case import Case, JsonObject
 from calibration.record import Environment, Figures, Kind, Outcome, Provenance, Record, RecordFile, package_version
 from calibration.trainer_request import longest_row, name_of, request_of
@@ -92,6 +92,15 @@ class Card(Protocol):
         """Card and libraries."""
 
 
+def uuid_of(device: torch.device) -> str:
+    """What nvidia-smi knows the card by, whatever order this process counts cards in.
+
+    Source: torch 2.13, _C/__init__.pyi, _CudaDeviceProperties.uuid; without the prefix.
+    """
+    found = str(torch.cuda.get_device_properties(device).uuid)
+    return found if found.startswith(("GPU-", "MIG-")) else f"GPU-{found}"
+
+
 class CudaCard:
     """The CUDA card of this process."""
 
@@ -99,7 +108,7 @@ class CudaCard:
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-        self._card = card_id(self._device.index)
+        self._card = uuid_of(self._device)
         seen = processes(self._card)
         # in a container of its own this process may not find itself: then nobody can be told apart
         rest = tuple(process for process in seen or () if process.pid != os.getpid())

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from calibration.case import Case, JsonObject
 from calibration.models import config_of
+from calibration.record import package_version
 from estimator.errors import RequestError, UnknownNameError
 
 _SHIPPED = Path(__file__).with_name("campaigns")
@@ -28,6 +29,15 @@ class Grid(BaseModel):
     """Dotted names of fields, each with the values it takes. A mapping as value is laid over what `request` holds there."""
     layers: list[int] | None = None
     """Numbers of layers to cut the model to, at its real widths; whole models where absent."""
+    config: JsonObject = {}
+    """Fields of the model's config with other values: few ids leave small logits, which do not hide what the layers take."""
+    needs: list[str] = []
+    """Packages without which the grid is left out."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What it needs and this machine has not."""
+        return tuple(name for name in self.needs if package_version(name) is None)
 
 
 class Campaign(BaseModel):
@@ -54,6 +64,8 @@ class Campaign(BaseModel):
         """
         found: dict[str, Case] = {}
         for grid in self.grids:
+            if grid.missing:
+                continue
             try:
                 for case in _cases(grid, self.num_steps, find_config):
                     found.setdefault(case.hash, case)
@@ -92,7 +104,7 @@ def _cases(grid: Grid, num_steps: int, find_config: Callable[[JsonObject], JsonO
         request = grid.request
         for name, value in zip(grid.vary, values, strict=True):
             request = _with(request, name.split("."), value)
-        config = find_config(request)
+        config = {**find_config(request), **grid.config}
         for cut in [config] if grid.layers is None else [with_layers(config, number) for number in grid.layers]:
             yield Case.from_request(request, cut).model_copy(update={"num_steps": num_steps})
 

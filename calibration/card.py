@@ -39,6 +39,11 @@ def driver_version(card: str) -> str | None:
     return _query("driver_version", card)
 
 
+def own_bytes(card: str) -> int | None:
+    """What the driver says that this process holds on a card [bytes]; None where it does not tell, as in many containers."""
+    return next((one.used_bytes for one in processes(card) or () if one.pid == os.getpid()), None)
+
+
 def processes(card: str) -> tuple[SmiProcess, ...] | None:
     """Who computes on a card; None where nvidia-smi is missing or does not tell. In a container others may be hidden."""
     answer = _ask(f"--query-compute-apps={_PROCESS_FIELDS}", card)

@@ -48,6 +48,8 @@ class Case(BaseModel):
     """The request's fields that decide the run, under the names of the contract; length and batch are in `training`."""
     num_steps: int = Field(default=2, ge=2, le=16)
     """Optimizer steps, or calls of `generate`; the last one is reported, when optimizer states exist."""
+    checkpoint: str | None = Field(default=None, min_length=1, max_length=200)
+    """Hub id of the weights that are loaded, `ID` or `ID@REVISION`; None for random ones, which take the same memory."""
     cap_bytes: int | None = Field(default=None, gt=0)
     """What the process may have of the card, context included, so that the card is as full as a smaller one [bytes]."""
 
@@ -82,6 +84,16 @@ class Case(BaseModel):
             return cls(model=model if isinstance(model, str) else None, config=config, request=run)
         except ValueError as error:
             raise RequestError(_first_message(error)) from error
+
+    def with_hub_weights(self, revision: JsonValue = None) -> "Case":
+        """The same case with the weights of its model on the Hub.
+
+        Raises:
+            RequestError: if the model has no name there.
+        """
+        if self.model is None:
+            raise RequestError("model: weights from the Hub need the model's id there; got a config", field="model")
+        return self.model_copy(update={"checkpoint": self.model if revision is None else f"{self.model}@{revision}"})
 
     @property
     def is_training(self) -> bool:
@@ -143,6 +155,8 @@ class Case(BaseModel):
         }
         if self.cap_bytes is not None:
             content["cap_bytes"] = self.cap_bytes
+        if self.checkpoint is not None:
+            content["checkpoint"] = self.checkpoint
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()[:32]
 
 

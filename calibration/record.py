@@ -70,6 +70,10 @@ class Figures(_Frozen):
     """Largest allocation of all steps, the first one included."""
     device_bytes: NonNegativeInt | None = None
     """Device memory in use after the last step, less what others used before the run: segments, context, libraries, managed memory."""
+    nvml_process_bytes: NonNegativeInt | None = None
+    """What the driver (NVML) says that this process holds at the end, None where it does not tell; in whole MiB."""
+    nvml_device_bytes: NonNegativeInt | None = None
+    """What the driver says is in use on the card at the end, by whomever; in whole MiB."""
     num_parameters: NonNegativeInt | None = None
     """Logical scalars, packed weights unpacked."""
     num_trainable: NonNegativeInt | None = None

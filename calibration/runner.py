@@ -49,6 +49,8 @@ class Runner:
     """Index among the cards this process may see."""
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
     """After this a case is killed; it costs only itself."""
+    snapshot: Path | None = None
+    """File for the allocator's history, which pytorch.org/memory_viz opens; recording it takes time, and memory of the host."""
     worker: tuple[str, ...] = (sys.executable, "-m", "calibration.worker")
     """Command that reads a case from one file and writes its report to another."""
 
@@ -97,9 +99,11 @@ class Runner:
         case_file, report_file, log_file = folder / "case.json", folder / "report.json", folder / "log"
         case_file.write_text(case.model_dump_json())
         command = [*self.worker, str(case_file), str(report_file), "--device", self.device, "--foreign-bytes", str(foreign_bytes)]
+        if self.snapshot is not None:
+            command += ["--snapshot", str(self.snapshot.resolve())]
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment(case), start_new_session=True
             )
             try:
                 code = process.wait(self.timeout_seconds)
@@ -112,12 +116,13 @@ class Runner:
         except (OSError, ValidationError):
             return WorkerReport(outcome="failed", error=f"the worker {_ending(code)} without a report: {_tail(log_file)}")
 
-    def _environment(self) -> dict[str, str]:
-        """The worker sees one card, no Hub and no token."""
-        inherited = {name: value for name, value in os.environ.items() if name not in _SECRETS}
+    def _environment(self, case: Case) -> dict[str, str]:
+        """The worker sees one card; the Hub and the token only where the case asks for weights from there."""
+        from_hub = case.checkpoint is not None
+        inherited = {name: value for name, value in os.environ.items() if from_hub or name not in _SECRETS}
         visible = card_id(self.gpu) if self.device is Device.CUDA else ""
         # PCI order is nvidia-smi's order: without it CUDA may count the cards differently
-        return {**inherited, **_OFFLINE, "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return {**inherited, **({} if from_hub else _OFFLINE), "CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 _TIMED_OUT = WorkerReport(outcome="failed", error="timeout")

@@ -18,7 +18,7 @@ class Progress:
     num_done: int
     num_total: int
     remaining_seconds: float
-    """From the time that cases have taken so far, in proportion to their cost."""
+    """From the time that cases have taken so far, and their cost."""
 
 
 def answered(records: Iterable[Record], kind: Kind, key: tuple[str | None, ...] | None) -> frozenset[str]:
@@ -67,18 +67,41 @@ def run(
         clock: seconds that only grow.
     """
     started = clock()
-    spent = 0.0
-    costs = [max(cost(case), 1.0) for case in cases]
+    pace = Pace()
+    costs = [cost(case) for case in cases]
     for number, case in enumerate(cases):
-        elapsed = clock() - started
-        pace = elapsed / spent if spent else 0.0
-        if elapsed + pace * costs[number] > budget_seconds:
+        begun = clock()
+        if begun - started + pace.seconds(costs[number : number + 1]) > budget_seconds:
             return
         record = measure(case)
         records.append(record)
-        spent += costs[number]
-        pace = (clock() - started) / spent
-        yield Progress(record=record, num_done=number + 1, num_total=len(cases), remaining_seconds=pace * sum(costs[number + 1 :]))
+        pace.note(costs[number], clock() - begun)
+        yield Progress(record=record, num_done=number + 1, num_total=len(cases), remaining_seconds=pace.seconds(costs[number + 1 :]))
+
+
+class Pace:
+    """What cases take: something each, since a process starts and imports, and something in proportion to their cost."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, float]] = []
+
+    def note(self, cost: float, seconds: float) -> None:
+        """One case that ended."""
+        self._seen.append((cost, seconds))
+
+    def seconds(self, costs: Sequence[float]) -> float:
+        """Of cases to come, by least squares over those that were; 0 before there are any [s]."""
+        if not self._seen or not costs:
+            return 0.0
+        mean_cost = sum(cost for cost, _ in self._seen) / len(self._seen)
+        mean_seconds = sum(seconds for _, seconds in self._seen) / len(self._seen)
+        spread = sum((cost - mean_cost) ** 2 for cost, _ in self._seen)
+        together = sum((cost - mean_cost) * (seconds - mean_seconds) for cost, seconds in self._seen)
+        # dearer cases are not quicker, and none is quicker than nothing
+        slope = max(0.0, together / spread) if spread else 0.0
+        if slope * mean_cost > mean_seconds:
+            slope = mean_seconds / mean_cost
+        return sum(mean_seconds + slope * (cost - mean_cost) for cost in costs)
 
 
 def merged(files: Iterable[Iterable[Record]]) -> tuple[Record, ...]:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from calibration.card import card_id, own_bytes, used_bytes
 from calibration.case import Case
 from calibration.record import Environment, Figures
 from calibration.report import WorkerReport
@@ -22,19 +23,27 @@ def main() -> int:
     parser.add_argument("report", type=Path)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--foreign-bytes", type=int, default=0)
+    parser.add_argument("--snapshot", type=Path)
     arguments = parser.parse_args()
     die_with_parent()
     case = Case.model_validate_json(arguments.case.read_bytes())
-    _write(arguments.report, run(case, arguments.device, arguments.foreign_bytes))
+    _write(arguments.report, run(case, arguments.device, arguments.foreign_bytes, arguments.snapshot))
     return 0
 
 
-def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
-    """Whatever happens in the case becomes a report; only a killed process leaves none."""
+def run(case: Case, device_name: str, foreign_bytes: int, snapshot: Path | None = None) -> WorkerReport:
+    """Whatever happens in the case becomes a report; only a killed process leaves none.
+
+    Args:
+        case: to run.
+        device_name: `cuda` or `cpu`.
+        foreign_bytes: what others used on the card before this process came [bytes].
+        snapshot: where the allocator's history is written, on a card; nowhere if None.
+    """
     import torch
 
     from calibration.worker.generation import generate
-    from calibration.worker.meter import CudaMeter, Meter, SilentMeter
+    from calibration.worker.meter import CudaMeter, Meter, SilentMeter, recorded
     from calibration.worker.model import build
     from calibration.worker.surroundings import environment, missing_cuda
     from calibration.worker.training import train
@@ -45,26 +54,36 @@ def run(case: Case, device_name: str, foreign_bytes: int) -> WorkerReport:
     device = torch.device(device_name)
     surroundings: Environment = environment(device)
     meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes, case.cap_bytes, is_training=case.is_training)
-    figures: Figures | None
     try:
-        model = build(case, device)
-        seconds = train(case, model, meter, on_cpu=on_cpu) if case.is_training else generate(case, model, meter, device)
-        figures = meter.figures()
+        with recorded(None if on_cpu else snapshot):
+            model = build(case, device)
+            seconds = train(case, model, meter, on_cpu=on_cpu) if case.is_training else generate(case, model, meter, device)
+            figures = _with_driver(meter.figures())
     except Exception as error:
         if _is_out_of_memory(error):
-            return WorkerReport(outcome="oom", figures=meter.figures(), environment=surroundings, error=str(error)[:500])
+            return WorkerReport(outcome="oom", figures=_with_driver(meter.figures()), environment=surroundings, error=str(error)[:500])
         return WorkerReport(outcome="failed", environment=surroundings, error=traceback.format_exc()[-4000:])
     return WorkerReport(outcome="ok", figures=figures, environment=surroundings, step_seconds=round(seconds, 4))
 
 
+def _with_driver(figures: Figures | None) -> Figures | None:
+    """The figures with what the driver says of this process and of its card, the first one that it sees."""
+    if figures is None:
+        return None
+    card = card_id(0)
+    return figures.model_copy(update={"nvml_process_bytes": own_bytes(card), "nvml_device_bytes": used_bytes(card)})
+
+
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the card was full: torch's own error, or what cuBLAS and bitsandbytes say when their allocations fail."""
+    """Whether the card was full: torch's own error, or what cuBLAS, Triton and bitsandbytes say when their allocations fail."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text)
+    return isinstance(error, RuntimeError) and (
+        "CUDA error: out of memory" in text or "[CUDA]: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
+    )
 
 
 def die_with_parent() -> None:

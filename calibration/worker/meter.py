@@ -1,6 +1,9 @@
 """Reads the allocator at the borders between phases."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -9,6 +12,8 @@ from calibration.record import Figures, PhasePeak
 
 BACKWARD_HEAD = "backward_head"
 BACKWARD_LAYERS = "backward_layers"
+# Each takes some KB of the host's memory; a step of the largest models makes some ten thousand.
+_MOST_ENTRIES = 1_000_000
 _PHASES = ("forward", "loss", "backward", "optimizer_step", "prefill", "decode")
 
 
@@ -26,6 +31,23 @@ class Meter(Protocol):
 
     def figures(self) -> Figures | None:
         """What was seen so far."""
+
+
+@contextmanager
+def recorded(path: Path | None) -> Iterator[None]:
+    """Keeps the allocator's history and writes it at the end, whatever the end is; a file that pytorch.org/memory_viz opens.
+
+    Source: torch 2.13, cuda/memory.py, _record_memory_history and _dump_snapshot.
+    """
+    if path is None:
+        yield
+        return
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MOST_ENTRIES)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 class SilentMeter:

@@ -18,9 +18,10 @@ from calibration.case import Case
 def build(case: Case, device: torch.device) -> Any:
     """The model as the case's script would have it after loading, before the trainer sees it.
 
-    The 16-bit base never exists whole: each weight is made on the device, quantized there, and freed before the next one.
+    Its weights are random, unless the case names a checkpoint. The 16-bit base then never exists whole: each weight is made on the device,
+    quantized there, and freed before the next one.
     """
-    model = _materialized(case, device)
+    model = _materialized(case, device) if case.checkpoint is None else _loaded(case, case.checkpoint, device)
     if case.request.get("prepare_model_for_kbit_training"):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=_checkpoints(case))
     return model
@@ -45,8 +46,27 @@ def lora_config(case: Case) -> Any:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
 
 
+def _loaded(case: Case, checkpoint: str, device: torch.device) -> Any:
+    """The model as `from_pretrained` loads it from the Hub; no code of the checkpoint's is run."""
+    name, _, revision = checkpoint.partition("@")
+    arguments: dict[str, Any] = {"dtype": case.request.get("dtype") or "auto", "use_safetensors": True}
+    if (attention := case.request.get("attn_implementation")) is not None:
+        arguments["attn_implementation"] = attention
+    if (quantization := _quantization(case)) is not None:
+        arguments["quantization_config"] = quantization
+    # by its number: accelerate refuses to train on "cuda" what was loaded on "cuda:0"
+    place = (device.index or 0) if device.type == "cuda" else device.type
+    return AutoModelForCausalLM.from_pretrained(
+        name, revision=revision or "main", config=_config(case), device_map={"": place}, **arguments
+    )
+
+
+def _config(case: Case) -> Any:
+    return CONFIG_MAPPING[str(case.config["model_type"])].from_dict(dict(case.config))
+
+
 def _materialized(case: Case, device: torch.device) -> Any:
-    config = CONFIG_MAPPING[str(case.config["model_type"])].from_dict(dict(case.config))
+    config = _config(case)
     dtype = _dtype(case.request.get("dtype"), config)
     arguments: dict[str, Any] = {"dtype": dtype}
     if (attention := case.request.get("attn_implementation")) is not None:
@@ -79,12 +99,18 @@ def _dtype(name: object, config: Any) -> torch.dtype:
     return dtype
 
 
-def _quantizer(case: Case) -> Any:
+def _quantization(case: Case) -> Any:
+    """`BitsAndBytesConfig` of the case, None without `quantization`."""
     fields = case.request.get("quantization")
     if fields is None:
         return None
     assert isinstance(fields, dict)
-    return AutoHfQuantizer.from_config(BitsAndBytesConfig(**fields), pre_quantized=False)
+    return BitsAndBytesConfig(**fields)
+
+
+def _quantizer(case: Case) -> Any:
+    config = _quantization(case)
+    return None if config is None else AutoHfQuantizer.from_config(config, pre_quantized=False)
 
 
 def _fill(model: Any, device: torch.device, dtype: torch.dtype, quantizer: Any) -> None:

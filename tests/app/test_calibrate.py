@@ -1,5 +1,7 @@
+import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -8,8 +10,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from app import calibrate as cli
-from calibration.record import Kind, Outcome, Record, RecordFile
+from app import caps as capped
+from calibration import campaign as campaigns
+from calibration.case import Case
+from calibration.record import Kind, Outcome, Record, RecordFile, environment_here
 from calibration.runner import NoDeviceError, Runner
+from estimator.errors import RequestError
 from tests.calibration.cases import LLAMA, QLORA, case
 from tests.calibration.test_record import record
 
@@ -98,6 +104,94 @@ def test_records_of_several_machines_are_put_together_once(tmp_path: Path) -> No
     assert sorted(one.case.batch_size for one in out) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--campaign", "smoke", "--snapshot", "s.pickle"), "are for a --request"),
+        (("--campaign", "smoke", "--weights", "hub"), "are for a --request"),
+        (("--request", "REQUEST", "--snapshot", "s.pickle", "--device", "trace"), "--snapshot needs --device cuda"),
+        (("--request", "REQUEST", "--weights", "hub", "--device", "trace"), "--weights hub needs --device cuda or cpu"),
+        (("--request", "REQUEST", "--weights", "hub", "--device", "cpu"), "need the model's id"),
+    ],
+)
+def test_what_a_run_has_no_use_for_is_refused(arguments: tuple[str, ...], told: str, request_file: Path) -> None:
+    given = [str(request_file) if one == "REQUEST" else one for one in arguments]
+    result = invoke(*given, "--out", request_file.with_name("records.jsonl"))
+    assert result.exit_code == 1
+    assert told in " ".join(result.stderr.split())
+
+
+def test_a_shared_card_is_told_of_before_time_is_spent(request_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *memory.used*) echo 900;; *compute-apps*) echo "7, 880, python train.py";; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(Runner, "run", lambda _, one: record(one, figures=None))
+    told = " ".join(invoke("--request", request_file, "--out", tmp_path / "records.jsonl").stdout.split())
+    assert told.startswith("0.88 GiB of the card are in use by others: python train.py (pid 7).")
+    assert "in use" not in invoke("--request", request_file, "--out", tmp_path / "dry.jsonl", "--device", "cpu").stdout
+
+
+def test_cases_that_cannot_be_predicted_come_last_and_stay_within_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(one: Case, _environment: None) -> Any:
+        if one.batch_size == 1:
+            raise RequestError("no such family")
+        return SimpleNamespace(estimate=SimpleNamespace(peak=SimpleNamespace(allocated_bytes=100 * one.batch_size)))
+
+    monkeypatch.setattr(cli, "predict", predict)
+    cases = [case().at(batch_size=size) for size in (1, 2, 3)]
+    assert [cli._costs(cases)[one.hash] for one in cases] == [301, 200, 300]
+    assert cli._costs(cases[:1]) == {cases[0].hash: 1}
+
+
+def everything(folder: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["all", "--folder", str(folder), *arguments])
+
+
+def test_one_command_runs_all_campaigns_caps_fit_and_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each campaign is one case here, of a length of its own; the dry run has nothing to fit, and says so."""
+    begun: list[str] = []
+
+    def run(runner: Runner, one: Case) -> Record:
+        begun.append(one.hash)
+        return record(one, kind=runner.kind, environment=environment_here())
+
+    smoke = campaigns.read("smoke")
+
+    def read(name: str) -> campaigns.Campaign:
+        grid = smoke.grids[-1].model_copy(update={"vary": {"training.max_length": [64 * (1 + campaigns.shipped().index(name))]}})
+        return smoke.model_copy(update={"name": name, "grids": [grid], "cards": ["rtx3070"]})
+
+    monkeypatch.setattr(campaigns, "read", read)
+    monkeypatch.setattr(cli, "compare_all", lambda: ((), ()))
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(capped, "recommendations", lambda *_: {"cache_kept": 1})
+    done = everything(tmp_path / "all", "--device", "trace", "--minutes", "0.05")
+    told = " ".join(done.stdout.split())
+    assert done.exit_code == 0, done.output
+    for name in ("smoke: ", "terms: ", "models: ", "generate is left out", "nothing can be fitted", "on 1 card sizes", "written: "):
+        assert name in told, told
+    assert "No measurement of our own" in (tmp_path / "all" / "report.html").read_text()
+    assert (tmp_path / "all" / "pictures").is_dir()
+    before = len(begun)
+    assert everything(tmp_path / "all", "--device", "trace", "--minutes", "0.05").exit_code == 0
+    assert not set(begun[:before]) & set(begun[before:])
+
+
+def test_one_command_stops_where_nothing_works_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def run(runner: Runner, one: Case) -> Record:
+        begun.append(one.hash)
+        return record(one, kind=runner.kind, outcome=Outcome.FAILED, figures=None, error="no kernel image is available")
+
+    monkeypatch.setattr(Runner, "run", run)
+    done = everything(tmp_path / "all", "--device", "trace")
+    assert done.exit_code == 1
+    assert "no kernel image is available" in done.stderr
+    assert len(begun) == len(campaigns.read("smoke").cases())
+
+
 def test_a_share_of_a_single_case_is_refused(request_file: Path) -> None:
     result = invoke("--request", request_file, "--out", request_file.with_name("records.jsonl"), "--shard", "1/2")
     assert result.exit_code == 1
@@ -108,7 +202,7 @@ def test_every_command_of_the_guide_exists_with_its_options() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text()
     lines = [shlex.split(line, comments=True)[2:] for line in guide.splitlines() if line.startswith("vramplan calibrate ")]
     commands: Any = get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert {line[0] for line in lines} == {"run", "caps", "compare", "report", "fit", "submit", "merge"}
+    assert {line[0] for line in lines} == {"all", "run", "caps", "compare", "report", "fit", "submit", "merge"}
     for name, *arguments in lines:
         options = {spelling for parameter in commands[name].params for spelling in parameter.opts}
         assert {argument for argument in arguments if argument.startswith("--")} <= options, name

@@ -93,3 +93,34 @@ def test_the_command_proves_every_recommendation_and_goes_on_where_it_ended(tmp_
     again = CliRunner().invoke(cli.app, arguments)
     assert len(runs) == before
     assert again.stdout.splitlines()[-1] == told
+
+
+def test_a_budget_counts_runs_and_not_planning_and_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans take 100 s each here and runs 40 s: a budget of 60 s is two runs, and the third trial is not planned."""
+    now = [0.0]
+    planned: list[int] = []
+
+    def recommend(_case: Case, _gpu: object, cap: int) -> dict[str, int]:
+        now[0] += 100
+        planned.append(cap)
+        return {"cache_kept": 1}
+
+    def run(runner: Runner, one: Case) -> Record:
+        now[0] += 40
+        return record(one, kind=runner.kind, outcome=Outcome.OK if one.batch_size < 3 else Outcome.OOM, environment=environment_here())
+
+    monkeypatch.setattr(Runner, "run", run)
+    monkeypatch.setattr(caps, "recommendations", recommend)
+    cards = caps.smaller_cards(["rtx3070", "rtx3080-10", "t4"], A100)
+    found = caps.trials([pythia()], cards, A100)
+    steps = list(caps.run(found, Runner(device=Device.TRACE), RecordFile(tmp_path / "r"), budget_seconds=60, clock=lambda: now[0]))
+    assert [step.record.case.batch_size for step in steps] == [1, 2]
+    assert planned == [cards[0].capacity_bytes]
+
+
+def test_a_case_is_tried_on_every_card_before_the_next_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caps, "recommendations", lambda *_: {})
+    cards = caps.smaller_cards(["rtx3070", "t4"], A100)
+    longer = pythia().at(sequence_length=1024)
+    found = [(trial.case.sequence_length, trial.card) for trial in caps.trials([pythia(), longer], cards, A100)]
+    assert found == [(512, "rtx3070"), (512, "t4"), (1024, "rtx3070"), (1024, "t4")]

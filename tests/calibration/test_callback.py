@@ -246,6 +246,7 @@ def test_a_process_that_does_not_find_itself_on_the_card_tells_nobody_apart(monk
     mine = SmiProcess(pid=os.getpid(), name="python", used_bytes=GIB)
     other = SmiProcess(pid=1, name="python", used_bytes=2 * GIB)
     monkeypatch.setattr(callback, "CudaMeter", lambda _foreign: object())
+    monkeypatch.setattr(callback, "uuid_of", lambda device: f"GPU-{device.index}")
     for seen, expected in (((mine, other), 2 * GIB), ((mine,), 0), ((other,), None), (None, None)):
         monkeypatch.setattr(callback, "processes", lambda _card, seen=seen: seen)
         assert CudaCard(torch.device("cuda", 0)).foreign_bytes == expected

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
+from app.prediction import predict
 from calibration import campaign
 from calibration.campaign import Campaign, with_layers
 from calibration.case import JsonObject
 from estimator.errors import RequestError, UnknownNameError
+from estimator.fitted import Term
+from estimator.phases import Phase
 from tests.calibration.cases import LLAMA, QLORA
 
 GRID: dict[str, Any] = {
@@ -54,6 +57,17 @@ def test_layers_are_cut_at_the_models_own_widths() -> None:
     assert with_layers({"model_type": "gpt2", "n_layer": 12}, 3)["n_layer"] == 3
 
 
+def test_fields_of_the_config_take_other_values_before_layers_are_cut() -> None:
+    (first, *_) = unfolded(config={"vocab_size": 32}, layers=[1]).cases(own_config)
+    assert first.config == {**LLAMA, "vocab_size": 32, "num_hidden_layers": 1}
+
+
+def test_a_grid_whose_libraries_are_not_installed_is_left_out() -> None:
+    assert unfolded(needs=["torch"]).cases(own_config)
+    without = unfolded(needs=["torch", "no-such-library"])
+    assert (without.cases(own_config), without.grids[0].missing) == ((), ("no-such-library",))
+
+
 @pytest.mark.parametrize("number", [0, 3, -1])
 def test_more_layers_than_there_are_is_refused(number: int) -> None:
     with pytest.raises(RequestError, match=f"layers: {number} of 2"):
@@ -85,6 +99,23 @@ def test_the_campaigns_that_come_along_run_on_bundled_models_alone() -> None:
     assert {"smoke", "terms", "models"} <= set(campaign.shipped())
     for name in campaign.shipped():
         assert campaign.read(name).cases(), name
+
+
+def test_terms_shows_each_term_of_the_layers_at_every_point() -> None:
+    """Where logits stand above what the layers take in a phase, the phase's peak tells nothing of them."""
+    points = [one for one in campaign.read("terms").cases() if (one.config["num_hidden_layers"], one.sequence_length) == (2, 2048)]
+    assert len({one.model for one in points}) == 4
+    for one in points:
+        predicted = predict(one, None)
+        for phase, term in ((Phase.FORWARD, Term.FORWARD_TEMPORARIES), (Phase.BACKWARD, Term.BACKWARD_TEMPORARIES)):
+            whole = predicted.phase(phase)
+            assert whole is not None
+            assert predicted.modelled_bytes(term) >= 0.01 * whole.allocated_bytes, (one.model, one.request, term)
+
+
+def test_the_trainer_of_trl_is_measured_too() -> None:
+    for name in ("terms", "models"):
+        assert {one.trainer for one in campaign.read(name).cases()} == {"transformers", "trl"}
 
 
 def test_terms_separates_slopes_from_intercepts() -> None:

@@ -40,6 +40,16 @@ def test_a_cap_is_part_of_what_is_run_and_outlives_another_batch() -> None:
     assert Case.model_validate_json(case().model_dump_json(exclude_none=True)).hash == case().hash
 
 
+def test_weights_from_the_hub_are_another_case_and_need_a_name_there() -> None:
+    named = case().model_copy(update={"model": "meta-llama/Llama-3.1-8B"})
+    assert named.hash == case().hash
+    assert named.with_hub_weights().checkpoint == "meta-llama/Llama-3.1-8B"
+    assert named.with_hub_weights("abc").checkpoint == "meta-llama/Llama-3.1-8B@abc"
+    assert len({named.hash, named.with_hub_weights().hash, named.with_hub_weights("abc").hash}) == 3
+    with pytest.raises(RequestError, match="id there"):
+        case().with_hub_weights()
+
+
 GENERATION = {"batch_size": 2, "prompt_length": 16, "max_new_tokens": 4}
 
 

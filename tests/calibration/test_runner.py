@@ -117,6 +117,22 @@ def test_the_worker_sees_one_card_and_no_token(monkeypatch: pytest.MonkeyPatch) 
     assert "['5', None, '1']" in (record.error or "")
 
 
+def test_weights_from_the_hub_are_asked_for_with_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    told = "import os; sys.exit(str([os.environ.get(n) for n in ('HF_TOKEN', 'HF_HUB_OFFLINE')]))"
+    from_hub = case().model_copy(update={"model": "a/b"}).with_hub_weights("v1")
+    record = Runner(device=Device.CPU, worker=(sys.executable, "-c", REPORT + told)).run(from_hub)
+    assert "['hf_canary', None]" in (record.error or "")
+
+
+def test_the_worker_is_told_where_a_snapshot_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = (sys.executable, "-c", REPORT + "sys.exit(str(sys.argv[3:]))")
+    record = Runner(device=Device.CPU, snapshot=Path("history.pickle"), worker=worker).run(case())
+    assert f"'--snapshot', '{tmp_path}/history.pickle'" in (record.error or "")
+
+
 def test_a_card_is_named_as_the_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert card.card_id(1) == "1"
@@ -134,6 +150,15 @@ def test_memory_in_use_is_read_from_the_driver(tmp_path: Path, monkeypatch: pyte
     assert card.driver_version("0") == "580.1"
     program.write_text("#!/bin/sh\nexit 9\n")
     assert card.used_bytes("0") is None
+
+
+def test_what_this_process_holds_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for answer, expected in ((f"1, 5, x\\n{os.getpid()}, 300, python", 300 * 2**20), ("1, 5, x", None), (f"{os.getpid()}, [N/A], p", None)):
+        program.write_text(f'#!/bin/sh\nprintf "{answer}\\n"\n')
+        program.chmod(0o755)
+        assert card.own_bytes("0") == expected
 
 
 def test_without_a_driver_nothing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -52,8 +52,34 @@ def test_no_case_is_begun_that_would_end_beyond_the_budget(tmp_path: Path) -> No
 
 
 def test_the_remaining_time_follows_the_cost_of_what_is_left(tmp_path: Path) -> None:
+    """10 s a sequence: of one case alone nobody can tell what of its time the next one takes too."""
     steps = run(RecordFile(tmp_path / "records.jsonl"))
-    assert [(step.num_done, step.remaining_seconds) for step in steps] == [(1, 90), (2, 70), (3, 40), (4, 0)]
+    assert [(step.num_done, step.remaining_seconds) for step in steps] == [(1, 30), (2, 70), (3, 40), (4, 0)]
+
+
+def test_what_every_case_takes_is_told_from_what_grows_with_its_cost() -> None:
+    """Start and import of 12 s and 2 s for each unit of cost: 100 units are 212 s, not a hundred times what one took."""
+    pace = schedule.Pace()
+    assert pace.seconds([1.0]) == 0
+    for cost_, seconds in ((1.0, 14.0), (2.0, 16.0), (4.0, 20.0)):
+        pace.note(cost_, seconds)
+    assert pace.seconds([100.0]) == pytest.approx(212)
+    assert pace.seconds([1.0, 10.0]) == pytest.approx(14 + 32)
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [([(1.0, 60.0), (2.0, 12.0), (3.0, 12.0)], 28.0), ([(1.0, 1.0), (2.0, 20.0)], 70.0)],
+    ids=["the first one is cold", "steeper than through nothing"],
+)
+def test_dearer_cases_are_never_expected_to_be_quicker_nor_any_to_take_less_than_nothing(
+    seen: list[tuple[float, float]], expected: float
+) -> None:
+    pace = schedule.Pace()
+    for cost_, seconds in seen:
+        pace.note(cost_, seconds)
+    assert pace.seconds([10.0]) == pytest.approx(expected)
+    assert pace.seconds([0.0]) >= 0
 
 
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path: Path) -> None:

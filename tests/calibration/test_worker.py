@@ -1,5 +1,6 @@
 """The worker's model against what transformers loads, and its loop on the CPU."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
-from calibration.record import Figures, Kind, Outcome, PhasePeak
+from calibration.case import Case
+from calibration.record import Figures, Kind, Outcome, PhasePeak, environment_here
 from calibration.runner import Device, Runner
+from calibration.worker import model as built
+from calibration.worker import surroundings
+from calibration.worker.__main__ import run
 from calibration.worker.generation import generate
 from calibration.worker.meter import CudaMeter, count_parameters
 from calibration.worker.model import build
@@ -40,6 +45,16 @@ def test_the_built_model_has_the_tensors_that_from_pretrained_loads(
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
     assert tensors(build(case(config, quantization=quantization), CPU)) == tensors(loaded)
+
+
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["16bit", "nf4"])
+def test_weights_of_a_checkpoint_are_loaded_where_a_case_names_one(quantization: dict[str, Any] | None, tmp_path: Path) -> None:
+    source = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"].from_dict(dict(LLAMA)), dtype=torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    one = case(quantization=quantization)
+    found = build(one.model_copy(update={"checkpoint": f"{tmp_path}@main"}), CPU)
+    assert tensors(found) == tensors(build(one, CPU))
+    assert torch.equal(found.get_input_embeddings().weight, source.get_input_embeddings().weight)
 
 
 def test_packed_weights_count_unpacked() -> None:
@@ -119,7 +134,8 @@ class _Allocator:
             "set_per_process_memory_fraction": self.fractions.append,
         }.items():
             monkeypatch.setattr(torch.cuda, name, answer)
-        monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *shape, **named: None if named.get("device") == "cuda" else zeros(*shape, **named))
 
     def _reset(self) -> None:
         self.top = self.now
@@ -191,6 +207,63 @@ def test_a_cap_leaves_the_allocator_what_context_and_libraries_do_not_take(monke
     allocator.outside += 1000  # managed memory of a paged optimizer, which a full card would push out
     meter.close("forward")
     assert len(allocator.fractions) == 3
+
+
+def plain() -> Case:
+    """A case whose trainer asks for nothing that only a card has."""
+    return case(quantization=None, training={**QLORA["training"], "bf16": False})
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[_Allocator, list[object]]:
+    """The measuring path, whole, with the model on the CPU, an allocator whose counters stand still, and a driver that answers."""
+    allocator, told = _Allocator(monkeypatch), list[object]()
+    monkeypatch.setattr(surroundings, "missing_cuda", lambda: None)
+    monkeypatch.setattr(surroundings, "environment", lambda _device: environment_here(gpu="NVIDIA GeForce RTX 4090"))
+    monkeypatch.setattr(built, "build", lambda one, _device: build(one, CPU))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **named: told.append(named))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", told.append)
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *memory.used*) echo 900;; *compute-apps*) echo "{os.getpid()}, 700, python";; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    allocator.use(top=1000, now=800)
+    return allocator, told
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # there is no card to pin it for
+def test_a_case_on_a_card_ends_in_figures_what_the_driver_says_and_a_snapshot(on_a_card: tuple[_Allocator, list[object]]) -> None:
+    report = run(plain(), "cuda", 100, Path("/somewhere/history.pickle"))
+    assert report.outcome == "ok", report.error
+    assert report.figures is not None
+    assert set(report.figures.phases) == {"load", "forward", "loss", "backward", "optimizer_step"}
+    assert (report.figures.nvml_process_bytes, report.figures.nvml_device_bytes) == (700 * 2**20, 900 * 2**20)
+    assert on_a_card[1] == [{"stacks": "python", "max_entries": 1_000_000}, "/somewhere/history.pickle", {"enabled": None}]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "oom"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "oom"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "oom"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "failed"),
+        (ValueError("out of memory"), "failed"),
+    ],
+)
+def test_a_full_card_is_told_from_other_failures(
+    error: Exception, outcome: str, on_a_card: tuple[_Allocator, list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(built, "build", fails)
+    report = run(plain(), "cuda", 100, Path("history.pickle"))
+    assert report.outcome == outcome
+    assert str(error)[:40] in (report.error or "")
+    assert (report.figures is not None) == (outcome == "oom")
+    assert "history.pickle" in on_a_card[1]  # what filled the card is what one wants to see
 
 
 def test_a_card_without_a_cap_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
