@@ -63,7 +63,7 @@ test: lint pytest
 slow: $(TEST_STAMP)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
-# for each of twelve operations; of traces, which take seconds, fewer
+# for each of fourteen operations; of traces, which take seconds, fewer
 fuzz: $(TEST_STAMP)
 	VRAMPLAN_FUZZ_CASES=1800 $(PY) -m pytest -m 'slow or not slow' tests/app/test_openapi.py $(PYTEST_ARGS)
 

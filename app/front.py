@@ -83,6 +83,9 @@ class Front:
             await self._app(scope, receive, send)
             return
         start, request_id, status = time.perf_counter(), secrets.token_hex(8), 500
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}  # FastAPI's routes know no HEAD. Source: RFC 9110, sections 9.1 and 9.3.2
         headers = dict(SECURITY_HEADERS)
         if scope["path"] == "/docs":
             headers["content-security-policy"] = DOCS_POLICY
@@ -95,6 +98,8 @@ class Front:
                 status = message["status"]
                 given = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(header for header in added if header[0] not in given)]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         span = self._tracer.start_span("request") if self._tracer is not None else None

@@ -177,7 +177,7 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, *
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
-        found = await in_thread(request, form.values if name in sections.QUICK else {}, partial(sections.SECTIONS[name], form))
+        found = await in_thread(request, {}, partial(sections.SECTIONS[name], form), is_long=name in sections.LONG)
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}

@@ -284,6 +284,8 @@ SECTIONS: Mapping[str, Callable[[Form], Json]] = {
 }
 QUICK = ("plan", "cards", "grid")
 """What `show=all` brings; the others take longer, and wait until they are asked for by name."""
+LONG = (*QUICK, "changes")
+"""What evaluates many runs; the others run the libraries, or write files."""
 
 
 def _need_card(form: Form) -> None:

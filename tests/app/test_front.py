@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from app.logs import JsonFormatter
 from app.redaction import redacted
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
+from tests.served import until
 
 TOKEN = "hf_CANARYcanary.CANARY_canary-0123456789"
 
@@ -105,6 +107,28 @@ def test_what_is_too_much_at_once_is_turned_away_and_the_rest_is_answered() -> N
     assert codes == [200]
 
 
+def test_plans_hold_up_no_estimate_and_too_many_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def plan(_: Any) -> dict[str, str]:
+        entered.release()
+        leave.wait(10)
+        return {}
+
+    monkeypatch.setattr("app.http.plan", plan)
+    with client_of(threads=2, max_plans=3) as client, ThreadPoolExecutor(3) as callers:
+        planned = [callers.submit(client.post, "/v1/plan", json=examples.QLORA) for _ in range(3)]
+        assert entered.acquire(timeout=10)
+        until(lambda: client.app.state.metrics.active._value.get() == 3)  # type: ignore[attr-defined]
+        refused = client.post("/v1/plan", json=examples.QLORA)
+        assert client.post("/v1/estimate", json={"model": "gpt2"}).status_code == 200
+        leave.set()
+        assert [one.result().status_code for one in planned] == [200, 200, 200]
+        assert client.post("/v1/plan", json=examples.QLORA).status_code == 200
+    assert_problem(refused, 503)
+    assert refused.headers["retry-after"] == "5"
+
+
 def sent(app: Any, messages: list[Message], **scope: Any) -> list[Message]:
     """What an application answers to raw messages; after the last one nothing more comes."""
     answers: list[Message] = []
@@ -151,6 +175,15 @@ def test_an_answer_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
     leave.set()
     assert_problem(response, 503)
     assert "retry-after" in response.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/models", "/nowhere", "/static/style.css"])
+def test_head_is_answered_as_get_without_the_body(path: str) -> None:
+    client = client_of()
+    found, asked = client.head(path), client.get(path)
+    assert (found.status_code, found.content) == (asked.status_code, b"")
+    assert found.headers["content-length"] == str(len(asked.content))
+    assert client.head("/v1/estimate").status_code == 405
 
 
 # -- where requests come from -----------------------------------------------------------------------------------------------------------
