@@ -83,7 +83,8 @@ class Front:
             await self._app(scope, receive, send)
             return
         start, request_id, status = time.perf_counter(), secrets.token_hex(8), 500
-        is_head = scope["method"] == "HEAD"
+        method = scope["method"]
+        is_head = method == "HEAD"
         if is_head:
             scope = {**scope, "method": "GET"}  # FastAPI's routes know no HEAD. Source: RFC 9110, sections 9.1 and 9.3.2
         headers = dict(SECURITY_HEADERS)
@@ -112,8 +113,8 @@ class Front:
             self._metrics.active.dec()
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.answered(scope["method"], route, status, seconds)
-            method = scope["method"][:16]
+            self._metrics.answered(method, route, status, seconds)
+            method = method[:16]
             fields = {
                 "request_id": request_id,
                 "method": method,

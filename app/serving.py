@@ -5,6 +5,7 @@ import os
 import uvicorn
 
 from app.configuration import PREFIX, Configuration
+from app.connection import Connection
 from app.logs import configure
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -34,6 +35,7 @@ def serve_on(host: str, port: int, workers: int = 1) -> None:
     uvicorn.run(
         "app.serving:application",
         factory=True,
+        http=Connection,
         host=host,
         port=port,
         workers=workers,

@@ -3,9 +3,12 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from app.logs import JsonFormatter
 from app.redaction import redacted
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
-from tests.served import until
+from tests.served import serving, until
 
 TOKEN = "hf_CANARYcanary.CANARY_canary-0123456789"
 
@@ -160,6 +163,23 @@ def test_a_body_that_drips_is_given_up() -> None:
     app: Any = client_of(body_timeout_seconds=0.1).app
     answers = sent(app, [{"type": "http.request", "body": b"{", "more_body": True}])
     assert answers[0]["status"] == 408
+
+
+def test_a_connection_on_which_no_request_arrives_is_ended() -> None:
+    head = b"POST /v1/estimate HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    sent_first = {"nothing": b"", "half a head": head, "half a body": head + b'content-length: 17\r\n\r\n{"model"'}
+    with serving(create_app(), idle_seconds=1) as address, ExitStack() as stack:
+        end = (address.removeprefix("http://").split(":")[0], int(address.rpartition(":")[2]))
+        callers = {name: stack.enter_context(socket.create_connection(end, 10)) for name in sent_first}
+        for name, first in sent_first.items():
+            callers[name].sendall(first)
+        time.sleep(0.5)
+        callers["half a head"].sendall(b"x")  # a letter now and then is no request either
+        begun = time.monotonic()
+        assert [callers[name].recv(1) for name in ("nothing", "half a head")] == [b"", b""]
+        assert 0.3 < time.monotonic() - begun < 5
+        callers["half a body"].sendall(b': "gpt2"}')
+        assert callers["half a body"].recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_a_caller_who_hangs_up_is_no_fault() -> None:
