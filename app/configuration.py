@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from estimator.errors import FieldError, RequestError
 from estimator.sources import hub, lookup
 from estimator.sources.cache import default_directory
 
@@ -31,7 +32,18 @@ class Configuration(BaseSettings):
         str, Field(description="where the counts are kept: `memory://` (each process for itself) or `redis://…` (needs `vramplan[redis]`)")
     ] = "memory://"
     max_concurrent: Annotated[int, Field(ge=1, le=10000, description="requests worked on or waiting in one process; more get 503")] = 64
-    threads: Annotated[int, Field(ge=1, le=256, description="threads for bundled models, and as many for all other")] = 8
+    threads: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=256,
+            description="threads for estimates of bundled models, as many for what waits for the Hub or a trace, and half as many for "
+            "plans and sweeps",
+        ),
+    ] = 8
+    max_plans: Annotated[
+        int, Field(ge=1, le=1000, description="plans, checks, lists of cards and sweeps worked on or waiting in one process; more get 503")
+    ] = 16
     max_waiting_inspections: Annotated[
         int, Field(ge=0, le=1000, description="requests that wait for the process that builds models; others get 503")
     ] = 4
@@ -63,6 +75,20 @@ class Configuration(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @classmethod
+    def of_environment(cls) -> "Configuration":
+        """The settings of this process's environment.
+
+        Raises:
+            RequestError: naming each variable that cannot be read, its value and what is accepted.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            names = [(f"{PREFIX}{str(one['loc'][0]).upper()}", one) for one in error.errors()]
+            errors = [FieldError(field=name, message=f"{name}: {one['input']!r}: {one['msg']}") for name, one in names]
+            raise RequestError("; ".join(one.message for one in errors), errors=errors) from None
 
     @property
     def database(self) -> str | None:

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from app.answer import Json, is_modelled
+from app.logs import LOGGER
 from estimator.correction import ResidualClass
-from estimator.errors import RequestError
+from estimator.errors import RequestError, SourceUnavailableError
 from estimator.estimate import Estimate, Notice
 from estimator.fitted import Corrections, Term, corrected, group_of, parsed
 from estimator.phases import Basis
@@ -26,6 +27,7 @@ _MAX_FILE_BYTES = 4 * 2**20
 
 _OF_A_COMMAND: ContextVar[Corrections | None] = ContextVar("corrections of a command", default=None)
 _OF_A_SERVICE: ContextVar[Corrections | None] = ContextVar("corrections in force in a service", default=None)
+_IN_A_SERVICE: ContextVar[bool] = ContextVar("whether a service answers", default=False)
 
 
 def current() -> Corrections | None:
@@ -33,12 +35,21 @@ def current() -> Corrections | None:
 
     Raises:
         RequestError: if the setting's file cannot be read.
+        SourceUnavailableError: the same in a service, whose callers can do nothing about it, and are not told where the file is.
     """
     own = _OF_A_COMMAND.get()
     if own is not None:
         return own
     named = os.environ.get(VARIABLE)
-    return read(Path(named)) if named else _OF_A_SERVICE.get()
+    if not named:
+        return _OF_A_SERVICE.get()
+    try:
+        return read(Path(named))
+    except RequestError as error:
+        if not _IN_A_SERVICE.get():
+            raise
+        LOGGER.error("%s: %s", VARIABLE, error.message)
+        raise SourceUnavailableError("the corrections that this service answers by cannot be read; try again later") from None
 
 
 @contextmanager
@@ -58,11 +69,12 @@ def using(path: Path) -> Iterator[None]:
 @contextmanager
 def in_force(corrections: Corrections | None) -> Iterator[None]:
     """Applies the corrections of a service to what is answered inside: one request is answered by the same ones throughout."""
-    token = _OF_A_SERVICE.set(corrections)
+    token, served = _OF_A_SERVICE.set(corrections), _IN_A_SERVICE.set(True)
     try:
         yield
     finally:
         _OF_A_SERVICE.reset(token)
+        _IN_A_SERVICE.reset(served)
 
 
 def read(path: Path) -> Corrections:

@@ -11,26 +11,28 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 640, 320, 70, 56, 70
 _NUM_LABELS = 8
 # From light to dark as a card fills up; what does not fit is grey, so that the picture needs no colours to be read.
 _FITS = ("#e8f5e9", "#c8e6c9", "#a5d6a7", "#81c784", "#66bb6a", "#4caf50", "#43a047", "#2e7d32")
+_INK, _PAPER = ' color="#000000"', '<rect width="100%" height="100%" fill="#ffffff"/>'
 _TIGHT, _TOO_LARGE = "#ffb300", "#bdbdbd"
 
 
-def draw(title: str, grids: Sequence[tuple[int | None, Sweep]], usable_bytes: int | None) -> str:
+def draw(title: str, grids: Sequence[tuple[int | None, Sweep]], usable_bytes: int | None, *, standalone: bool = True) -> str:
     """An SVG document.
 
     Args:
         title: of the picture, any text.
         grids: a rank, if there is one, and the grid for it.
         usable_bytes: of the card; None when there is none, and the largest point is as dark as it gets [bytes].
+        standalone: whether it carries its own paper and ink, as a file does; a page, light or dark, has its own.
     """
     height = _TOP + len(grids) * (_HEIGHT + _GAP)
     width = _LEFT + _WIDTH + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="12" role="img">',
+        f'font-family="sans-serif" font-size="12" role="img" fill="currentColor"{_INK if standalone else ""}>',
         f"<title>{escape(title)}</title>",
-        '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *([_PAPER] if standalone else []),
         f'<text x="{_LEFT}" y="20" font-size="15">{escape(title)}</text>',
-        f'<text x="{_LEFT}" y="38" fill="#555555">{escape(_legend(usable_bytes))}</text>',
+        f'<text x="{_LEFT}" y="38">{escape(_legend(usable_bytes))}</text>',
     ]
     for place, (rank, grid) in enumerate(grids):
         parts += _field(grid, usable_bytes, _TOP + place * (_HEIGHT + _GAP), "" if rank is None or len(grids) == 1 else f"r = {rank}")
@@ -102,4 +104,4 @@ def _border(grid: Sweep, usable_bytes: int, top: int, across: float, up: float) 
     for column, batch in enumerate(grid.frontier(usable_bytes)):
         y = top + _HEIGHT - (rows[batch] if batch is not None else 0) * up
         points += [f"{_LEFT + column * across:.2f},{y:.2f}", f"{_LEFT + (column + 1) * across:.2f},{y:.2f}"]
-    return f'<polyline points="{" ".join(points)}" fill="none" stroke="#000000" stroke-width="2"/>'
+    return f'<polyline points="{" ".join(points)}" fill="none" stroke="currentColor" stroke-width="2"/>'

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import orjson
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -73,13 +74,19 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
 
     Args:
         configuration: of the environment if None.
+
+    Raises:
+        RequestError: if a setting, or a file that one names, cannot be read.
     """
-    configuration = configuration if configuration is not None else Configuration()
+    configuration = configuration if configuration is not None else Configuration.of_environment()
+    corrections.current()  # a file of the setting that cannot be read is told of before anyone asks
     metrics = Metrics()
     app = FastAPI(
         title="vramplan",
         version="1",
         description="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
+        openapi_url=None,  # both addresses below
+        docs_url=None,
         redoc_url=None,
         default_response_class=Reply,
         lifespan=_lifespan,
@@ -89,7 +96,12 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.configuration = configuration
     app.state.metrics = metrics
     app.state.answers = Answers()
-    app.state.workers = Workers(threads=configuration.threads, timeout_seconds=configuration.request_timeout_seconds)
+    app.state.workers = Workers(
+        threads=configuration.threads,
+        long_threads=max(1, configuration.threads // 2),
+        max_long=configuration.max_plans,
+        timeout_seconds=configuration.request_timeout_seconds,
+    )
     app.state.state = _state_of(configuration)
     app.state.in_force = InForce(app.state.state, every_seconds=configuration.corrections_seconds)
     store, inventories = _caches(app.state.state, configuration)
@@ -148,7 +160,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         description="`files` holds files of axolotl, LLaMA-Factory, TRL, TrainingArguments, PEFT, DeepSpeed or accelerate, as text or as "
         "objects; every other route takes `files` beside its own fields too. `write` names the kind of file to write: trl, axolotl, "
         "llamafactory, accelerate or deepspeed; `as` is its name, which for a script of TRL ends in .py.",
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"examples": dict(examples.CONVERT)}}}},
+        openapi_extra=_documented("ConvertRequest", examples.CONVERT),
     )(_convert)
     app.get("/v1/models", summary="Bundled models")(_models)
     app.get("/v1/models/{model_id:path}", summary="One model, tensor by tensor")(_model)
@@ -159,6 +171,8 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     )(_gpus)
     app.get("/healthz", summary="Whether the service answers")(_health)
     app.get("/readyz", summary="Whether the service can do its work")(_ready)
+    app.get("/openapi.json", include_in_schema=False)(_document)
+    app.get("/docs", include_in_schema=False)(_docs)
     if configuration.metrics:
         app.get("/metrics", include_in_schema=False)(_metrics)
     app.include_router(calibrations)
@@ -231,13 +245,14 @@ async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json
     payload = await _payload(request)
     match format:
         case "json":
-            return Reply(await in_thread(request, payload, lambda: sweep.answer_sweep(sweep.sweep(payload))))
+            return Reply(await in_thread(request, payload, lambda: sweep.answer_sweep(sweep.sweep(payload)), is_long=True))
         case "csv":
             disposition = {"content-disposition": 'attachment; filename="vramplan-sweep.csv"'}
-            text = await in_thread(request, payload, lambda: sweep.csv_of(sweep.sweep(payload)))
+            text = await in_thread(request, payload, lambda: sweep.csv_of(sweep.sweep(payload)), is_long=True)
             return Response(text, media_type="text/csv; charset=utf-8", headers=disposition)
         case "svg":
-            return Response(await in_thread(request, payload, lambda: sweep.svg_of(sweep.sweep(payload))), media_type="image/svg+xml")
+            picture = await in_thread(request, payload, lambda: sweep.svg_of(sweep.sweep(payload)), is_long=True)
+            return Response(picture, media_type="image/svg+xml")
 
 
 async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = "json", alloc_conf: str = "") -> Response:
@@ -245,11 +260,11 @@ async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = 
     run = partial(trace, payload, settings=alloc_conf)
     match format:
         case "json":
-            return Reply(await in_thread(request, payload, lambda: answer_trace(run())))
+            return Reply(await in_thread(request, {}, lambda: answer_trace(run())))
         case "svg":
-            return Response(await in_thread(request, payload, lambda: svg_of(run())), media_type="image/svg+xml")
+            return Response(await in_thread(request, {}, lambda: svg_of(run())), media_type="image/svg+xml")
         case "snapshot":
-            content = await in_thread(request, payload, lambda: snapshot_of(run()))
+            content = await in_thread(request, {}, lambda: snapshot_of(run()))
             disposition = {"content-disposition": 'attachment; filename="vramplan-snapshot.pickle"'}
             return Response(content, media_type="application/octet-stream", headers=disposition)
 
@@ -310,6 +325,15 @@ async def _ready(request: Request) -> Response:
     return Reply({"status": "ready", **told})
 
 
+async def _document(request: Request) -> Response:
+    """Its examples are answers, which take a second to find: off the event loop."""
+    return Reply(await in_thread(request, {}, request.app.openapi))
+
+
+async def _docs() -> Response:
+    return get_swagger_ui_html(openapi_url="/openapi.json", title="vramplan")
+
+
 async def _metrics(request: Request) -> Response:
     metrics: Metrics = request.app.state.metrics
     return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -317,7 +341,7 @@ async def _metrics(request: Request) -> Response:
 
 async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
     payload = await _payload(request)
-    return Reply(await in_thread(request, payload, partial(ask, payload)))
+    return Reply(await in_thread(request, payload, partial(ask, payload), is_long=True))
 
 
 async def _payload(request: Request) -> Json:

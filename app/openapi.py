@@ -7,10 +7,14 @@ from fastapi.openapi.utils import get_openapi
 
 from app import examples
 from app.answer import Json
+from app.catalogue import inspect_model, list_gpus, list_models
 from app.check import check
+from app.plan import plan
 from app.problem import MEDIA_TYPE
 from app.schemas import components, ref
 from app.service import answer
+from app.sweep import answer_sweep, sweep
+from app.trainer_files.writing import convert
 
 PROBLEM_SCHEMA: Json = {
     "type": "object",
@@ -46,28 +50,23 @@ _ERRORS: Mapping[str, str] = {
 }
 _ALWAYS = ("421", "422", "429", "503")
 _WATCHED = ("/healthz", "/readyz")
-_OBJECT: Json = {"type": "object", "required": ["schema_version"], "properties": {"schema_version": {"const": 1}}}
-
-
-def _with(*required: str) -> Json:
-    return {**_OBJECT, "required": ["schema_version", *required]}
-
-
-_ANSWERS: Mapping[tuple[str, str], tuple[Json, Mapping[str, Json]]] = {
-    ("post", "/v1/estimate"): (ref("Estimate"), {}),
-    ("post", "/v1/check"): (ref("Check"), {}),
-    ("post", "/v1/sweep"): (ref("SweepAnswer"), {}),
-    ("post", "/v1/plan"): (ref("PlanAnswer"), {}),
-    ("post", "/v1/trace"): (_OBJECT, {}),
-    ("get", "/v1/models"): (_with("models"), {}),
-    ("get", "/v1/models/{model_id}"): (_with("model", "tensors"), {}),
-    ("get", "/v1/gpus"): (_with("gpus"), {}),
-    ("post", "/v1/calibrations"): (_with("hash", "status", "reasons"), {"kept": {"value": {"schema_version": 1, "hash": "0" * 64,
-                                   "status": "accepted", "reasons": []}}}),
-    ("get", "/v1/calibrations/current"): (_with("version", "corrections"), {}),
-    ("get", "/v1/calibrations/history"): (_with("events"), {}),
-    ("get", "/v1/calibrations/{record_hash}"): (_with("hash", "status", "reasons"), {}),
-}  # fmt: skip
+_ANSWERS: Mapping[tuple[str, str], str] = {
+    ("post", "/v1/estimate"): "Estimate",
+    ("post", "/v1/check"): "Check",
+    ("post", "/v1/sweep"): "SweepAnswer",
+    ("post", "/v1/plan"): "PlanAnswer",
+    ("post", "/v1/trace"): "Trace",
+    ("post", "/v1/convert"): "Converted",
+    ("get", "/v1/models"): "Models",
+    ("get", "/v1/models/{model_id}"): "Inspected",
+    ("get", "/v1/gpus"): "Gpus",
+    ("get", "/healthz"): "Health",
+    ("get", "/readyz"): "Ready",
+    ("post", "/v1/calibrations"): "Posted",
+    ("get", "/v1/calibrations/current"): "InForce",
+    ("get", "/v1/calibrations/history"): "History",
+    ("get", "/v1/calibrations/{record_hash}"): "Posted",
+}
 _OTHER_TYPES: Mapping[str, tuple[str, ...]] = {
     "/v1/sweep": ("text/csv", "image/svg+xml"),
     "/v1/trace": ("image/svg+xml", "application/octet-stream"),
@@ -118,11 +117,14 @@ def _complete(path: str, method: str, operation: Json) -> None:
         responses = {"200": {"description": "Known already"}, "201": {"description": "Kept"}}
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _RECORD}}}
         operation.setdefault("parameters", []).append(_KEY)
-    schema, shown = _ANSWERS.get((method, path), ({"type": "object"}, {}))
-    if path in _SHOWN:
-        shown = {"answer": {"summary": "To the first example", "value": _SHOWN[path]()}}
+    shown = {
+        "answer": {
+            "summary": "To the first example, shortened" if path in _FIRST else "An answer, shortened",
+            "value": _SHOWN[method, path](),
+        }
+    }
     for response in responses.values():
-        content: Json = {"application/json": {"schema": schema, **({"examples": dict(shown)} if shown else {})}}
+        content: Json = {"application/json": {"schema": ref(_ANSWERS[method, path]), "examples": shown}}
         response["content"] = content | {kind: {"schema": {"type": "string"}} for kind in _OTHER_TYPES.get(path, ())}
     codes = ["503"] if path in _WATCHED else [*_ALWAYS]
     if method == "post":
@@ -147,10 +149,77 @@ def _reads_models(path: str, method: str) -> bool:
     return (method == "post" and path != "/v1/calibrations") or path == "/v1/models/{model_id}"
 
 
-def _estimate() -> Json:
-    """A real answer, shortened to one phase with one item; the bundled model needs no network."""
-    found = answer(examples.QLORA)
+_FIRST: Mapping[str, Json] = {
+    "/v1/estimate": examples.QLORA,
+    "/v1/check": examples.QLORA,
+    "/v1/convert": examples.CONVERT["axolotl"]["value"],
+}
+_HASH = "0" * 64
+
+
+def _estimate(found: Json) -> Json:
+    """Shortened to one phase with one item."""
     return {**found, "phases": [{**found["phases"][0], "items": found["phases"][0]["items"][:1]}]}
 
 
-_SHOWN: Mapping[str, Callable[[], Json]] = {"/v1/estimate": _estimate, "/v1/check": lambda: check(examples.QLORA)}
+def _plan() -> Json:
+    found = plan(examples.FULL)
+    made = found["plan"]
+    return {**found, "plan": {**made, "estimate": _estimate(made["estimate"]), "alternatives": made["alternatives"][:1]}}
+
+
+def _trace() -> Json:
+    """The form of an answer: the step itself would take seconds to run."""
+    found = answer(examples.QLORA)
+    largest = {"item": "logits", "module": "", "operator": "_log_softmax", "dtype": "float32", "shape": "8192 × 128256", "count": 1}
+    phase = {
+        "phase": "backward",
+        "allocated_bytes": 26_288_886_784,
+        "items": [{"name": "logits", "bytes": 12_608_077_824}],
+        "largest": [{**largest, "bytes": 4_202_692_608}],
+    }
+    column = {"phase": "load", "event": 0, "allocated_bytes": 5_591_540_224, "reserved_bytes": 5_593_104_384}
+    return {
+        **{name: found[name] for name in ("schema_version", "model", "recipe", "stack")},
+        "engine": "trace",
+        "peak": {"phase": "backward", "allocated_bytes": 26_288_886_784, "event": 94_961},
+        "phases": [phase],
+        "allocator": {
+            "settings": "",
+            "max_reserved_bytes": 30_838_620_160,
+            "reserved_at_peak_bytes": 30_838_620_160,
+            "allocated_at_peak_bytes": 26_293_605_376,
+            "inactive_split_at_peak_bytes": 2_372_365_312,
+            "num_segments": 299,
+        },
+        "timeline": {
+            "num_allocations": 58_597,
+            "num_events": 113_729,
+            "columns": [{**column, "items": {"temporary": 5_591_540_224}}],
+        },
+    }
+
+
+def _model() -> Json:
+    found = inspect_model("gpt2")
+    return {**found, "tensors": found["tensors"][:1]}
+
+
+# Real answers, shortened, where they are made at once; bundled models need no network. A trace takes seconds: its example is of the form.
+_SHOWN: Mapping[tuple[str, str], Callable[[], Json]] = {
+    ("post", "/v1/estimate"): lambda: _estimate(answer(_FIRST["/v1/estimate"])),
+    ("post", "/v1/check"): lambda: check(_FIRST["/v1/check"]),
+    ("post", "/v1/sweep"): lambda: answer_sweep(sweep({**examples.FULL, "sweep": {"max_length": [1024, 2048]}, "confirm": False})),
+    ("post", "/v1/plan"): _plan,
+    ("post", "/v1/trace"): _trace,
+    ("post", "/v1/convert"): lambda: convert(_FIRST["/v1/convert"]),
+    ("get", "/v1/models"): lambda: {"schema_version": 1, "models": list_models("gpt2")[:1]},
+    ("get", "/v1/models/{model_id}"): _model,
+    ("get", "/v1/gpus"): lambda: {"schema_version": 1, "gpus": list_gpus()[:1]},
+    ("get", "/healthz"): lambda: {"status": "ok"},
+    ("get", "/readyz"): lambda: {"status": "ready", "state": "kept", "hub": "asked", "corrections": None},
+    ("post", "/v1/calibrations"): lambda: {"schema_version": 1, "hash": _HASH, "status": "accepted", "reasons": []},
+    ("get", "/v1/calibrations/current"): lambda: {"schema_version": 1, "version": None, "corrections": None},
+    ("get", "/v1/calibrations/history"): lambda: {"schema_version": 1, "events": []},
+    ("get", "/v1/calibrations/{record_hash}"): lambda: {"schema_version": 1, "hash": _HASH, "status": "accepted", "reasons": []},
+}

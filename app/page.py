@@ -18,6 +18,7 @@ from app.problem import problem_of
 from app.redaction import redacted
 from app.reference import router as reference
 from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, page_of
+from app.sections import Patience
 from app.transfer import body_of
 from app.work import in_thread
 from estimator.errors import RequestError, VramplanError
@@ -26,7 +27,8 @@ from estimator.units import gib
 # What stands in every form: the run's sizes, before all else.
 FIRST = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "global_batch_size")
 WAIT = "wait"
-"""Asks for an answer that may take seconds, since the step is traced."""
+"""Asks for an answer that may take seconds, since the model is looked up or the step is traced."""
+_PATIENCE = {"": Patience.NONE, "model": Patience.MODEL}
 FIRST_OF_GENERATION = ("batch_size", "prompt_length", "max_new_tokens")
 SHOWN = "http://127.0.0.1:8000"
 """The service in documents."""
@@ -77,7 +79,7 @@ async def part(request: Request, name: str) -> Response:
     sent = await _sent(request) if request.method == "POST" else dict(request.query_params)
     form, error = _read(sent)
     if name == "answer":
-        context = await _answered(request, form, error, waits=WAIT in sent)
+        context = await _answered(request, form, error, _PATIENCE.get(sent.get(WAIT, ""), Patience.STEP))
         headers = {"hx-replace-url": form.address} if form.address is not None and error is None else {}
         return page_of("answer.html", {**context, "is_part": True}, headers={**UNSTORED, **headers})
     found = await _section(request, name, form) if error is None else {"error": problem_of(error)}
@@ -133,7 +135,7 @@ async def _page(
     pasted: str = "",
     is_example: bool = False,
 ) -> Response:
-    context = await _answered(request, form, error, waits=bool(shown))
+    context = await _answered(request, form, error, _PATIENCE.get(shown, Patience.STEP))
     wanted = set(sections.QUICK) if shown == "all" else {shown} & set(sections.SECTIONS)
     context["shown"] = {name: await _section(request, name, form) for name in sorted(wanted)} if context["result"] else {}
     context |= {
@@ -150,12 +152,8 @@ async def _page(
     return page_of("page.html", context, status=context["error"]["status"] if context["error"] else 200)
 
 
-async def _answered(request: Request, form: Form, error: VramplanError | None, *, waits: bool) -> Json:
-    """What the answer's template shows.
-
-    Args:
-        waits: for a trace, if it takes one; else the load is answered for at once.
-    """
+async def _answered(request: Request, form: Form, error: VramplanError | None, patience: Patience) -> Json:
+    """What the answer's template shows; neither a result nor an error while the model has to be looked up."""
     context: Json = {
         "form": form,
         "presets": presets.PRESETS,
@@ -167,8 +165,8 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, *
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"
-            asked = {} if waits else form.values  # what may take seconds holds up no arithmetic
-            context["result"] = await in_thread(request, asked, partial(sections.answered, form, origin, waits=waits))
+            asked = {} if patience else form.values  # what may take seconds holds up no arithmetic
+            context["result"] = await in_thread(request, asked, partial(sections.answered, form, origin, patience))
         except VramplanError as refused:
             error = refused
     return {**context, "error": None if error is None else problem_of(error)}
@@ -177,7 +175,7 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, *
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
-        found = await in_thread(request, form.values if name in sections.QUICK else {}, partial(sections.SECTIONS[name], form))
+        found = await in_thread(request, {}, partial(sections.SECTIONS[name], form), is_long=name in sections.LONG)
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}

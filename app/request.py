@@ -207,8 +207,11 @@ class HardwareFields(Border):
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map", "tensor_parallel"] = "single"
     ddp: DdpFields = DdpFields()
+    """Arguments of DistributedDataParallel."""
     deepspeed: DeepSpeedFields = DeepSpeedFields()
+    """DeepSpeed's JSON."""
     fsdp_config: FsdpFields = FsdpFields()
+    """As in TrainingArguments."""
 
 
 class SetAside(Border):
@@ -238,6 +241,7 @@ class Request(Border):
     """A question to `POST /v1/estimate`."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)] | InlineModel
+    """A bundled id or one of the Hub, or the content of a config.json."""
     revision: Name | None = None
     dtype: Name | None = None
     attn_implementation: Name | None = None

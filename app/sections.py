@@ -1,6 +1,7 @@
 """What each part of the page shows, found out by the same calls as everywhere, and worded so that templates only place things."""
 
 from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
 from urllib.parse import parse_qsl
 
 from markupsafe import Markup
@@ -12,8 +13,9 @@ from app.chart import chart_of, largest_bytes, usable_bytes
 from app.form import AGAINST, Form
 from app.holding import cards_that_hold
 from app.plan import plan
-from app.reading import read_estimate
-from app.service import Case, answer_of, prepare, render
+from app.reading import Question, read_estimate
+from app.request import Request
+from app.service import Case, answer_of, is_at_hand, prepare, render
 from app.shortfall import Shortage, changes
 from app.sweep import answer_sweep, svg_of, sweep
 from app.trace import svg_of as timeline_of
@@ -31,19 +33,33 @@ _SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_len
 _SHOWN_CHANGES = 12
 
 
-def answered(form: Form, origin: str, *, waits: bool = True) -> Json:
+class Patience(IntEnum):
+    """What an answer waits for."""
+
+    NONE = 0
+    MODEL = 1
+    """The Hub, and the process that builds a model from its config."""
+    STEP = 2
+    """That, and a trace."""
+
+
+def answered(form: Form, origin: str, patience: Patience = Patience.STEP) -> Json | None:
     """The answer to the form, with the recipe it is compared with beside it.
 
     Args:
         origin: of the service.
-        waits: for a trace; else what is stored after loading is answered for, and `is_waiting` says that the step is still to come.
+        patience: what to wait for. Without the model there is no answer yet, and None is returned; without the step what is stored after
+            loading is answered for, and `is_waiting` says that the rest is still to come.
 
     Raises:
         VramplanError: if the request or the model cannot be answered for.
     """
     request = form.request()
-    case, other_case = prepare(read_estimate(request)), _other(form)
-    if not waits and any(one.answerer.has_to_trace(one.recipe) for one in (case, other_case) if one is not None):
+    question, beside = read_estimate(request), _asked_beside(form)
+    if patience < Patience.MODEL and not (is_at_hand(question.request) and (beside is None or _is_at_hand(beside))):
+        return None
+    case, other_case = prepare(question), _prepared_beside(beside)
+    if patience < Patience.STEP and any(one.answerer.has_to_trace(one.recipe) for one in (case, other_case) if one is not None):
         return _of_load(case, request, origin)
     found = answer_of(case)
     other = None if other_case is None else _answered_beside(other_case)
@@ -87,13 +103,27 @@ def _view(card: Card | None, found: Json, *, at_least: int) -> Json:
     }
 
 
-def _other(form: Form) -> Case | None:
+def _asked_beside(form: Form) -> Question[Request] | None:
     """The recipe to compare with; None where there is none, or it cannot be read."""
     if not form[AGAINST]:
         return None
     try:
-        return prepare(read_estimate(Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request()))
+        return read_estimate(Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request())
     except (VramplanError, ValueError):
+        return None
+
+
+def _is_at_hand(beside: Question[Request]) -> bool:
+    try:
+        return is_at_hand(beside.request)
+    except VramplanError:
+        return True  # it is left out
+
+
+def _prepared_beside(beside: Question[Request] | None) -> Case | None:
+    try:
+        return None if beside is None else prepare(beside)
+    except VramplanError:
         return None
 
 
@@ -240,7 +270,7 @@ def grid(form: Form) -> Json:
         {"max_length": length, "batch": batch, "address": _at(form, batch, length)}
         for length, batch in zip(told["max_length"], frontier or (), strict=False)
     ]
-    return {"picture": Markup(svg_of(swept)), "frontier": rows, "largest": told["per_device_train_batch_size"][-1]}
+    return {"picture": Markup(svg_of(swept, standalone=False)), "frontier": rows, "largest": told["per_device_train_batch_size"][-1]}
 
 
 def _at(form: Form, batch: int | None, length: int) -> str | None:
@@ -284,6 +314,8 @@ SECTIONS: Mapping[str, Callable[[Form], Json]] = {
 }
 QUICK = ("plan", "cards", "grid")
 """What `show=all` brings; the others take longer, and wait until they are asked for by name."""
+LONG = (*QUICK, "changes")
+"""What evaluates many runs; the others run the libraries, or write files."""
 
 
 def _need_card(form: Form) -> None:

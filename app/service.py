@@ -25,7 +25,8 @@ from estimator.estimate import Engine, Estimate, Interval
 from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
-from estimator.sources.resolve import ResolvedModel, resolve
+from estimator.sources import resolve
+from estimator.sources.resolve import ResolvedModel
 from estimator.sources.tracing import Subject
 from estimator.static_memory import stored_tensors
 
@@ -91,10 +92,23 @@ def prepare(question: Question[Request]) -> Case:
     return Case(question=question, model=model, recipe=recipe, card=card, answerer=answerer)
 
 
+def is_at_hand(request: Request) -> bool:
+    """Whether the model of a request is known without asking the Hub or building it.
+
+    Raises:
+        VramplanError: if its id, revision or config cannot be accepted.
+    """
+    return resolve.is_at_hand(_named_or_carried(request), request.revision)
+
+
+def _named_or_carried(request: Request) -> str | Mapping[str, Any]:
+    model = request.model
+    return dict(model.config) if isinstance(model, InlineModel) else model
+
+
 def find_model(request: Request) -> ResolvedModel:
     """The model that a request names or carries."""
-    model = request.model
-    found = resolve(dict(model.config) if isinstance(model, InlineModel) else model, request.revision)
+    found = resolve.resolve(_named_or_carried(request), request.revision)
     if request.training is None:
         found = found.as_stored
     return with_classes(found, request, stack_of(request.stack))

@@ -5,6 +5,7 @@ import os
 import uvicorn
 
 from app.configuration import PREFIX, Configuration
+from app.connection import Connection
 from app.logs import configure
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -18,15 +19,23 @@ def serve_on(host: str, port: int, workers: int = 1) -> None:
     Args:
         host, port: where to listen.
         workers: processes.
+
+    Raises:
+        RequestError: if a setting, or a file that one names, cannot be read.
     """
     if host in _LOOPBACK:
         # A page of a stranger whose name is made to point here would be asked for under that name.
         os.environ.setdefault(f"{PREFIX}ALLOWED_HOSTS", "127.0.0.1,[::1],localhost")
-    configuration = Configuration()
+    configuration = Configuration.of_environment()
     configure(configuration.log_level, configuration.log_format)
+    if workers > 1:
+        from app.http import create_app
+
+        create_app(configuration)  # what ends each process at once is told of here: uvicorn would start them again for ever
     uvicorn.run(
         "app.serving:application",
         factory=True,
+        http=Connection,
         host=host,
         port=port,
         workers=workers,
@@ -43,6 +52,6 @@ def application() -> object:
     """The application of one serving process."""
     from app.http import create_app
 
-    configuration = Configuration()
+    configuration = Configuration.of_environment()
     configure(configuration.log_level, configuration.log_format)
     return create_app(configuration)

@@ -238,9 +238,13 @@ def csv_of(found: Swept) -> str:
     return out.getvalue()
 
 
-def svg_of(found: Swept) -> str:
-    """Device bytes as colours, one field for each rank, with the border of what fits."""
+def svg_of(found: Swept, *, standalone: bool = True) -> str:
+    """Device bytes as colours, one field for each rank, with the border of what fits.
+
+    Args:
+        standalone: as of `heatmap.draw`.
+    """
     name = found.case.model.id or found.case.inventory.model_type
     card = "" if found.card is None else f" on {found.card.name}"
     usable = None if found.card is None else found.card.usable_bytes
-    return draw(f"{name}{card}", found.grids, usable)
+    return draw(f"{name}{card}", found.grids, usable, standalone=standalone)

@@ -2,8 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from enum import StrEnum
+from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,38 +16,59 @@ from estimator.sources import catalogue
 Result = TypeVar("Result")
 
 
+class Pace(StrEnum):
+    """What holds a call up."""
+
+    QUICK = "quick"
+    """Milliseconds of arithmetic."""
+    WAITING = "waiting"
+    """The Hub, or a process that builds models."""
+    LONG = "long"
+    """Seconds of arithmetic: plans, lists of cards, sweeps."""
+
+
 class Workers:
-    """Two sets of threads.
+    """A set of threads for each pace, so that none waits for another.
 
     Args:
-        threads: of each set. Estimates are arithmetic that holds the interpreter's lock: more would only queue there.
+        threads: of the sets that are quick or waiting. Estimates are arithmetic that holds the interpreter's lock: more would only queue.
+        long_threads: of the other.
+        max_long: calls that are long, under way or waiting; more are told to come back.
         timeout_seconds: after which a caller is told to come back; the thread ends by its own limits.
     """
 
-    def __init__(self, *, threads: int = 8, timeout_seconds: float = 120.0) -> None:
-        self._threads = threads
-        self._pools: dict[bool, ThreadPoolExecutor] = {}
+    def __init__(self, *, threads: int = 8, long_threads: int = 4, max_long: int = 16, timeout_seconds: float = 120.0) -> None:
+        self._threads = {Pace.QUICK: threads, Pace.WAITING: threads, Pace.LONG: long_threads}
+        self._pools: dict[Pace, ThreadPoolExecutor] = {}
+        self._long = BoundedSemaphore(max_long)
         self._timeout_seconds = timeout_seconds
 
-    async def run(self, call: Callable[[], Result], *, is_quick: bool) -> Result:
+    async def run(self, call: Callable[[], Result], *, pace: Pace) -> Result:
         """The result of a blocking call.
 
         Args:
             call: sees the context variables of the caller.
-            is_quick: whether it asks neither the Hub nor a process that builds models.
+            pace: what holds it up.
 
         Raises:
-            SourceUnavailableError: if it takes too long.
+            SourceUnavailableError: if it takes too long, or too many long ones are under way.
         """
-        if (pool := self._pools.get(is_quick)) is None:
-            name = "vramplan-quick" if is_quick else "vramplan-slow"
-            pool = self._pools[is_quick] = ThreadPoolExecutor(self._threads, thread_name_prefix=name)
-        future = asyncio.wrap_future(pool.submit(copy_context().run, call))
+        if (pool := self._pools.get(pace)) is None:
+            pool = self._pools[pace] = ThreadPoolExecutor(self._threads[pace], thread_name_prefix=f"vramplan-{pace}")
+        submitted = self._submit_long(pool, call) if pace is Pace.LONG else pool.submit(copy_context().run, call)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await future
+                return await asyncio.wrap_future(submitted)
         except TimeoutError:
             raise SourceUnavailableError("the answer takes too long; try again later", retry_after_seconds=10) from None
+
+    def _submit_long(self, pool: ThreadPoolExecutor, call: Callable[[], Result]) -> "Future[Result]":
+        if not self._long.acquire(blocking=False):
+            raise SourceUnavailableError("too many plans and sweeps are under way; try again in a moment", retry_after_seconds=5)
+        submitted = pool.submit(copy_context().run, call)
+        # Counted until the thread is done, not until its caller has given up.
+        submitted.add_done_callback(lambda _: self._long.release())
+        return submitted
 
     def close(self) -> None:
         """Drops what has not begun, and lets threads end. An application that is started again gets new ones."""
@@ -54,16 +77,17 @@ class Workers:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result]) -> Result:
+async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result], *, is_long: bool = False) -> Result:
     """The result of a blocking call, off the event loop.
 
     Args:
         request: whose application has the threads.
         asked: the question, as far as it tells how long the answer may take.
         call: to make.
+        is_long: whether it evaluates many runs.
     """
     workers: Workers = request.app.state.workers
-    return await workers.run(call, is_quick=is_bundled(asked))
+    return await workers.run(call, pace=Pace.LONG if is_long else Pace.QUICK if is_bundled(asked) else Pace.WAITING)
 
 
 def is_bundled(asked: Mapping[str, Any]) -> bool:

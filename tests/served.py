@@ -9,14 +9,24 @@ from typing import Any, Literal
 
 import uvicorn
 
+from app.connection import Connection
+
 
 @contextmanager
-def serving(app: Any, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
-    """The address of the application."""
+def serving(app: Any, *, lifespan: Literal["on", "off"] = "off", idle_seconds: int = 15) -> Iterator[str]:
+    """The address of the application.
+
+    Args:
+        app: an ASGI application.
+        lifespan: whether what it does at its start and end is done.
+        idle_seconds: for which a connection may rest.
+    """
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan=lifespan))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=Connection, timeout_keep_alive=idle_seconds, log_level="warning", lifespan=lifespan)
+        )
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         while not server.started:

@@ -139,9 +139,8 @@ class Lookup:
         Raises:
             as `hub.fetch`.
         """
-        hub.check_id(model_id)
-        revision = hub.check_revision(revision) if revision is not None else hub.DEFAULT_REVISION
-        place = (self._address, model_id, revision)
+        place = self._place(model_id, revision)
+        revision = place[2]
         kept = self._store.config(place)
         age = time.time() - kept.kept_at if kept is not None else 0.0
         if kept is not None and age <= self._fresh_seconds:
@@ -168,6 +167,19 @@ class Lookup:
         elif found.has_commit:
             self._store.keep_config(place, found)
         return found
+
+    def kept(self, model_id: str, revision: str | None) -> HubConfig | None:
+        """A public config that is fresh; nothing is asked.
+
+        Raises:
+            RequestError: for an id or a revision of another form.
+        """
+        kept = self._store.config(self._place(model_id, revision))
+        return kept.found if kept is not None and time.time() - kept.kept_at <= self._fresh_seconds else None
+
+    def _place(self, model_id: str, revision: str | None) -> Place:
+        hub.check_id(model_id)
+        return self._address, model_id, hub.check_revision(revision) if revision is not None else hub.DEFAULT_REVISION
 
     def files(self, model_id: str, found: HubConfig, access: Access) -> Files:
         """What the safetensors files of a config's commit hold.

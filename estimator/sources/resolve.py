@@ -96,12 +96,34 @@ def resolve(
         case Path():
             config = configfile.read(model)
         case _:
-            inner = model.get("config") if len(model) == 1 else None
-            config = bounds.check(inner if inner is not None else model)
+            config = _checked(model)
     inventory = build(config, inspector=inspector, cache=cache)
     return ResolvedModel(
         id=None, revision=None, source=ModelSource.CONFIG, inventory=inventory, config=config, has_own_code="auto_map" in config
     )
+
+
+def is_at_hand(model: str | Mapping[str, Any], revision: str | None = None) -> bool:
+    """Whether the inventory of a model is known by now, so that `resolve` asks neither the Hub nor a process that builds models.
+
+    Args:
+        model, revision: as of `resolve`.
+
+    Raises:
+        VramplanError: if the id, revision or config cannot be accepted.
+    """
+    if not isinstance(model, str):
+        return _cache().get(content_hash(_checked(model))) is not None
+    if revision in (None, "main") and catalogue.find(model) is not None:
+        return True
+    lookup = current().lookup
+    kept = (lookup if lookup is not None else default_lookup()).kept(model, revision)
+    return kept is not None and _cache().get(content_hash(kept.config)) is not None
+
+
+def _checked(model: Mapping[str, Any]) -> dict[str, Any]:
+    inner = model.get("config") if len(model) == 1 else None
+    return bounds.check(inner if inner is not None else model)
 
 
 def _from_hub(
@@ -168,8 +190,7 @@ def build(
 def _built(config: Mapping[str, Any], inspector: Inspector | None, cache: InventoryCache | None, *, is_public: bool) -> Inventory:
     key = content_hash(config)
     if cache is None:
-        own = current().inventories
-        cache = own if own is not None else default_cache()
+        cache = _cache()
     if (found := cache.get(key)) is not None:
         return found
     inspector = inspector if inspector is not None else default_inspector()
@@ -183,3 +204,8 @@ def _built(config: Mapping[str, Any], inspector: Inspector | None, cache: Invent
     if is_public:
         cache.put(inventory)
     return inventory
+
+
+def _cache() -> InventoryCache:
+    own = current().inventories
+    return own if own is not None else default_cache()

@@ -17,6 +17,7 @@ from tests.served import serving
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
+PICTURES = Path(__file__).parents[2] / "artifacts" / "pages"
 AXE = gzip.decompress((Path(__file__).parent / "axe" / "axe.min.js.gz").read_bytes()).decode()
 SMALL = Form.of(
     {
@@ -79,6 +80,11 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
     assert complaints == []
 
 
+def keep_picture(page: Page, name: str) -> None:
+    """For whoever wants to see what the tests saw."""
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+
+
 def findings(page: Page) -> list[str]:
     """What axe objects to."""
     page.evaluate(AXE)
@@ -102,6 +108,7 @@ def overflow(page: Page) -> int:
 def test_axe_finds_nothing_and_nothing_sticks_out(visit: Open, size: tuple[int, int], theme: Literal["light", "dark"]) -> None:
     page = visit(f"{LARGE.address}&show=all", size=size, theme=theme)
     expect(page.locator(".changes")).to_be_visible()  # which comes by itself, the rest is there
+    keep_picture(page, f"answer-{size[0]}-{theme}")
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     assert findings(page) == []
     assert overflow(page) == 0
@@ -110,6 +117,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(visit: Open, size: tuple[int, 
 @pytest.mark.parametrize("path", ["/accuracy", "/methods"])
 def test_axe_finds_nothing_on_the_pages_beside(visit: Open, path: str) -> None:
     page = visit(path, size=PHONE, theme="dark")
+    keep_picture(page, path.strip("/"))
     page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     assert findings(page) == []
     assert overflow(page) == 0
@@ -135,6 +143,13 @@ def test_a_step_that_has_to_be_traced_fills_in_by_itself(visit: Open) -> None:
     expect(page.locator(VERDICT)).to_contain_text("Loading takes")
     expect(page.locator(VERDICT)).to_contain_text("Fits on Tesla T4", timeout=90_000)
     assert page.locator("text=the step is being traced").count() == 0
+
+
+@pytest.mark.slow  # the libraries run
+def test_a_model_that_has_to_be_looked_up_fills_in_by_itself(visit: Open) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    page = visit(Form.of({**SMALL.request(), "model": {"config": {**config, "vocab_size": 111}}}).address or "")
+    expect(page.locator(VERDICT)).to_contain_text("Fits on Tesla T4", timeout=90_000)
 
 
 def test_a_run_is_taken_along_as_a_training_file(visit: Open) -> None:

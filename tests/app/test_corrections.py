@@ -165,6 +165,25 @@ def test_the_service_follows_the_setting_for_a_question_it_has_answered(file: Pa
     assert client.post("/v1/estimate", json=REQUEST).json() == plain
 
 
+def test_a_service_whose_file_cannot_be_read_does_not_start(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(corrections.VARIABLE, f"{file}.missing")
+    with pytest.raises(RequestError, match=r"'.*\.missing' cannot be read: No such file"):
+        create_app()
+
+
+def test_a_file_that_goes_while_the_service_runs_is_no_fault_of_the_caller(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(corrections.VARIABLE, str(file))
+    client = TestClient(create_app())
+    assert client.get("/readyz").json()["corrections"] == found().version
+    for path in (file.with_suffix(".gone"), file.with_suffix(".broken")):
+        path.with_suffix(".broken").write_text("{}")
+        monkeypatch.setenv(corrections.VARIABLE, str(path))
+        for response in (client.get("/readyz"), client.post("/v1/estimate", json=REQUEST), client.get("/?model=gpt2")):
+            assert (response.status_code, str(file.parent) in response.text) == (503, False)
+            assert "the corrections that this service answers by cannot be read" in response.text
+        assert client.get("/healthz").status_code == 200
+
+
 # -- those of a service -----------------------------------------------------------------------------------------------------------------
 
 ACCEPTED = Verdict(is_accepted=True, reason="better")

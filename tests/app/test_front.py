@@ -3,8 +3,12 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from app.logs import JsonFormatter
 from app.redaction import redacted
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
+from tests.served import serving, until
 
 TOKEN = "hf_CANARYcanary.CANARY_canary-0123456789"
 
@@ -105,6 +110,28 @@ def test_what_is_too_much_at_once_is_turned_away_and_the_rest_is_answered() -> N
     assert codes == [200]
 
 
+def test_plans_hold_up_no_estimate_and_too_many_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def plan(_: Any) -> dict[str, str]:
+        entered.release()
+        leave.wait(10)
+        return {}
+
+    monkeypatch.setattr("app.http.plan", plan)
+    with client_of(threads=2, max_plans=3) as client, ThreadPoolExecutor(3) as callers:
+        planned = [callers.submit(client.post, "/v1/plan", json=examples.QLORA) for _ in range(3)]
+        assert entered.acquire(timeout=10)
+        until(lambda: client.app.state.metrics.active._value.get() == 3)  # type: ignore[attr-defined]
+        refused = client.post("/v1/plan", json=examples.QLORA)
+        assert client.post("/v1/estimate", json={"model": "gpt2"}).status_code == 200
+        leave.set()
+        assert [one.result().status_code for one in planned] == [200, 200, 200]
+        assert client.post("/v1/plan", json=examples.QLORA).status_code == 200
+    assert_problem(refused, 503)
+    assert refused.headers["retry-after"] == "5"
+
+
 def sent(app: Any, messages: list[Message], **scope: Any) -> list[Message]:
     """What an application answers to raw messages; after the last one nothing more comes."""
     answers: list[Message] = []
@@ -138,6 +165,23 @@ def test_a_body_that_drips_is_given_up() -> None:
     assert answers[0]["status"] == 408
 
 
+def test_a_connection_on_which_no_request_arrives_is_ended() -> None:
+    head = b"POST /v1/estimate HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    sent_first = {"nothing": b"", "half a head": head, "half a body": head + b'content-length: 17\r\n\r\n{"model"'}
+    with serving(create_app(), idle_seconds=1) as address, ExitStack() as stack:
+        end = (address.removeprefix("http://").split(":")[0], int(address.rpartition(":")[2]))
+        callers = {name: stack.enter_context(socket.create_connection(end, 10)) for name in sent_first}
+        for name, first in sent_first.items():
+            callers[name].sendall(first)
+        time.sleep(0.5)
+        callers["half a head"].sendall(b"x")  # a letter now and then is no request either
+        begun = time.monotonic()
+        assert [callers[name].recv(1) for name in ("nothing", "half a head")] == [b"", b""]
+        assert 0.3 < time.monotonic() - begun < 5
+        callers["half a body"].sendall(b': "gpt2"}')
+        assert callers["half a body"].recv(15) == b"HTTP/1.1 200 OK"
+
+
 def test_a_caller_who_hangs_up_is_no_fault() -> None:
     app: Any = client_of().app
     answers = sent(app, [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
@@ -151,6 +195,15 @@ def test_an_answer_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPat
     leave.set()
     assert_problem(response, 503)
     assert "retry-after" in response.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/v1/models", "/nowhere", "/static/style.css"])
+def test_head_is_answered_as_get_without_the_body(path: str) -> None:
+    client = client_of()
+    found, asked = client.head(path), client.get(path)
+    assert (found.status_code, found.content) == (asked.status_code, b"")
+    assert found.headers["content-length"] == str(len(asked.content))
+    assert client.head("/v1/estimate").status_code == 405
 
 
 # -- where requests come from -----------------------------------------------------------------------------------------------------------

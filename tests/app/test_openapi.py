@@ -8,22 +8,25 @@ from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance, unsupported_method
 from starlette.testclient import TestClient
 
+from app import examples
 from app.configuration import Configuration
 from app.http import create_app
 from tests import mock_hub as mocked
+from tests.app.test_http import unnamed
 
 CASES = int(os.environ.get("VRAMPLAN_FUZZ_CASES", "3"))
 """For each operation."""
 
 FOLDER = TemporaryDirectory(prefix="vramplan-fuzz-")
 APP = create_app(Configuration(hub_endpoint="http://127.0.0.1:9", rate_limit="none", database_url=f"sqlite:///{FOLDER.name}/state.sqlite3"))
-WHOLE = schemathesis.openapi.from_asgi("/openapi.json", APP)
+WHOLE = schemathesis.openapi.from_asgi("/openapi.json", APP, timeout=60)
 # A trace takes seconds, since the libraries run.
 QUICK, TRACES = WHOLE.exclude(path="/v1/trace"), WHOLE.include(path="/v1/trace")
 
@@ -71,11 +74,46 @@ def test_every_operation_documents_its_errors_as_problems() -> None:
             assert operation["summary"]
 
 
-def test_examples_of_answers_are_answers() -> None:
-    paths = TestClient(APP).get("/openapi.json").json()["paths"]
-    for path in ("/v1/estimate", "/v1/check"):
-        operation = paths[path]["post"]
-        asked = next(iter(operation["requestBody"]["content"]["application/json"]["examples"].values()))["value"]
-        (shown,) = operation["responses"]["200"]["content"]["application/json"]["examples"].values()
-        found = TestClient(APP).post(path, json=asked).json()
-        assert set(shown["value"]) == set(found)
+def test_every_operation_shows_what_it_answers_and_what_it_is_asked() -> None:
+    document = TestClient(APP).get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            contents = [response["content"]["application/json"] for code, response in operation["responses"].items() if code < "300"]
+            if method == "post" and path != "/v1/calibrations":
+                asked = operation["requestBody"]["content"]["application/json"]
+                assert set(asked["schema"]) == {"$ref"}
+                assert asked["examples"], path
+            for content in contents:
+                (shown,) = content["examples"].values()
+                schema = content["schema"]
+                jsonschema_rs.validate({**schema, "components": document["components"]}, shown["value"])
+                assert unnamed(shown["value"], schema, document["components"]["schemas"]) == [], path
+                name = schema["$ref"].rpartition("/")[2]
+                assert set(shown["value"]) >= set(document["components"]["schemas"][name]["required"])
+
+
+def test_what_is_listed_and_converted_is_in_fields_that_the_document_names() -> None:
+    client = TestClient(APP)
+    document = client.get("/openapi.json").json()
+    (trainer_file,) = examples.CONVERT.values()
+    answers = {
+        ("get", "/v1/models"): client.get("/v1/models"),
+        ("get", "/v1/models/{model_id}"): client.get("/v1/models/google/gemma-2-2b"),
+        ("get", "/v1/gpus"): client.get("/v1/gpus"),
+        ("get", "/readyz"): client.get("/readyz"),
+        ("post", "/v1/convert"): client.post("/v1/convert", json={**trainer_file["value"], "write": "llamafactory"}),
+    }
+    for (method, path), response in answers.items():
+        assert response.status_code == 200, response.text
+        schema = document["paths"][path][method]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema_rs.validate({**schema, "components": document["components"]}, response.json())
+        assert unnamed(response.json(), schema, document["components"]["schemas"]) == []
+
+
+def test_fields_that_the_command_line_explains_are_explained_in_the_document() -> None:
+    schemas = TestClient(APP).get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["EstimateRequest"]["properties"]["pytorch_cuda_alloc_conf"]["description"] == "The environment variable of the run."
+    assert schemas["PeftFields"]["properties"]["r"]["description"] == "rank"
+    assert schemas["PlanRequest"]["properties"]["policy"]["description"].startswith("Whether a plan for one card leaves room")
+    without = [field for field, one in schemas["HardwareFields"]["properties"].items() if "description" not in one]
+    assert without == []

@@ -21,13 +21,19 @@ import app.page
 from app import copies, examples, presets, sections
 from app.chart import WIDTH, chart_of
 from app.cli import cli
+from app.configuration import Configuration
 from app.form import Form, fields
 from app.holding import cards_that_hold
 from app.http import create_app
 from app.service import answer
 from app.wording import headline
 from estimator.errors import RequestError, TraceError
+from estimator.inventory_codec import encode
+from estimator.sources.cache import InventoryCache
+from estimator.sources.process import Inspector
+from estimator.sources.resolve import resolve
 from estimator.sources.tracing import Tracer
+from tests import mock_hub as mocked
 
 FIRST = presets.first()
 STATIC = Path(app.page.__file__).parent / "static"
@@ -381,7 +387,7 @@ def test_a_step_that_has_to_be_traced_holds_up_no_page(client: TestClient, untra
         assert "not_modelled" not in text
         assert 'name="show" value="step"' in text
         (address,) = set(re.findall(r'hx-get="(/page/answer[^"]+)"', text))
-        assert "wait=1" in address
+        assert "wait=step" in address
     for path in (html.unescape(address), f"{form.address}&show=step"):
         text = client.get(path).text
         assert untraced.pop() == "trace"
@@ -404,10 +410,63 @@ def test_a_load_that_is_too_much_alone_is_said_before_any_trace(client: TestClie
 def test_a_long_form_waits_for_its_trace_by_post(client: TestClient, untraced: list[str]) -> None:
     long = TRACED.edited(extra=orjson.dumps({"hardware": {"deepspeed": {"x": "y" * 8000}}}).decode())
     text = client.post("/", data=dict(long.values)).text
-    assert """hx-vals='{"wait": "1"}'""" in text
+    assert """hx-vals='{"wait": "step"}'""" in text
     assert untraced == []
-    client.post("/page/answer", data={**long.values, "wait": "1"})
+    client.post("/page/answer", data={**long.values, "wait": "step"})
     assert untraced != []
+
+
+# -- a model that has to be looked up ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A process that builds gpt2, whatever it is asked for; what is asked of it."""
+    asked: list[str] = []
+    gpt2 = encode(resolve("gpt2").inventory)
+
+    def run(_: Inspector, task: str, payload: dict[str, Any]) -> Any:
+        asked.append(task)
+        return {**gpt2, "content_hash": payload["content_hash"]}
+
+    monkeypatch.setattr(Inspector, "run", run)
+    cache = InventoryCache(None)
+    monkeypatch.setattr("estimator.sources.resolve.default_cache", lambda: cache)
+    return asked
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_model_that_has_to_be_looked_up_holds_up_no_page(built: list[str], beside: bool) -> None:
+    with mocked.serving() as mock, TestClient(create_app(Configuration(hub_endpoint=mock.endpoint))) as client:
+        mock.repositories["gpt2"] = {"config.json": orjson.dumps({**resolve("gpt2").config, "_name_or_path": f"{beside}"})}
+        form = SMALL.edited(against=SMALL.edited(model="owner/gpt2").query) if beside else SMALL.edited(model="owner/gpt2")
+        for path in ("/", "/page/answer"):
+            text = client.get(path, params=dict(form.values)).text
+            assert (mock.requests, built) == ([], [])
+            assert "has to be looked up first" in text
+            assert 'name="show" value="model"' in text
+            (address,) = set(re.findall(r'hx-get="(/page/answer[^"]+wait=model)"', text))
+        assert "Fits on Tesla T4" in client.get(html.unescape(address)).text
+        assert (len(mock.requests), built) == (1, ["inventory"])
+        assert "Fits on Tesla T4" in client.get("/", params=dict(form.values)).text
+        assert (len(mock.requests), built) == (1, ["inventory"])
+
+
+def test_a_pasted_config_that_has_to_be_built_is_waited_for_where_it_is_asked_for(client: TestClient, built: list[str]) -> None:
+    config = {**resolve("gpt2").config, "_name_or_path": "pasted"}
+    form = Form.of({**SMALL.request(), "model": {"config": config}})
+    assert "has to be looked up first" in client.get("/", params=dict(form.values)).text
+    assert built == []
+    assert "Fits on Tesla T4" in client.get("/", params={**form.values, "show": "model"}).text
+    assert built == ["inventory"]
+
+
+def test_what_is_no_model_is_said_before_anything_is_looked_up(client: TestClient, built: list[str]) -> None:
+    for form in (SMALL.edited(model="../x"), Form.of({**SMALL.request(), "model": {"config": {**CONFIG, "hidden_size": -1}}})):
+        response = client.get("/", params=dict(form.values))
+        assert response.status_code == 422
+        assert "looked up" not in response.text
+    assert built == []
 
 
 # -- taken along ------------------------------------------------------------------------------------------------------------------------

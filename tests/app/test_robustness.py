@@ -1,6 +1,7 @@
-"""Whatever is asked, the answer is an answer or a refusal."""
+"""Whatever is asked, the answer is an answer or a refusal. `make fuzz` asks as often as the number of cases below says there."""
 
 import copy
+import os
 import time
 from typing import Any
 
@@ -22,6 +23,9 @@ from app.request import (
     Request,
     TrainingFields,
 )
+
+REQUESTS = int(os.environ.get("VRAMPLAN_FUZZ_REQUESTS", "150"))
+CONFIGS = int(os.environ.get("VRAMPLAN_FUZZ_CONFIGS", "40"))
 
 CLIENT = TestClient(create_app(), raise_server_exceptions=False)
 SECTIONS: dict[str, list[str]] = {
@@ -49,7 +53,7 @@ VALUES = st.recursive(
 FIELDS = st.sampled_from([(section, name) for section, names in SECTIONS.items() for name in names])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=REQUESTS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([e["value"] for e in examples.ESTIMATE.values()]), st.lists(st.tuples(FIELDS, VALUES), min_size=1, max_size=3))
 def test_a_request_with_any_values_gets_200_or_422(example: dict[str, Any], changes: list[tuple[tuple[str, str], Any]]) -> None:
     request = copy.deepcopy(example)
@@ -91,7 +95,7 @@ TINY: dict[str, Any] = {
 CONFIG_FIELDS = st.sampled_from([*((name,) for name in TINY), ("rope_scaling", "factor"), ("rope_scaling", "rope_type"), ("text_config",)])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=CONFIGS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(CONFIG_FIELDS, VALUES), min_size=1, max_size=3))
 def test_a_config_with_any_values_gets_200_or_422(changes: list[tuple[tuple[str, ...], Any]]) -> None:
     config = copy.deepcopy(TINY)
@@ -101,9 +105,9 @@ def test_a_config_with_any_values_gets_200_or_422(changes: list[tuple[tuple[str,
             target = target.get(name)
         if isinstance(target, dict):
             target[path[-1]] = value
-    start = time.perf_counter()
+    start = time.process_time()  # what else the machine does is no matter here
     response = CLIENT.post("/v1/estimate", json={"model": {"config": config}, "dtype": "bfloat16"})
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert response.status_code in (200, 422), (config, response.text)
     refused_by_bounds = "accepted: " in response.text
     assert seconds < 2 or not refused_by_bounds, (config, seconds, response.text)

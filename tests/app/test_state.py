@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import func, insert, inspect, select, text
+from sqlalchemy import event, func, insert, inspect, select, text
 
 from app.state import corrections, keys, measurements, public
 from app.state.database import HEAD, Database
@@ -263,6 +263,86 @@ def test_what_was_acknowledged_survives_a_kill(database: Database, url: str, key
 @pytest.mark.slow
 def test_what_was_acknowledged_survives_a_hundred_kills(database: Database, url: str, key: str) -> None:
     kill_while_writing(database, url, key, 100)
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------------------------
+
+
+FILL_CONFIGS = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)
+INSERT INTO public_configs SELECT 'https://hub', 'filled/' || i || '/' || :number, 'main', '0', '{}', i FROM n
+"""
+FILL_INVENTORIES = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)
+INSERT INTO public_inventories SELECT lower(hex(randomblob(32))), '{}', i FROM n
+"""
+FILL_MEASUREMENTS = """
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :number)
+INSERT INTO measurements SELECT lower(hex(randomblob(32))), :key, 'accepted', '[]', '{}', i FROM n
+"""
+
+
+@pytest.mark.parametrize(
+    ("cached", "posted"), [pytest.param(10_000, 10_000, id="CI"), pytest.param(10_000, 1_000_000, id="million", marks=pytest.mark.slow)]
+)
+def test_what_a_request_costs_does_not_grow_with_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: int, posted: int
+) -> None:
+    """Counted in instructions of SQLite's machine, which a look through a table would multiply."""
+    monkeypatch.setattr(public, "_LOOK_EVERY", 10**9)  # whoever writes looks once in so many for too many rows: bounded by their number
+    database = Database(f"sqlite:///{tmp_path / 'state.sqlite3'}")
+    database.migrate()
+    found = keys.find(database, secret := keys.create(database, "somebody", is_trusted=True))
+    assert found is not None
+    owner, inventory, number, count = found.id, resolve("gpt2").inventory, 0, 0
+
+    def count_one() -> None:
+        nonlocal count
+        count += 1
+
+    event.listen(database._engine, "checkout", lambda connection, *_: connection.set_progress_handler(count_one, 1))
+
+    def costs() -> dict[str, int]:
+        nonlocal number, count
+        number += 1
+        place = ("https://hub", f"owner/{number}", "main")
+        store, posted_now = SqlStore(database, fresh_seconds=0), record(error=str(number))
+        asked: dict[str, Callable[[], object]] = {
+            "keep a config": lambda: store.keep_config(place, HubConfig(config={}, revision=COMMIT, is_public=True)),
+            "read a config": lambda: SqlStore(database, fresh_seconds=600).config(place),
+            "miss a config": lambda: SqlStore(database, fresh_seconds=600).config(("https://hub", "no/model", "main")),
+            "keep an inventory": lambda: SqlInventories(database).put(inventory),
+            "read an inventory": lambda: SqlInventories(database).get(inventory.content_hash),
+            "a key": lambda: keys.find(database, secret),
+            "post": lambda: measurements.keep(database, posted_now, owner, ()),
+            "post again": lambda: measurements.keep(database, posted_now, owner, ()),
+            "look up": lambda: measurements.find(database, measurements.hash_of(posted_now)),
+            "quarantine": lambda: measurements.quarantined(database),
+            "in force": lambda: corrections.current_version(database),
+            "history": lambda: corrections.history(database),
+            "ready": database.ping,
+        }
+        taken = {}
+        for name, ask in asked.items():
+            count = 0
+            ask()
+            taken[name] = count
+        return taken
+
+    def fill(configs: int, records: int) -> None:
+        with database.writing() as connection:
+            connection.execute(text(FILL_CONFIGS), {"number": configs})
+            connection.execute(text(FILL_INVENTORIES), {"number": configs})
+            connection.execute(text(FILL_MEASUREMENTS), {"number": records, "key": owner})
+
+    fill(10, 100)
+    costs()  # what is done once
+    before = costs()
+    fill(cached, posted)
+    after = costs()
+    database.close()
+    assert min(before.values()) > 0
+    assert after == {name: pytest.approx(steps, rel=0.1) for name, steps in before.items()}
 
 
 # -- corrections ------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import xml.etree.ElementTree as ET
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_the_picture_is_well_formed_and_carries_no_markup_of_a_stranger() -> Non
     labels = [element.text for element in drawn.iter() if element.text]
     assert any("Llama-3.1-8B" in label for label in labels)
     assert len([element for element in drawn.iter() if element.tag.endswith("polyline")]) == 2
+
+
+def test_a_picture_in_a_page_takes_its_paper_and_ink() -> None:
+    found = sweep(request())
+    assert "#ffffff" in svg_of(found)
+    shown = svg_of(found, standalone=False)
+    assert not {"#ffffff", "#000000"} & set(re.findall("#[0-9a-f]{6}", shown))
+    assert 'fill="currentColor"' in shown
 
 
 def test_without_a_card_there_is_no_verdict_and_still_a_picture() -> None:
