@@ -1,4 +1,4 @@
-"""What is known so far, kept line by line so that a stopped run goes on where it was."""
+"""What is known so far, kept line by line so that a stopped run goes on where it was, and with the table so that the next one does too."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from estimator.sources.cache import library_versions
 
 ROOT = Path(__file__).parents[2]
-FILE = ROOT / "build" / "coverage.jsonl"
+FILE = Path(__file__).parent / "records.jsonl"
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
 _TRACED_BY = (*sorted((ROOT / "estimator").rglob("*.py")), *sorted((ROOT / "tests" / "coverage").glob("*.py")))
@@ -44,11 +44,20 @@ class Records:
         """How many results another version of our own code or of a library gave."""
         return sum(mark != stamp() for mark in self._stamps.values())
 
+    def is_of_other_code(self, key: str) -> bool:
+        """Whether the result of a key is there, and another version gave it."""
+        return self._stamps.get(key, stamp()) != stamp()
+
     def add(self, key: str, value: Any) -> None:
         self.results[key], self._stamps[key] = value, stamp()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as lines:
             lines.write(json.dumps([key, stamp(), value]) + "\n")
+
+    def tidy(self) -> None:
+        """Leaves the last line of each key, in order."""
+        last = {key: [key, mark, value] for key, mark, value in _lines(self.file)}
+        self.file.write_text("".join(json.dumps(last[key]) + "\n" for key in sorted(last)))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str, Any]]:

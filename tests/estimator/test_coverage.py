@@ -62,6 +62,13 @@ def test_layers_that_are_passed_over_by_number_keep_their_place() -> None:
     assert splice_difference(model, CHECKPOINTED) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_cache_that_layers_keep_while_training_is_found_by_those_that_are_left() -> None:
+    """Gemma 3's decoder is not told to keep none, and its cache has a place for every layer of the config."""
+    text = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 16}
+    plain = Cell(method="full", attention=Attention.SDPA, checkpointing=False)
+    assert splice_difference(small("gemma3", text_config=text), plain) == 0.0
+
+
 @pytest.mark.parametrize("name", ["beam", "diffllama", "llama"])
 def test_what_only_numbers_or_scales_a_layer_makes_no_kind_of_its_own(name: str) -> None:
     config = architectures.default_config(name)
