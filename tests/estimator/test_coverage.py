@@ -157,6 +157,6 @@ def test_the_program_of_a_scan_over_chunks_is_asked_for_again_at_its_own_length(
     subject = Subject(config=model.config, inventory=model.inventory)
     found = {length: tracer.step(subject, training(3, length, method="full")).program for length in (300, 777)}
     for length, program in found.items():
-        timeline = tracer.timeline(subject, training(3, length, method="full"))
+        timeline = tracer.timeline(subject, training(3, length, method="full")).timeline
         rounded = {phase.value: max(sum(s.items(3, length).values()) for s in snapshots) for phase, snapshots in program.peaks.items()}
         assert rounded == above_stored(timeline)
