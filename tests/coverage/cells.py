@@ -92,7 +92,7 @@ def outcome(architecture: Architecture, cell: Cell) -> Outcome:
         return Outcome(outcome="slow", reason=f"more than {_SECONDS} s of processor time")
     except BuildError as error:
         kind = "refused" if isinstance(error, RefusedError) else "values" if isinstance(error, NeedsValuesError) else "failed"
-        if kind == "failed" and stops_in_reality(architecture.name, cell.method, error.message):
+        if kind == "failed" and stops_in_reality(architecture.name, cell.method, error.message, checkpointing=cell.checkpointing):
             kind = "refused"
         return Outcome(outcome=kind, reason=error.message, seconds=round(process_time() - start, 1))
     return Outcome(**found, seconds=round(process_time() - start, 1))

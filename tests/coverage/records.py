@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,15 +42,16 @@ class Records:
         self._stamps = {key: mark for key, mark, _ in kept}
 
     @property
-    def of_other_code(self) -> int:
-        """How many results another version of our own code or of a library gave."""
-        return sum(mark != stamp() for mark in self._stamps.values())
+    def of_other_code(self) -> Mapping[str, int]:
+        """How many results another version of our own code or of a library gave, by date; "" where it was not noted."""
+        return Counter(str(self.results[key].get("date", "")) for key, mark in self._stamps.items() if mark != stamp())
 
     def is_of_other_code(self, key: str) -> bool:
         """Whether the result of a key is there, and another version gave it."""
         return self._stamps.get(key, stamp()) != stamp()
 
-    def add(self, key: str, value: Any) -> None:
+    def add(self, key: str, value: Mapping[str, Any]) -> None:
+        value = {**value, "date": date.today().isoformat()}
         self.results[key], self._stamps[key] = value, stamp()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as lines:

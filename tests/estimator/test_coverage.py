@@ -21,7 +21,7 @@ from estimator.traced_step import NotOneProgramError
 from tests.coverage import architectures
 from tests.coverage.architectures import Architecture, architecture
 from tests.coverage.cells import Cell, above_stored, splice_difference
-from tests.coverage.stops import STOPS
+from tests.coverage.stops import STOPS, Stop
 from tests.estimator.real_models import inventory_of, meta_model
 from tests.estimator.recipes import training
 
@@ -100,6 +100,18 @@ def test_experts_that_run_one_by_one_get_the_tokens_that_are_stated(routing: str
     assert set(products) == {rows}
 
 
+@pytest.mark.parametrize(("routing", "rows"), [("balanced", 2 * 64 * 2 // 8), ("worst", 2 * 64)])
+def test_experts_that_are_counted_from_a_table_of_choices_get_the_tokens_that_are_stated(routing: str, rows: int) -> None:
+    """JetMoE sums a table of tokens by experts, in floating point, to lists that it splits by."""
+    model = small("jetmoe", num_hidden_layers=2, hidden_size=64, intermediate_size=32, kv_channels=16, vocab_size=512)
+    plain = training(2, 64, method="full", checkpointing=False)
+    traced = Session(payload(model.config, plain) | {"routing": routing}).run((2, 64))
+    products = [
+        a.shape[0] for a in traced.allocations if a.module.endswith("mlp.input_linear") and a.operator == "mm" and a.phase == "forward"
+    ]
+    assert set(products) == {rows}
+
+
 @pytest.mark.slow
 def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None:
     session = Session(payload(architecture("bamba").config, training(3, 777, method="full")))
@@ -133,9 +145,11 @@ def test_what_a_library_refuses_is_told_apart_from_what_needs_values() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # peft's own defaults for LongCat
-@pytest.mark.parametrize(("name", "method"), [key for key in STOPS if key[0] != "llama4"])
-def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, method: str, tmp_path: Path) -> None:
-    stop = STOPS[name, method]
+@pytest.mark.parametrize(
+    ("name", "method", "stop"),
+    [(name, method, stop) for stop in STOPS for name in stop.names for method in stop.methods if name != "llama4"],
+)
+def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, method: str, stop: Stop, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**stop.config), dtype=torch.bfloat16)
     if method == "qlora":
         model.save_pretrained(tmp_path)
@@ -143,7 +157,9 @@ def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, met
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
     if method != "full":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-        model.enable_input_require_grads()
+        if stop.checkpointing is not False:
+            model.enable_input_require_grads()
+    model.config.use_cache = False
     ids = torch.randint(3, 300, (2, 32))
     with pytest.raises((AttributeError, RuntimeError, ValueError), match=stop.real), torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(input_ids=ids, labels=ids)
