@@ -98,11 +98,7 @@ class Answerer:
             )
         if step.routing_matters:
             worst = analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak
-            yield Notice(
-                code="expert_routing",
-                message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same "
-                f"experts, the peak would be {gib(worst.allocated_bytes)} instead of {gib(balanced.peak.allocated_bytes)}.",
-            )
+            yield routing_notice(worst.allocated_bytes, balanced.peak.allocated_bytes)
 
     def check_traceable(self, recipe: Recipe) -> None:
         """Refuses what a trace cannot stand for.
@@ -153,6 +149,20 @@ class Answerer:
             return f"objective {recipe.training.objective.kind.value!r}"
         modelled = why_not_modelled(self.inventory, recipe) is None
         return f"this recipe on {self.inventory.model_type}" if modelled else self.inventory.model_type
+
+
+def routing_notice(worst_bytes: int, balanced_bytes: int) -> Notice:
+    """Says what tokens that all go to the same experts would take.
+
+    Args:
+        worst_bytes: allocated at the peak then [bytes].
+        balanced_bytes: allocated at the peak that is answered, with tokens spread evenly [bytes].
+    """
+    return Notice(
+        code="expert_routing",
+        message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same "
+        f"experts, the peak would be {gib(worst_bytes)} instead of {gib(balanced_bytes)}.",
+    )
 
 
 def _is_installed(name: str, stack: Stack) -> bool:

@@ -145,6 +145,7 @@ def print_trace(console: Console, answer: Json) -> None:
             kind = f"{row['dtype']} {row['shape']}"
             table.add_row(gib(row["bytes"]), row["item"], f"{row['count']} ×", escape(f"{kind}  {row['module']} {row['operator']}"))
         console.print(table)
+    _print_notices(console, answer)
 
 
 def _print_skyline(console: Console, columns: Iterable[Json]) -> None:
@@ -265,11 +266,15 @@ def _phase_table(answer: Json, *, bar_width: int) -> RenderableType:
     return table
 
 
-def _print_warnings(console: Console, answer: Json) -> None:
+def _print_notices(console: Console, answer: Json) -> None:
     if answer["warnings"]:
         console.print()
     for warning in answer["warnings"]:
         console.print(f"[yellow]{escape(warning['code'])}[/] {escape(warning['message'])}", highlight=False)
+
+
+def _print_warnings(console: Console, answer: Json) -> None:
+    _print_notices(console, answer)
     if answer["ignored"]:
         console.print(f"no bearing on memory: {escape(', '.join(answer['ignored']))}", style="dim", highlight=False)
 

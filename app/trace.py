@@ -2,7 +2,7 @@
 
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,17 +11,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from app.answer import SCHEMA_VERSION, Json, render_recipe, render_stack
+from app.engine import routing_notice
 from app.reading import read_estimate
 from app.service import Case, prepare
 from app.timeline_chart import Column, chart, columns_of
 from estimator.allocator_settings import parse_settings
 from estimator.device import context_bytes, library_bytes
 from estimator.errors import RequestError
+from estimator.estimate import Notice
 from estimator.memory_snapshot import memory_snapshot
 from estimator.phases import Phase
 from estimator.replay import Replay, replay
 from estimator.sources.tracing import default_tracer
-from estimator.timeline import Allocation, Timeline
+from estimator.timeline import Allocation, PhasePeak, Timeline
 from estimator.units import gib
 from estimator.whole_run import whole_run
 
@@ -37,6 +39,8 @@ class TracedRun:
     timeline: Timeline
     replay: Replay
     settings: str
+    worst_routing_bytes: int | None = None
+    """Allocated at the peak if all tokens chose the same experts; None where sizes do not depend on the choice [bytes]."""
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -62,17 +66,28 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
         raise RequestError("training: is required: what is traced is a training step", field="training")
     case.answerer.check_traceable(case.recipe)
     step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers)
-    run = whole_run(step, case.inventory, case.recipe)
+    run = whole_run(step.timeline, case.inventory, case.recipe)
     outside = context_bytes(case.recipe.num_multiprocessors) + library_bytes()
     capacity = None if usable_bytes is None else max(0, usable_bytes - outside)
     replayed = replay(run.timeline, options, capacity_bytes=capacity, cache_emptied_after=[run.cache_emptied_after])
-    return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings)
+    worst = _worst_routing(case, all_layers=all_layers) if step.routing_matters else None
+    return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings, worst_routing_bytes=worst)
+
+
+def _worst_routing(case: Case, *, all_layers: bool) -> int:
+    step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers, routing="worst")
+    return _worst(whole_run(step.timeline, case.inventory, case.recipe).timeline).allocated_bytes
+
+
+def _worst(timeline: Timeline) -> PhasePeak:
+    return max(timeline.peaks().values(), key=lambda peak: peak.allocated_bytes)
 
 
 def answer_trace(run: TracedRun) -> Json:
     """The traced run as JSON."""
     peaks = run.timeline.peaks()
-    worst = max(peaks.values(), key=lambda peak: peak.allocated_bytes)
+    worst = _worst(run.timeline)
+    alive = {phase: run.timeline.alive(peak.event) for phase, peak in peaks.items()}
     at_peak = run.replay.peak()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -86,7 +101,8 @@ def answer_trace(run: TracedRun) -> Json:
                 "phase": phase.value,
                 "allocated_bytes": peaks[phase].allocated_bytes,
                 "items": [{"name": name, "bytes": num_bytes} for name, num_bytes in sorted(run.timeline.items(peaks[phase].event).items())],
-                "largest": _largest(run.timeline.alive(peaks[phase].event)),
+                "modules": _modules(alive[phase]),
+                "largest": _largest(alive[phase]),
             }
             for phase in Phase
             if phase in peaks
@@ -113,7 +129,21 @@ def answer_trace(run: TracedRun) -> Json:
                 for column in run.columns
             ],
         },
+        "warnings": [{"code": notice.code, "message": notice.message} for notice in _notices(run, worst)],
     }
+
+
+def _notices(run: TracedRun, peak: PhasePeak) -> Iterator[Notice]:
+    if run.worst_routing_bytes is not None:
+        yield routing_notice(run.worst_routing_bytes, peak.allocated_bytes)
+
+
+def _modules(alive: Sequence[Allocation]) -> list[Json]:
+    """All that is alive, by the module that made it or the tensor that is stored: layers are taken together, "" is outside of any."""
+    sizes: Counter[str] = Counter()
+    for allocation in alive:
+        sizes[_without_numbers(allocation.module)] += allocation.allocated_bytes
+    return [{"module": module, "bytes": size} for module, size in sizes.most_common()]
 
 
 def svg_of(run: TracedRun, *, standalone: bool = True) -> str:
@@ -122,8 +152,7 @@ def svg_of(run: TracedRun, *, standalone: bool = True) -> str:
     Args:
         standalone: whether it carries its own colours, as a file does; a page has them in its style sheet.
     """
-    peaks = run.timeline.peaks()
-    worst = max(peaks.values(), key=lambda peak: peak.allocated_bytes)
+    worst = _worst(run.timeline)
     columns = run.columns
     lines = [
         f"{gib(row['bytes'])}  {row['item']}: {row['count']} × {row['dtype']} {row['shape']}  {row['module']} {row['operator']}".rstrip()

@@ -24,6 +24,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
 from transformers import GenerationMixin
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 AUTOCAST_KEY = "AutocastCPU"
 
@@ -365,6 +366,23 @@ def _optimize_model_for_decode(model: Any) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
+_make_window = DynamicSlidingWindowLayer.__init__
+
+
+def _make_window_without_its_size(layer: Any, *args: Any, **kwargs: Any) -> None:
+    _make_window(layer, *args, **kwargs)
+    layer._sliding_window_tensor = None
+
+
+def _window_with_its_size(layer: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    """The size of the window is made on the host and copied with the first keys; on the CPU the original would be the copy.
+
+    Source: transformers 5.23, cache_utils.py, DynamicSlidingWindowLayer.__init__ and lazy_initialization.
+    """
+    super(DynamicSlidingWindowLayer, layer).lazy_initialization(key_states, value_states)
+    layer._sliding_window_tensor = torch.tensor(layer.sliding_window, dtype=torch.long)
+
+
 @contextmanager
 def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tensor] | None = None) -> Iterator[None]:
     """Everything in this file at once, undone on exit.
@@ -400,6 +418,8 @@ def cuda_paths(*, fused_4bit: str = "never", attention: Callable[..., torch.Tens
             (LoraLinear, "get_delta_weight", _delta_weight),
             # the CPU would pack 4-bit weights anew, in another layout, for inference (bitsandbytes/nn/modules.py, Linear4bit.forward)
             (bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
+            (DynamicSlidingWindowLayer, "__init__", _make_window_without_its_size),
+            (DynamicSlidingWindowLayer, "lazy_initialization", _window_with_its_size),
             (GenerationMixin, "_optimize_model_for_decode", _optimize_model_for_decode),
             (dora, "dequantize_module_weight", _unpacked_weight),
         ):

@@ -53,6 +53,15 @@ class TracedStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedTimeline:
+    """A step's run at one size."""
+
+    timeline: Timeline
+    routing_matters: bool
+    """As of `TracedStep`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     """An answer of the guarded process."""
 
@@ -134,11 +143,12 @@ class Tracer:
                 return found.step
         raise TraceError(f"the step cannot be traced: {found.reason}", field="engine")
 
-    def timeline(self, subject: Subject, recipe: Recipe, *, all_layers: bool = False) -> Timeline:
+    def timeline(self, subject: Subject, recipe: Recipe, *, all_layers: bool = False, routing: str = "balanced") -> TracedTimeline:
         """Every allocation and release of the recipe's step; of its micro-batches two, since a third repeats the second.
 
         Args:
             all_layers: whether every layer runs; else a few of each kind stand for all.
+            routing: see `step`.
 
         Raises:
             as `program`.
@@ -146,11 +156,14 @@ class Tracer:
         training = recipe.training
         assert training is not None
         shown = replace(training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps))
-        payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers}
-        key = _key(payload, _scope(subject.is_public))
-        found = self._flights.once(key, lambda: decode_timeline(self._ask("timeline", payload)["timeline"]))
-        assert isinstance(found, Timeline)
+        payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers, "routing": routing}
+        found = self._flights.once(_key(payload, _scope(subject.is_public)), lambda: self._run(payload))
+        assert isinstance(found, TracedTimeline)
         return found
+
+    def _run(self, payload: Mapping[str, Any]) -> TracedTimeline:
+        data = self._ask("timeline", payload)
+        return TracedTimeline(timeline=decode_timeline(data["timeline"]), routing_matters=bool(data["routing_matters"]))
 
     def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
         key = _key(payload, _scope(is_public))

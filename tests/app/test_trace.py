@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_a_trace_tells_what_is_alive_at_each_peak(client: TestClient) -> None:
     phases = {phase["phase"]: phase for phase in traced["phases"]}
     assert list(phases) == ["load", "forward", "loss", "backward", "optimizer_step"]
     for phase in phases.values():
-        assert sum(item["bytes"] for item in phase["items"]) == phase["allocated_bytes"]
+        for parts in (phase["items"], phase["modules"]):
+            assert sum(part["bytes"] for part in parts) == phase["allocated_bytes"]
     assert traced["peak"]["allocated_bytes"] == max(phase["allocated_bytes"] for phase in phases.values())
     allocator = traced["allocator"]
     assert allocator["allocated_at_peak_bytes"] <= allocator["reserved_at_peak_bytes"] <= allocator["max_reserved_bytes"]
@@ -115,6 +117,20 @@ def test_a_trace_and_an_estimate_reserve_the_same(client: TestClient) -> None:
     traced = client.post("/v1/trace", json=asked).json()["allocator"]
     # the estimate has the ids of all micro-batches, and takes the stored tensors' sizes from the rows alone
     assert traced["max_reserved_bytes"] == pytest.approx(answer(asked)["peak"]["reserved_bytes"], abs=SMALL_SEGMENT_BYTES)
+
+
+def test_where_sizes_depend_on_the_choice_of_experts_a_trace_states_the_worst_case(client: TestClient) -> None:
+    """LongCat runs its experts one by one, so that one expert on all tokens holds more than several on a share each."""
+    sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 4, "vocab_size": 512, "ffn_hidden_size": 64}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "zero_expert_num": 0, "moe_topk": 2, "expert_ffn_hidden_size": 2048}
+    asked = request({"model_type": "longcat_flash", **sizes, **latent, **experts}, peft=None)
+    traced = client.post("/v1/trace", json=asked).json()
+    (stated,) = (warning["message"] for warning in traced["warnings"] if warning["code"] == "expert_routing")
+    worst, balanced = re.findall(r"([\d.]+) MiB", stated)
+    assert float(balanced) == pytest.approx(traced["peak"]["allocated_bytes"] / 2**20, abs=1)
+    assert float(worst) > float(balanced)
+    assert "expert_routing" in notices(answer({**asked, "engine": "trace"}))
 
 
 def test_the_picture_is_an_svg_with_the_peak_named(client: TestClient) -> None:

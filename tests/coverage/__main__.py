@@ -5,6 +5,7 @@
 --seconds N     start nothing new after N seconds
 --keep          take results of other versions of our own code
 --retry         trace again what was not traced
+--renew         trace again what other versions traced, and keep their results of what there is no time for
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    records = Records(any_stamp=options.keep)
+    records = Records(any_stamp=options.keep or options.renew)
     start = monotonic()
     names = tuple(options.only.split(",")) if options.only else architectures.names()
     for name, found in architectures.built(names):
@@ -45,7 +46,8 @@ def main(arguments: list[str]) -> int:
             if monotonic() - start > options.seconds:
                 break
             if records.results[name]["built"]:
-                _trace(architectures.architecture(name), chosen, records, retry=options.retry)
+                _trace(architectures.architecture(name), chosen, records, retry=options.retry, renew=options.renew)
+    records.tidy()
     text = table.markdown(records.results, of_other_code=records.of_other_code)
     if not options.only:
         table.FILE.write_text(text)
@@ -53,10 +55,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _trace(architecture: Architecture, chosen: str, records: Records, *, retry: bool) -> None:
+def _trace(architecture: Architecture, chosen: str, records: Records, *, retry: bool, renew: bool) -> None:
     for key, cell in _wanted(architecture, chosen):
         known = records.results.get(key)
-        if known is not None and not (retry and known.get("outcome") not in ("traced", "refused")):
+        is_wanted = (renew and records.is_of_other_code(key)) or (
+            retry and known is not None and known["outcome"] not in ("traced", "refused")
+        )
+        if known is not None and not is_wanted:
             continue
         result = _checked(architecture, cell, chosen) if chosen in ("reach", "splice") else asdict(outcome(architecture, cell))
         records.add(key, result)
@@ -92,6 +97,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--retry", action="store_true")
+    parser.add_argument("--renew", action="store_true")
     return parser.parse_args(arguments)
 
 

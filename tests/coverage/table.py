@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from estimator.sources.cache import library_versions
@@ -104,11 +105,11 @@ def summary(results: Results) -> str:
     return "\n".join(lines)
 
 
-def markdown(results: Results, *, of_other_code: int = 0) -> str:
+def markdown(results: Results, *, of_other_code: Mapping[str, int] = MappingProxyType({})) -> str:
     """The document.
 
     Args:
-        of_other_code: how many results an earlier version of the code gave.
+        of_other_code: how many results another version of the code gave, by date.
     """
     table = list(rows(results))
     versions = ", ".join(" ".join(pair) for pair in library_versions(("torch", "transformers", "peft", "bitsandbytes", "accelerate")))
@@ -135,7 +136,7 @@ def markdown(results: Results, *, of_other_code: int = 0) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _limits(table: Sequence[Row], of_other_code: int) -> Iterator[str]:
+def _limits(table: Sequence[Row], of_other_code: Mapping[str, int]) -> Iterator[str]:
     yield "What this shows and what it does not:"
     yield ""
     yield (
@@ -144,7 +145,8 @@ def _limits(table: Sequence[Row], of_other_code: int) -> Iterator[str]:
     )
     yield "- *Closed form* compares two engines of ours; an error that both make does not show."
     if of_other_code:
-        yield f"- {of_other_code} recipes were traced by an earlier version of the code or of a library and were not run again since."
+        dates = ", ".join(f"{number} {f'on {date}' if date else 'before 2026-11-30'}" for date, number in sorted(of_other_code.items()))
+        yield f"- {sum(of_other_code.values())} results are of an earlier version of the code or of a library: {dates}."
     for name, found in (("lengths", sum(bool(row.reach) for row in table)), ("splice", sum(bool(row.splice) for row in table))):
         if found < len(table):
             yield f"- *{name.capitalize()}* was tried for {found} of {len(table)} architectures; an empty cell is one that was not."

@@ -21,7 +21,7 @@ from estimator.traced_step import NotOneProgramError
 from tests.coverage import architectures
 from tests.coverage.architectures import Architecture, architecture
 from tests.coverage.cells import Cell, above_stored, splice_difference
-from tests.coverage.stops import STOPS
+from tests.coverage.stops import STOPS, Stop
 from tests.estimator.real_models import inventory_of, meta_model
 from tests.estimator.recipes import training
 
@@ -62,6 +62,13 @@ def test_layers_that_are_passed_over_by_number_keep_their_place() -> None:
     assert splice_difference(model, CHECKPOINTED) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_cache_that_layers_keep_while_training_is_found_by_those_that_are_left() -> None:
+    """Gemma 3's decoder is not told to keep none, and its cache has a place for every layer of the config."""
+    text = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 16}
+    plain = Cell(method="full", attention=Attention.SDPA, checkpointing=False)
+    assert splice_difference(small("gemma3", text_config=text), plain) == 0.0
+
+
 @pytest.mark.parametrize("name", ["beam", "diffllama", "llama"])
 def test_what_only_numbers_or_scales_a_layer_makes_no_kind_of_its_own(name: str) -> None:
     config = architectures.default_config(name)
@@ -90,6 +97,18 @@ def test_experts_that_run_one_by_one_get_the_tokens_that_are_stated(routing: str
     traced = session.run((2, 64))
     products = [a.shape[0] for a in traced.allocations if a.module.endswith("mlp.experts") and a.operator == "mm" and a.phase == "forward"]
     assert session.values.routing_matters
+    assert set(products) == {rows}
+
+
+@pytest.mark.parametrize(("routing", "rows"), [("balanced", 2 * 64 * 2 // 8), ("worst", 2 * 64)])
+def test_experts_that_are_counted_from_a_table_of_choices_get_the_tokens_that_are_stated(routing: str, rows: int) -> None:
+    """JetMoE sums a table of tokens by experts, in floating point, to lists that it splits by."""
+    model = small("jetmoe", num_hidden_layers=2, hidden_size=64, intermediate_size=32, kv_channels=16, vocab_size=512)
+    plain = training(2, 64, method="full", checkpointing=False)
+    traced = Session(payload(model.config, plain) | {"routing": routing}).run((2, 64))
+    products = [
+        a.shape[0] for a in traced.allocations if a.module.endswith("mlp.input_linear") and a.operator == "mm" and a.phase == "forward"
+    ]
     assert set(products) == {rows}
 
 
@@ -126,9 +145,11 @@ def test_what_a_library_refuses_is_told_apart_from_what_needs_values() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # peft's own defaults for LongCat
-@pytest.mark.parametrize(("name", "method"), [key for key in STOPS if key[0] != "llama4"])
-def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, method: str, tmp_path: Path) -> None:
-    stop = STOPS[name, method]
+@pytest.mark.parametrize(
+    ("name", "method", "stop"),
+    [(name, method, stop) for stop in STOPS for name in stop.names for method in stop.methods if name != "llama4"],
+)
+def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, method: str, stop: Stop, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**stop.config), dtype=torch.bfloat16)
     if method == "qlora":
         model.save_pretrained(tmp_path)
@@ -136,7 +157,9 @@ def test_where_a_trace_is_said_to_stop_with_reality_reality_stops(name: str, met
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
     if method != "full":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-        model.enable_input_require_grads()
+        if stop.checkpointing is not False:
+            model.enable_input_require_grads()
+    model.config.use_cache = False
     ids = torch.randint(3, 300, (2, 32))
     with pytest.raises((AttributeError, RuntimeError, ValueError), match=stop.real), torch.autocast("cpu", dtype=torch.bfloat16):
         model.train()(input_ids=ids, labels=ids)
@@ -150,6 +173,6 @@ def test_the_program_of_a_scan_over_chunks_is_asked_for_again_at_its_own_length(
     subject = Subject(config=model.config, inventory=model.inventory)
     found = {length: tracer.step(subject, training(3, length, method="full")).program for length in (300, 777)}
     for length, program in found.items():
-        timeline = tracer.timeline(subject, training(3, length, method="full"))
+        timeline = tracer.timeline(subject, training(3, length, method="full")).timeline
         rounded = {phase.value: max(sum(s.items(3, length).values()) for s in snapshots) for phase, snapshots in program.peaks.items()}
         assert rounded == above_stored(timeline)

@@ -13,7 +13,7 @@ from estimator.introspect.trace.routing import Routing
 
 # Masks, positions and choices of experts; a larger tensor has no known value.
 _LARGEST = 2**26
-_LARGEST_FLOAT = 64
+_LARGEST_FLOAT = 2**20
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _INDEX = torch.ops.aten.index.Tensor

@@ -123,6 +123,8 @@ def _keep_float32(model: Any, recipe: Recipe) -> None:
 def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
     """Leaves some layers of the list, and of every list of the config that has one entry per layer; lists of positions get the new ones.
 
+    So do the layers themselves: a cache made from the config finds the keys of each by its `layer_idx`.
+
     The number of layers in the config stays: tensors that hold something for every layer (Gemma 3n's embeddings) keep their shape.
     """
     parent_name, _, name = prefix.rpartition(".")
@@ -130,6 +132,10 @@ def _drop_layers(model: Any, prefix: str, kept: Sequence[int]) -> None:
     layers = getattr(parent, name)
     number = len(layers)
     setattr(parent, name, nn.ModuleList([layers[i] for i in kept]))
+    for new, old in enumerate(kept):
+        for module in layers[old].modules():
+            if getattr(module, "layer_idx", None) == old:
+                module.layer_idx = new
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         for field, value in list(vars(config).items()):
             if isinstance(value, (list, tuple)) and len(value) == number:

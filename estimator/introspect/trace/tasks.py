@@ -84,7 +84,11 @@ def timeline_task(payload: Mapping[str, Any]) -> dict[str, object]:
     training = session.recipe.training
     assert training is not None
     traced = session.run((training.micro_batch_size, training.sequence_length))
-    return {"timeline": encode_timeline(spliced(traced, session.sample.stands_for)), "layers": _layers(session.sample)}
+    return {
+        "timeline": encode_timeline(spliced(traced, session.sample.stands_for)),
+        "routing_matters": session.values.routing_matters,
+        "layers": _layers(session.sample),
+    }
 
 
 def _layers(chosen: Sample) -> dict[str, object]:
