@@ -281,8 +281,7 @@ def larger_cards(capacity_bytes: int, recipe: Recipe) -> list[Gpu]:
 
     A run in bfloat16 is not sent from a card that computes in it to one that emulates it.
     """
-    autocast = recipe.training.autocast_dtype if recipe.training is not None else None
-    keeps_native = DType.BFLOAT16 in (recipe.dtype, autocast) and recipe.compute_capability >= NATIVE_BFLOAT16
+    keeps_native = computes_in_bfloat16(recipe) and recipe.compute_capability >= NATIVE_BFLOAT16
     larger = [
         gpu
         for gpu in all_gpus()
@@ -292,6 +291,13 @@ def larger_cards(capacity_bytes: int, recipe: Recipe) -> list[Gpu]:
         and (gpu.compute_capability >= NATIVE_BFLOAT16 or not keeps_native)
     ]
     return sorted(larger, key=lambda gpu: (gpu.label_gb, _price(gpu), gpu.capacity_bytes))
+
+
+def computes_in_bfloat16(recipe: Recipe) -> bool:
+    """Whether weights, autocast or 4-bit products are of that type."""
+    training, quantization = recipe.training, recipe.quantization
+    products = quantization.compute_dtype if quantization is not None and quantization.kind.is_4bit else None
+    return DType.BFLOAT16 in (recipe.dtype, training.autocast_dtype if training is not None else None, products)
 
 
 def _price(gpu: Gpu) -> float:

@@ -208,6 +208,7 @@ _ANSWERS: Mapping[str, Json] = {
             "num_gpus": _COUNT,
             "strategy": _TEXT,
             "verdict": _VERDICT,
+            "emulates_bfloat16": _YES,
             "reserved_basis": _TEXT,
             **_SIZES,
             "capacity_bytes": _BYTES,

@@ -80,7 +80,8 @@ def print_which(console: Console, answer: Json) -> None:
         number = f"{row['num_gpus']} × " if row["num_gpus"] > 1 else ""
         table.add_row(
             escape(number + row["gpu"]),
-            f"[{_COLOURS[verdict]}]{verdict.replace('_', ' ')}[/]{'*' if row['reserved_basis'] == 'modelled' else ''}",
+            f"[{_COLOURS[verdict]}]{verdict.replace('_', ' ')}[/]{'*' if row['reserved_basis'] == 'modelled' else ''}"
+            f"{'°' if row['emulates_bfloat16'] else ''}",
             f"{row['per_device_train_batch_size']} × {row['gradient_accumulation_steps']}" if verdict == "fits" else "–",
             f"{row['max_length']:,}" if verdict == "fits" else "–",
             f"{gib(row['margin_bytes'])} to spare" if verdict == "fits" else f"{gib(row['missing_bytes'])} missing",
@@ -93,6 +94,8 @@ def print_which(console: Console, answer: Json) -> None:
     notes = ["~ a first estimate, from FLOPs and bandwidth; the lowest price of those known, on their date"]
     if any(row["reserved_basis"] == "modelled" for row in answer["gpus"]):
         notes.append("* modelled: what the allocator caches was not replayed; near a border a plan for the card may say otherwise")
+    if any(row["emulates_bfloat16"] for row in answer["gpus"]):
+        notes.append("° has no bfloat16 of its own, which is emulated slowly or refused; ask for float16, or filter by bf16")
     if any(row["verdict"] == "tight" for row in answer["gpus"]):
         notes.append("tight: the estimate fits, what is missing is its margin for errors")
     for note in notes:

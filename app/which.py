@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from app.answer import SCHEMA_VERSION, VERDICTS, Json, device_bytes
 from app.card import card_for
 from app.evaluation import evaluator_of
+from app.levers import NATIVE_BFLOAT16, computes_in_bfloat16
 from app.prices import current, price_json
 from app.request import PlanRequest
 from app.resolution import resolve_recipe
@@ -77,10 +78,13 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
         return evaluator, replace(goal, num_gpus=machine.num_gpus)
 
     works = _Works(inventory=case.inventory, recipes=recipes)
+    is_bfloat16 = computes_in_bfloat16(case.recipe)
 
     def shown(choice: Choice, basis: Basis) -> Json:
         offer = cheapest_of(choice, wanted)
-        return _row(choice, strategy, offer, basis) | _speed(choice, works, offer, request.epoch_tokens)
+        emulates = is_bfloat16 and choice.machine.gpu.compute_capability < NATIVE_BFLOAT16
+        row = _row(choice, strategy, offer, basis) | {"emulates_bfloat16": emulates}
+        return row | _speed(choice, works, offer, request.epoch_tokens)
 
     def order(row: Json) -> tuple[object, ...]:
         return VERDICTS.index(row["verdict"]), SORTS[request.sort](row), row["capacity_bytes"]

@@ -568,7 +568,14 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     training = recipe.training
     if training is not None:
         share = _prepared(inventory, structure).share
-        peaks = run_step(inventory, _as_run(structure, share), share.tensors, regime_of(recipe, inventory), names=True).peaks
+        peaks = run_step(
+            inventory,
+            _as_run(structure, share),
+            share.tensors,
+            regime_of(recipe, inventory),
+            names=True,
+            keeps_layer_inputs=share.keeps_layer_inputs,
+        ).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
         tensors = static_memory(inventory, structure).tensors
@@ -594,7 +601,7 @@ def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, re
     """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
-    return _step_program(inventory, _as_run(recipe, share), regime, tensors)
+    return _step_program(inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs)
 
 
 def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
@@ -606,7 +613,9 @@ def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, r
     share = prepared.share
     if not share.kept_gradients:
         return None
-    return _step_program(inventory, replace(_without_accumulation(recipe), parallel=Parallel()), regime, share.tensors)
+    return _step_program(
+        inventory, replace(_without_accumulation(recipe), parallel=Parallel()), regime, share.tensors, share.keeps_layer_inputs
+    )
 
 
 def _without_accumulation(recipe: Recipe) -> Recipe:
@@ -625,8 +634,11 @@ def _as_run(recipe: Recipe, share: Share) -> Recipe:
 
 
 @lru_cache(maxsize=256)
-def _step_program(inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None) -> Program:
-    return run_step(inventory, recipe, static_memory(inventory, recipe).tensors if tensors is None else tensors, regime)
+def _step_program(
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None, keeps_layer_inputs: bool = False
+) -> Program:
+    stored = static_memory(inventory, recipe).tensors if tensors is None else tensors
+    return run_step(inventory, recipe, stored, regime, keeps_layer_inputs=keeps_layer_inputs)
 
 
 @lru_cache(maxsize=64)

@@ -123,6 +123,16 @@ class Stack:
         return self.transformers < (5,)
 
     @property
+    def layers_are_checkpointed_from_outside(self) -> bool:
+        """Whether a checkpoint lies around the call of a decoder layer, and around whatever wraps it, and not within that call.
+
+        Source: transformers 4.51, models/llama/modeling_llama.py, LlamaModel.forward (`decoder_layer.__call__`); 4.53, modeling_layers.py,
+        GradientCheckpointingLayer.__call__, of every family. In 4.52 Llama, Mistral, Qwen2 and 13 others of the families have it already,
+        Gemma 2, Mixtral, GPT-2 and the rest do not: all of that version are taken for these, which hold more.
+        """
+        return self.transformers < (4, 53)
+
+    @property
     def sft_checkpoints_without_reentry(self) -> bool:
         """Whether SFTTrainer sets `use_reentrant=False` itself where transformers 4 would not.
 

@@ -82,13 +82,17 @@ def run_step(
     *,
     cuda_kernels: bool = True,
     names: bool = False,
+    keeps_layer_inputs: bool = False,
 ) -> Program:
     """Run forward, loss and backward of one micro-batch.
+
+    Args:
+        keeps_layer_inputs: see `Tape.keeps_layer_inputs`.
 
     Raises:
         KeyError: if the family is not known; callers ask `FAMILIES` first.
     """
-    step = _Step(inventory, recipe, stored, regime, cuda_kernels, names)
+    step = _Step(inventory, recipe, stored, regime, cuda_kernels, names, keeps_layer_inputs=keeps_layer_inputs)
     step.run()
     return _program(step, stored)
 
@@ -186,6 +190,7 @@ class _Step:
         spans: Spans | None = None,
         rows: Mapping[object, TokenRows] | None = None,
         log: Log | None = None,
+        keeps_layer_inputs: bool = False,
     ) -> None:
         self.inventory = inventory
         self.recipe = recipe
@@ -208,6 +213,7 @@ class _Step:
             cuda_kernels=cuda_kernels,
             names=names,
             training=training is not None,
+            keeps_layer_inputs=keeps_layer_inputs,
             log=log,
         )
         self.layer_types = layer_types(inventory)
@@ -237,6 +243,7 @@ class _Step:
         if isinstance(loss.node, Node):
             tape.backward(loss.node, tape.new(Extent(1), DType.FLOAT32))
         tape.note_peak()
+        tape.hooked.clear()
         tape.phase = Phase.OPTIMIZER_STEP
         del loss
 
@@ -587,6 +594,9 @@ class _Copy:
 
         def backward(node: Node, gradient: Value) -> Gradients:
             stay = dict(self.until_graph_goes)
+            if tape.keeps_layer_inputs and gradient.storage is not None:
+                stay |= {held: number for held, number in self.kept if held[0] is Item.CHECKPOINTS}
+                tape.grow(gradient.storage.item, gradient.storage.size)
             for held, number in self.kept:
                 tape.shrink(*held, number - stay.get(held, 0))
             for size in self.gradients:

@@ -216,6 +216,7 @@ class Tape:
         cuda_kernels: bool = True,
         names: bool = False,
         training: bool = True,
+        keeps_layer_inputs: bool = False,
         log: Log | None = None,
     ) -> None:
         self.log = log
@@ -230,6 +231,10 @@ class Tape:
         """Whether tensors carry the name of their module and operator, for explanations."""
         self.training = training
         """`module.training`: whether there is dropout."""
+        self.keeps_layer_inputs = keeps_layer_inputs
+        """Whether a hook holds on to inputs of reentrant checkpoints, and with them to their gradients, while the backward pass lasts."""
+        self.hooked: list[Value] = []
+        """What such hooks hold."""
         self.few_rows = False
         """Whether the batch is small enough for kernels that multiply by 4-bit weights as they are."""
         self.scope = ""
@@ -421,6 +426,8 @@ class Tape:
                 output = function(detached)
             assert isinstance(output.node, Node)
             self.backward(output.node, gradient)
+            if self.keeps_layer_inputs:
+                self.hooked += [value for value in (detached, arrived.gradient) if value is not None]
             return [arrived.gradient]
 
         node = self.node([argument], backward, [argument])

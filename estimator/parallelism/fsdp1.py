@@ -33,10 +33,11 @@ _TRAINS_FROZEN = Notice(
     message="FSDP1 holds a unit as one parameter: where some of it is trained, gradients are made of all of it, and under mixed precision "
     "all of it is kept in float32, frozen parameters included.",
 )
-_ADAPTERS = Notice(
-    code="fsdp1_adapters_may_take_more",
-    message="published FSDP1 runs with LoRA (Mistral-7B on two A100s, fms-acceleration) held 3 to 13 % more than this kind of answer, "
-    "about one float32 copy of the logits, for no reason that is known; those of full fine-tuning did not.",
+_KEEPS_LAYER_INPUTS = Notice(
+    code="fsdp1_keeps_layer_inputs",
+    message="a hook of FSDP1 on frozen layers holds the input of every layer and its gradient until the backward pass ends, since "
+    "gradient_checkpointing is reentrant and transformers before 4.53 puts it around FSDP's units; "
+    'gradient_checkpointing_kwargs={"use_reentrant": False} holds neither.',
 )
 
 
@@ -205,6 +206,8 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     options = recipe.parallel.fsdp
     units = units_of(recipe, static.tensors)
     accumulates = training.gradient_accumulation_steps > 1
+    recomputes = _recomputes_units(recipe)
+    keeps_layer_inputs = recomputes and any(not layer[0].trains for layer in units.layers)
     parameters = {item: sum(u.shard_bytes for u in units.all if _item(u) is item) for item in _PARAMETERS}
     sharded_gradients = sum(u.sharded_gradient_bytes for u in units.all)
     trained = tuple(part for unit in units.all for part in unit.as_trained(rank=0))
@@ -236,24 +239,40 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
         gradients_rest=options.use_orig_params,
         waiting_gradients_bytes=sum(u.flat_gradient_bytes for u in units.all) if accumulates else 0,
         gradients_have_places=True,
+        keeps_layer_inputs=keeps_layer_inputs,
         kept_gradients=Fraction(sharded_gradients, max(gradient_bytes(tensors), 1)),
         update_temporary_bytes=temporary,
         paged_bytes=sum(s.paged_bytes for s in states),
-        communication=_communication(units, options),
+        communication=_communication(units, options, recomputes=recomputes),
         ending_communication_bytes=_ending_bytes(units),
         host_bytes=host,
         outside_bytes=communicator_bytes(recipe.parallel.num_gpus),
-        notices=_notices(recipe, trains_frozen=trains_frozen),
+        notices=_notices(recipe, trains_frozen=trains_frozen, keeps_layer_inputs=keeps_layer_inputs),
     )
 
 
-def _notices(recipe: Recipe, *, trains_frozen: bool) -> tuple[Notice, ...]:
+def _recomputes_units(recipe: Recipe) -> bool:
+    """Whether layers run without gradients first, and for the backward pass again, each as a unit of FSDP.
+
+    In the second run torch hooks the input of a frozen unit, to know when its gradient is there. That input is a leaf, cut off by the
+    checkpoint; the hook names the node that adds up its gradient, which owns it: a circle through C++ that holds the input and its gradient
+    until the hooks are taken away as the backward pass ends.
+
+    Source: torch 2.2 and 2.13, utils/checkpoint.py, CheckpointFunction.backward; distributed/fsdp/_runtime_utils.py,
+    _register_post_backward_reshard_only_hook and _finalize_params; autograd/graph.py, register_multi_grad_hook (`grad_fns`).
+    """
+    training = recipe.training
+    assert training is not None
+    return training.gradient_checkpointing and training.use_reentrant and recipe.stack.layers_are_checkpointed_from_outside
+
+
+def _notices(recipe: Recipe, *, trains_frozen: bool, keeps_layer_inputs: bool) -> tuple[Notice, ...]:
     training = recipe.training
     accumulates = training is not None and training.gradient_accumulation_steps > 1
     said = (
         (waiting_gradients("FSDP1", recipe.stack), accumulates),
         (_TRAINS_FROZEN, trains_frozen),
-        (_ADAPTERS, recipe.adapter is not None),
+        (_KEEPS_LAYER_INPUTS, keeps_layer_inputs),
     )
     return tuple(notice for notice, applies in said if applies)
 
@@ -392,20 +411,28 @@ def _going_through(layer: tuple[Unit, ...]) -> int:
     return max(sum(map(_arriving, outer)), sum(u.gathered_bytes for u in outer) + inner)
 
 
-def backward_bytes(units: Units, options: Fsdp) -> int:
+def backward_bytes(units: Units, options: Fsdp, *, recomputes: bool = False) -> int:
     """The most that is gathered at once going back, casts included [bytes].
 
     BACKWARD_PRE gathers the next unit before the gradients of the one that runs are there, so that two are; the others gather it after that
     one is gone, unless it is frozen: a frozen unit goes when its input has a gradient, just after the next one has been gathered for it.
 
-    Source: torch, distributed/fsdp/_runtime_utils.py, _pre_backward_hook, _post_backward_hook and
-    _register_post_backward_reshard_only_hook.
+    A unit that ran without gradients, inside a reentrant checkpoint, is not gathered ahead; it goes through forward and back before the
+    one below it does.
+
+    Args:
+        recomputes: whether units are run again within the backward pass (`_recomputes_units`).
+
+    Source: torch, distributed/fsdp/_runtime_utils.py, _pre_backward_hook, _get_handle_to_prefetch (`_needs_pre_backward_unshard`),
+    _post_backward_hook and _register_post_backward_reshard_only_hook.
     """
     root = _gathered(units.root)
     if not options.reshard_after_forward:
         return sum(u.gathered_bytes for u in units.all)
     ahead = options.backward_prefetch is BackwardPrefetch.PRE
     found = [root + _going_back(layer, ahead=ahead) for layer in (*units.layers, units.inside_root)]
+    if recomputes:
+        return max((*found, *(root + _going_through(layer) for layer in units.layers)))
     for before, after in pairwise(units.layers):  # gone back through in the other order
         if ahead or not after[0].trains:
             beside = after[1].gathered_bytes if ahead and len(after) > 1 else 0
@@ -447,12 +474,12 @@ def _is_embedding(tensor: StoredTensor) -> bool:
     return "embed" in tensor.pattern or "wte" in tensor.pattern
 
 
-def _communication(units: Units, options: Fsdp) -> Mapping[Phase, int]:
+def _communication(units: Units, options: Fsdp, *, recomputes: bool) -> Mapping[Phase, int]:
     """Gathered parameters and gradients of one unit, by phase: upper bounds.
 
     Backwards the gradients of the unit that runs are counted as autograd makes them and put together, and with them what waits in the root.
     """
-    forward, backward = forward_bytes(units, options), backward_bytes(units, options)
+    forward, backward = forward_bytes(units, options), backward_bytes(units, options, recomputes=recomputes)
     at_loss = _gathered(units.root) if options.reshard_after_forward else backward
     made = max((u.gradients_bytes + u.flat_gradient_bytes for layer in units.layers for u in layer), default=0)
     offloads = max((u.shard_bytes for u in units.all), default=0) if options.offload_params else 0

@@ -31,6 +31,8 @@ class Share:
     """Whether gradients move to their place as soon as they are there, so that the step itself holds one at a time."""
     kept_gradients: Fraction = Fraction(0)
     """What a rank keeps of each gradient as the backward pass goes on, where gradients have places that are made only then."""
+    keeps_layer_inputs: bool = False
+    """Whether inputs of recomputed layers, and their gradients, stay until the backward pass ends."""
     update_temporary_bytes: int
     """Peak of what the optimizer's step allocates and frees [bytes]."""
     loaded: Mapping[Item, int] = field(default_factory=lambda: MappingProxyType({}))

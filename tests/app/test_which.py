@@ -171,3 +171,18 @@ def test_the_table_says_to_spare_of_what_fits_alone_and_marks_what_is_modelled()
         assert ("missing" in line) == (row["verdict"] != "fits"), line
         assert (f"{row['verdict'].replace('_', ' ')}*" in line) == (row["reserved_basis"] == "modelled"), line
     assert any(line.startswith("* modelled") for line in lines)
+
+
+def test_a_card_that_only_emulates_the_run_s_number_format_is_marked() -> None:
+    found = rows(hardware={"filter": "16GB 1"}, confirm=False)
+    assert {row["gpu"] for row in found if row["emulates_bfloat16"]} == {
+        gpu.id for gpu in all_gpus() if gpu.label_gb == 16 and not gpu.bf16
+    }
+    output = io.StringIO()
+    print_which(Console(file=output, width=200), {"gpus": found})
+    assert "° has no bfloat16" in output.getvalue()
+    assert output.getvalue().count("°") == 1 + sum(row["emulates_bfloat16"] for row in found)
+    halves = {**examples.QLORA["quantization"], "bnb_4bit_compute_dtype": "float16"}
+    training = {**REQUEST["training"], "bf16": False, "fp16": True}
+    in_halves = rows(hardware={"filter": "16GB 1"}, confirm=False, dtype="float16", quantization=halves, training=training)
+    assert not any(row["emulates_bfloat16"] for row in in_halves)

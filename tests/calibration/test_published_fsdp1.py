@@ -55,11 +55,10 @@ def test_peaks_in_the_step_are_no_more_than_stated_off(number: str, above: float
 
 
 @pytest.mark.parametrize("number", ["0034", "0036", "0126", "0128", "0215", "0217", "0251", "0253", "0303", "0305", "0353", "0354"])
-def test_runs_with_adapters_held_as_much_more_as_answers_say(number: str) -> None:
-    """Unexplained: the notice `fsdp1_adapters_may_take_more` states it."""
+def test_runs_with_adapters_hold_the_inputs_of_all_layers_and_their_gradients(number: str) -> None:
+    """Of five stacks, with dropout and without, adapters in 32 and 16 bits: the allocator's own figure, to 0.01 %."""
     row = _row(number)
     run = _run(row)
     found = estimate(inventory_of(run), run.recipe)
-    (notice,) = (one for one in found.notices if one.code == "fsdp1_adapters_may_take_more")
-    assert "held 3 to 13 % more" in notice.message
-    assert 1.03 < row.fields["figure_bytes"] / found.peak.allocated_bytes < 1.135
+    assert found.peak.allocated_bytes == pytest.approx(row.fields["figure_bytes"], rel=1e-4)
+    assert any(notice.code == "fsdp1_keeps_layer_inputs" for notice in found.notices)

@@ -253,17 +253,57 @@ FLAT: Mapping[str, Mapping[str, Any]] = {
     "untied, adapter": {},
     "untied, adapter, ahead": {"backward_prefetch": "BACKWARD_PRE"},
     "tied, adapter, kept": {"sharding_strategy": "SHARD_GRAD_OP", "use_orig_params": False},
+    "untied, full, ahead, reentrant": {"backward_prefetch": "BACKWARD_PRE"},
+    "untied, adapter, ahead, reentrant": {"backward_prefetch": "BACKWARD_PRE"},
 }
 
 
 def _fsdp1() -> dict[str, Any]:
     return {
-        name: _flattened({**CONFIG, "tie_word_embeddings": name.startswith("tied")}, adapter="adapter" in name, options=options)
+        name: _flattened(
+            {**CONFIG, "tie_word_embeddings": name.startswith("tied")},
+            adapter="adapter" in name,
+            reentrant="reentrant" in name,
+            options=options,
+        )
         for name, options in FLAT.items()
     }
 
 
-def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+def _checkpoint_units(model: Any) -> list[list[int]]:
+    """Puts a reentrant checkpoint around FSDP's unit of every layer, as LlamaModel.forward of transformers 4.51 does.
+
+    Returns:
+        A list that grows by two numbers whenever a layer is run again: of those run again before it, how many inputs are still there, and
+        how many of these with a gradient.
+    """
+    import weakref
+    from functools import partial
+
+    import torch
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.utils.checkpoint import checkpoint
+
+    again: list[Any] = []
+    found: list[list[int]] = []
+
+    def around(forward: Any, hidden: Any, **others: Any) -> Any:
+        def run(x: Any) -> Any:
+            if torch.is_grad_enabled():
+                alive = [tensor for reference in again if (tensor := reference()) is not None]
+                found.append([len(alive), sum(tensor.grad is not None for tensor in alive)])
+                again.append(weakref.ref(x))
+            return forward(x, **others)
+
+        return checkpoint(run, hidden, use_reentrant=True)
+
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        if type(unit.module).__name__ == "LlamaDecoderLayer":
+            unit.forward = partial(around, unit.forward)
+    return found
+
+
+def _flattened(config: Mapping[str, Any], *, adapter: bool, reentrant: bool, options: Mapping[str, Any]) -> dict[str, Any]:
     from types import SimpleNamespace
 
     import torch
@@ -276,6 +316,7 @@ def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str
     model = _model(config, adapter=adapter)
     if adapter:  # transformers, distributed/fsdp.py, update_fsdp_plugin_peft
         plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
+        model.enable_input_require_grads()
     accelerator: Any = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=SimpleNamespace(backend="NO")),
         distributed_type=DistributedType.FSDP,
@@ -292,12 +333,14 @@ def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str
         _models=[None],
     )
     model = Accelerator.prepare_model(accelerator, model, device_placement=False)
+    again = _checkpoint_units(model) if reentrant else []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=False)
 
     def step() -> None:
+        again.clear()
         ids = torch.randint(0, config["vocab_size"], (1, 8))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=not reentrant).loss  # a cache would hold graphs of layers run again
         peaks.append(gathered[0])
         loss.backward()
 
@@ -338,6 +381,7 @@ def _flattened(config: Mapping[str, Any], *, adapter: bool, options: Mapping[str
         "reduced": sorted(reduced),
         "peaks": peaks,
         "left": gathered[0],
+        "again": again,
     }
 
 

@@ -53,6 +53,15 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         SMALL,
         replace(training(method="full", optimizer="sgd"), parallel=Parallel(strategy=Strategy.FSDP, num_gpus=8, fsdp=Fsdp(version=1))),
     ),
+    "LoRA, FSDP1, reentrant": (
+        LLAMA,
+        replace(
+            training(method="lora"),
+            training=replace(training().training, use_reentrant=True),  # type: ignore[type-var]
+            stack=replace(training().stack, transformers=(4, 48)),
+            parallel=Parallel(strategy=Strategy.FSDP, num_gpus=2, fsdp=Fsdp(version=1)),
+        ),
+    ),
     "LoRA, zero3": (LLAMA, replace(training(method="lora"), parallel=Parallel(strategy=Strategy.ZERO3, num_gpus=8))),
     "large workspaces": (LLAMA, training(compute_capability=(9, 0))),
 }

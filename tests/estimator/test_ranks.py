@@ -170,6 +170,10 @@ def _flat(kind: str) -> tuple[Recipe, StaticMemory]:
     options["backward_prefetch"] = BackwardPrefetch(options.get("backward_prefetch", "NO_PREFETCH"))
     recipe = _recipe(Strategy.FSDP, adapter="adapter" in kind)
     recipe = replace(recipe, parallel=replace(recipe.parallel, fsdp=Fsdp(version=1, reshard_after_forward=reshards, **options)))
+    if "reentrant" in kind:  # of transformers 4.51
+        assert recipe.training is not None
+        old = replace(recipe.stack, transformers=(4, 51))
+        recipe = replace(recipe, training=replace(recipe.training, use_reentrant=True), stack=old)
     return recipe, _static(recipe, tied=kind.startswith("tied"))
 
 
@@ -206,8 +210,20 @@ def test_gathered_units_are_as_many_at_once_as_torch_holds(flat: list[dict[str, 
     monkeypatch.setattr(fsdp1, "allocated", lambda num_bytes: num_bytes)
     recipe, static = _flat(kind)
     units, options = fsdp1.units_of(recipe, static.tensors), recipe.parallel.fsdp
-    assert [fsdp1.forward_bytes(units, options), fsdp1.backward_bytes(units, options)] == flat[0][kind]["peaks"]
+    backward = fsdp1.backward_bytes(units, options, recomputes="reentrant" in kind)
+    assert [fsdp1.forward_bytes(units, options), backward] == flat[0][kind]["peaks"]
     assert flat[0][kind]["left"] == 0
+
+
+@pytest.mark.parametrize(("kind", "keeps"), [("untied, full, ahead, reentrant", False), ("untied, adapter, ahead, reentrant", True)])
+def test_inputs_of_frozen_units_run_again_stay_with_their_gradients(flat: list[dict[str, Any]], kind: str, keeps: bool) -> None:
+    """When a layer is run again, those above it have been; after the step before nothing was left of them."""
+    recipe, static = _flat(kind)
+    assert fsdp1.share(recipe, static).keeps_layer_inputs is keeps
+    above = range(CONFIG["num_hidden_layers"])
+    assert flat[0][kind]["again"] == [[number if keeps else 0] * 2 for number in above]
+    newer = replace(recipe, stack=replace(recipe.stack, transformers=(4, 53)))
+    assert not fsdp1.share(newer, static).keeps_layer_inputs
 
 
 # -- ZeRO -------------------------------------------------------------------------------------------------------------------------------
