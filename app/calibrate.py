@@ -180,8 +180,8 @@ def everything(
                 _stop_if_nothing_works(records, runner.kind)
         try:
             _run_caps(campaigns.read("caps"), runner, records, console, cards=None, minutes=minutes)
-        except VramplanError as error:
-            console.print(f"[yellow]no proof under caps:[/yellow] {escape(error.message)}")
+        except (VramplanError, NoDeviceError) as error:
+            console.print(f"[yellow]no proof under caps:[/yellow] {escape(str(error))}")
         try:
             _fit([records.path], folder / "corrections.json", console)
         except RequestError as error:
