@@ -39,6 +39,7 @@ from estimator.units import gib
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what a card really does.")
 
 _TRACED_WORKER = (sys.executable, "-m", "app.traced_case")
+_LEAST_TIMEOUT_SECONDS = 120.0  # however small the budget of a campaign: libraries alone take a while to load
 _BEFORE_CAPS = ("smoke", "terms", "models", "generate")
 RecordFiles = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JSONL files of records.")]
 
@@ -164,7 +165,7 @@ def everything(
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Everything on this card, one after another: all campaigns, the proof under caps, the fit, the report. Again goes on where it ended."""
+    """Everything on this card: all campaigns, the proof under caps, the fit, the report. Run again, it goes on where it ended."""
     console = Console()
     with _errors():
         runner, records = _runner(device, gpu, timeout), RecordFile(folder / "records.jsonl")
@@ -179,8 +180,8 @@ def everything(
                 _stop_if_nothing_works(records, runner.kind)
         try:
             _run_caps(campaigns.read("caps"), runner, records, console, cards=None, minutes=minutes)
-        except VramplanError as error:
-            console.print(f"[yellow]no proof under caps:[/yellow] {escape(error.message)}")
+        except (VramplanError, NoDeviceError) as error:
+            console.print(f"[yellow]no proof under caps:[/yellow] {escape(str(error))}")
         try:
             _fit([records.path], folder / "corrections.json", console)
         except RequestError as error:
@@ -370,6 +371,9 @@ def _run_campaign(
 ) -> None:
     key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
     done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else key)
+    budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
+    # a case that hangs is not to cost several budgets
+    runner = replace(runner, timeout_seconds=min(runner.timeout_seconds, max(_LEAST_TIMEOUT_SECONDS, budget)))
     for grid in campaign.grids:
         if grid.missing:
             console.print(f"grid {grid.name} is left out: it needs {', '.join(grid.missing)}")
@@ -392,7 +396,7 @@ def _run_campaign(
             "measure": runner.run,
             "records": records,
             "cost": lambda case: costs[case.hash],
-            "budget_seconds": 60 * (minutes if minutes is not None else campaign.budget_minutes),
+            "budget_seconds": budget,
         }
         if ray is None:
             steps = schedule.run(waiting, **common)
@@ -460,6 +464,8 @@ def _show_comparison(comparison: Comparison, console: Console) -> None:
         console.print(table)
     else:
         console.print(f"nothing to compare: {comparison.why_nothing}")
+    if comparison.num_shared:
+        console.print(f"[yellow]{comparison.num_shared} records of a card that others were using are neither compared nor fitted[/yellow]")
     if comparison.coverage is not None:
         console.print(f"90 % intervals from other models hold for {comparison.coverage:.0%} of the rows")
     for bug in comparison.bugs:

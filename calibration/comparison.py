@@ -54,6 +54,11 @@ class Comparison:
     """Out of memory where the corrected prediction lies within the card."""
 
     @property
+    def num_shared(self) -> int:
+        """Records of a card that others were using: they are neither compared nor fitted."""
+        return sum(record.contaminated for record in (*(row.record for row in self.rows), *(one.record for one in self.unpredicted)))
+
+    @property
     def coverage(self) -> float | None:
         """Share of rows inside the 90 % intervals made from other models."""
         return coverage(self.without_model, COVERAGE)

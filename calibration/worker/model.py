@@ -54,7 +54,7 @@ def _loaded(case: Case, checkpoint: str, device: torch.device) -> Any:
         arguments["attn_implementation"] = attention
     if (quantization := _quantization(case)) is not None:
         arguments["quantization_config"] = quantization
-    # by its number: accelerate refuses to train on "cuda" what was loaded on "cuda:0"
+    # a card by its number, as scripts name it
     place = (device.index or 0) if device.type == "cuda" else device.type
     return AutoModelForCausalLM.from_pretrained(
         name, revision=revision or "main", config=_config(case), device_map={"": place}, **arguments
@@ -83,8 +83,6 @@ def _materialized(case: Case, device: torch.device) -> Any:
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
-        if device.type == "cuda":
-            model.hf_device_map = {"": device.index or 0}  # as from_pretrained leaves it: accelerate asks before it moves a quantized model
     return model.eval()
 
 

@@ -178,6 +178,22 @@ def test_one_command_runs_all_campaigns_caps_fit_and_report_and_goes_on(tmp_path
     assert not set(begun[:before]) & set(begun[before:])
 
 
+@pytest.mark.parametrize(("arguments", "seconds"), [((), 180), (("--minutes", "0.5"), 120), (("--timeout", "30"), 30)])
+def test_a_case_that_hangs_costs_no_more_than_its_campaign_may_take(
+    arguments: tuple[str, ...], seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: set[float] = set()
+
+    def run(runner: Runner, one: Case) -> Record:
+        allowed.add(runner.timeout_seconds)
+        return record(one, kind=runner.kind, environment=environment_here())
+
+    monkeypatch.setattr(Runner, "run", run)
+    done = invoke("--campaign", "smoke", "--out", tmp_path / "records.jsonl", "--device", "trace", *arguments)
+    assert done.exit_code == 0, done.output
+    assert allowed == {seconds}
+
+
 def test_one_command_stops_where_nothing_works_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 

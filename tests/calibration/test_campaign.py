@@ -113,8 +113,13 @@ def test_terms_shows_each_term_of_the_layers_at_every_point() -> None:
             assert predicted.modelled_bytes(term) >= 0.01 * whole.allocated_bytes, (one.model, one.request, term)
 
 
+def test_smoke_fits_a_card_of_8_gb_by_far() -> None:
+    for one in campaign.read("smoke").cases():
+        assert predict(one, None).estimate.device_bytes < 4 * 2**30, one.request
+
+
 def test_the_trainer_of_trl_is_measured_too() -> None:
-    for name in ("terms", "models"):
+    for name in ("smoke", "terms", "models"):
         assert {one.trainer for one in campaign.read(name).cases()} == {"transformers", "trl"}
 
 

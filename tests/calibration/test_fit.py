@@ -278,6 +278,12 @@ def test_a_comparison_counts_every_row_once_in_every_way() -> None:
     assert spreads["device, fitted, in sample"].median < spreads["device, as modelled"].median
 
 
+def test_records_of_a_shared_card_are_counted_though_they_count_for_nothing() -> None:
+    shared = record().provenance.model_copy(update={"foreign_after_bytes": 2**30})
+    found = compare([*rows()[:5], row(MODELS[0], 1, 256, PLANTED, provenance=shared)], date="2026-01-01")
+    assert (found.num_shared, len(found.as_modelled)) == (1, 5)
+
+
 def test_what_is_loaded_leaves_out_what_comes_and_goes_while_loading() -> None:
     predicted = prediction(MODELS[0], 1, 512)
     load = predicted.phase(Phase.LOAD)

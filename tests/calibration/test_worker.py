@@ -44,7 +44,11 @@ def test_the_built_model_has_the_tensors_that_from_pretrained_loads(
     source.save_pretrained(tmp_path)
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
-    assert tensors(build(case(config, quantization=quantization), CPU)) == tensors(loaded)
+    built_here = build(case(config, quantization=quantization), CPU)
+    assert tensors(built_here) == tensors(loaded)
+    # what PEFT, Trainer and accelerate ask a model for
+    for name in ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        assert hasattr(built_here, name) == hasattr(loaded, name), name
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["16bit", "nf4"])
