@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -140,6 +141,24 @@ def test_a_database_that_is_down_costs_readiness_and_no_answer() -> None:
         assert client.post("/v1/estimate", json={"model": "gpt2"}).status_code == 200
         posted = client.post("/v1/calibrations", json={}, headers={"x-api-key": "vrk_x"})
         assert (posted.status_code, "retry-after" in posted.headers) == (503, True)
+
+
+def test_a_full_disk_acknowledges_nothing_and_costs_no_answer(client: TestClient, key: dict[str, str]) -> None:
+    app: Any = client.app
+    pages: list[int] = []
+
+    def limit(connection: Any, *_: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages[0]}")
+
+    event.listen(app.state.state.database._engine, "checkout", limit)
+    pages.append(1)  # which stands for as many as there are
+    long = {**measured(), "error": "x" * 40_000}
+    refused = client.post("/v1/calibrations", json=long, headers=key)
+    assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
+    assert client.post("/v1/estimate", json={"model": "gpt2"}).status_code == 200
+    assert client.get("/readyz").status_code == 200
+    pages[0] = 2**20
+    assert client.post("/v1/calibrations", json=long, headers=key).status_code == 201
 
 
 def test_the_operator_has_commands_for_keys_quarantine_and_corrections(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,3 +219,16 @@ def test_a_request_on_standard_input_may_be_yaml() -> None:
     result = CliRunner().invoke(cli, ["estimate", "--request", "-", "--json"], input=request)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["model"]["id"] == "openai-community/gpt2"
+
+
+def test_what_files_of_strangers_are_called_is_shown_and_not_obeyed(tmp_path: Path) -> None:
+    file = tmp_path / "train.yml"
+    file.write_text(
+        "base_model: openai-community/gpt2\nsequence_len: 64\nmicro_batch_size: 1\n"
+        '"[red]x[/red][link=http://evil.example]y[/link]\\e]0;title\\a": 1\n'
+    )
+    result = CliRunner().invoke(cli, ["estimate", str(file)], color=True)
+    assert result.exit_code == 0, result.output
+    assert "[red]x[/red][link=http://evil.example]y[/link]?]0;title?" in "".join(result.output.split())
+    assert "\x1b]" not in result.output
+    assert "\x07" not in result.output

@@ -71,6 +71,29 @@ def test_a_refusal_or_garbage_is_an_error_that_says_what_to_do(mock_hub: MockHub
         hub.fetch(f"owner/{name}")
 
 
+def test_nothing_listening_elsewhere_on_this_machine_is_ever_asked(mock_hub: MockHub) -> None:
+    with socket.socket() as canary:
+        canary.bind(("127.0.0.1", 0))
+        canary.listen()
+        canary.setblocking(False)
+        port = canary.getsockname()[1]
+        for place in (
+            f"http://127.0.0.1:{port}/x", f"http://localhost:{port}/x", f"//127.0.0.1:{port}/x", f"https://127.0.0.1:{port}/x",
+            f"http://huggingface.co@127.0.0.1:{port}/x", f"http://0x7f000001:{port}/x", f"http://2130706433:{port}/x",
+            f"http:/\\127.0.0.1:{port}/x", f"\\\\127.0.0.1:{port}\\x", f"http://[::ffff:127.0.0.1]:{port}/x", "file:///etc/passwd",
+        ):  # fmt: skip
+            mock_hub.status, mock_hub.headers = 302, {"Location": place}
+            with pytest.raises(SourceError):
+                hub.fetch("owner/public")
+        for name in (f"127.0.0.1:{port}/x", f"http://127.0.0.1:{port}/x", f"@127.0.0.1:{port}/x", f"owner@127.0.0.1:{port}/x"):
+            with pytest.raises(RequestError):
+                hub.fetch(name)
+            with pytest.raises(RequestError):
+                hub.fetch("owner/public", revision=f"main@{name}")
+        with pytest.raises(BlockingIOError):  # nobody called
+            canary.accept()
+
+
 @pytest.mark.parametrize(("name", "words"), [("gated", "has not been granted access"), ("revoked", "does not accept the token")])
 def test_a_token_that_does_not_open_a_model_is_named_and_never_shown(
     mock_hub: MockHub, monkeypatch: pytest.MonkeyPatch, name: str, words: str
