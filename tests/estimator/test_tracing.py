@@ -14,7 +14,7 @@ from estimator.phases import Phase
 from estimator.recipe import Adapter, Attention, Recipe, Training
 from estimator.sources.process import Inspector
 from estimator.sources.resolve import build, resolve
-from estimator.sources.tracing import Subject, TracedStep, Tracer, regime
+from estimator.sources.tracing import Subject, TracedStep, TracedTimeline, Tracer, regime
 from estimator.stack import Stack
 
 CONFIG: dict[str, Any] = {
@@ -70,6 +70,25 @@ def test_callers_who_ask_for_the_same_trace_share_one_run(inspector: Inspector, 
     for thread in threads:
         thread.join()
     assert counting.asked == ["trace"]
+    assert all(answer is answers[0] for answer in answers)
+
+
+def test_callers_who_ask_for_the_same_timeline_share_one_run(inspector: Inspector, subject: Subject) -> None:
+    counting = Counting(inspector)
+    shared = tracer(counting)
+    start = threading.Barrier(3)
+    answers: list[TracedTimeline] = []
+
+    def ask() -> None:
+        start.wait()
+        answers.append(shared.timeline(subject, recipe()))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counting.asked == ["timeline"]
     assert all(answer is answers[0] for answer in answers)
 
 
