@@ -4,6 +4,7 @@ import ipaddress
 import math
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from limits import RateLimitItem, parse_many
@@ -80,6 +81,7 @@ class RateLimiter:
         return None
 
 
+@lru_cache(maxsize=4096)
 def caller_of(address: str) -> str:
     """Who is behind an address: of IPv6 the network that one subscriber has."""
     try:

@@ -34,6 +34,8 @@ DOCS_POLICY = (
     "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net; "
     "img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'"
 )
+_HEADERS = tuple((name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items())
+_DOCS_HEADERS = tuple((name, DOCS_POLICY.encode() if name == b"content-security-policy" else value) for name, value in _HEADERS)
 # Asked by machines that watch the service: never counted, never turned away.
 _WATCHED = frozenset(("/healthz", "/readyz", "/metrics"))
 _UNSAFE = frozenset(("POST", "PUT", "PATCH", "DELETE"))
@@ -87,18 +89,15 @@ class Front:
         is_head = method == "HEAD"
         if is_head:
             scope = {**scope, "method": "GET"}  # FastAPI's routes know no HEAD. Source: RFC 9110, sections 9.1 and 9.3.2
-        headers = dict(SECURITY_HEADERS)
-        if scope["path"] == "/docs":
-            headers["content-security-policy"] = DOCS_POLICY
-        headers["x-request-id"] = request_id
-        added = [(name.encode(), value.encode()) for name, value in headers.items()]
+        added = _DOCS_HEADERS if scope["path"] == "/docs" else _HEADERS
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 given = {name.lower() for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(header for header in added if header[0] not in given)]
+                own = [header for header in added if header[0] not in given]
+                message["headers"] = [*message["headers"], *own, (b"x-request-id", request_id.encode())]
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
