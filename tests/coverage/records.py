@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).parent / "records.jsonl"
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
-_TRACED_BY = (*sorted((ROOT / "estimator").rglob("*.py")), *sorted((ROOT / "tests" / "coverage").glob("*.py")))
+_ASKED_BY = tuple(Path(__file__).parent / name for name in ("architectures.py", "cells.py", "stops.py"))
+_TRACED_BY = (*sorted((ROOT / "estimator").rglob("*.py")), *_ASKED_BY)
 
 
 @cache

@@ -157,9 +157,18 @@ def _table(table: Sequence[Row]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for row in table:
         tried = (f"{row.number('traced', method)} of {sum(key.startswith(method) for key in row.cells)}" for method in METHODS)
-        splice = "all layers run" if row.splice.get("value", 0) is None else _percent(row.splice.get("value"))
+        splice = (
+            "all layers run" if row.splice.get("value", 0) is None else _percent(row.splice.get("value")) or row.splice.get("outcome", "")
+        )
         yield " | ".join(
-            (f"| {row.name}", *tried, row.reach.get("value", ""), splice, _percent(row.closed_form), f"{_percent(row.worst_routing)} |")
+            (
+                f"| {row.name}",
+                *tried,
+                row.reach.get("value", row.reach.get("outcome", "")),
+                splice,
+                _percent(row.closed_form),
+                f"{_percent(row.worst_routing)} |",
+            )
         )
 
 

@@ -64,6 +64,10 @@ def cuda_update(paged: Callable[..., torch.Tensor]) -> Iterator[None]:
 
     Args:
         paged: makes a tensor in managed memory.
+
+    Source: torch 2.13, optim/optimizer.py, _default_to_fused_or_foreach (lists of tensors at once on a card alone); bitsandbytes 0.50,
+    functional.py, get_paged and prefetch_tensor (a driver's calls), optim/optimizer.py, get_state_buffer; torchao, optim/adam.py, which
+    compiles its step.
     """
     with ExitStack() as stack:
         for target, name, replacement in (
