@@ -544,6 +544,20 @@ def test_fields_that_the_class_does_not_declare_change_no_formula(stray: dict[st
     assert carried["phases"] == plain["phases"]
 
 
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"model_type": "qwen2", "head_dim": 3}, "an odd width, 3"),
+        ({"model_type": "stablelm", "intermediate_size": 0}, "0 does not divide"),
+    ],
+)
+@pytest.mark.parametrize("run", [{"training": {"max_length": 64}}, {"inference": {}}], ids=["training", "inference"])
+def test_sizes_that_no_formula_is_meant_for_are_answered_up_to_the_load(odd: dict[str, Any], told: str, run: dict[str, Any]) -> None:
+    found = answer({"model": {"config": {**_SMALL, **odd}}, "engine": "analytic", **run})
+    assert found["peak"] is None
+    assert told in warning(found, "not_modelled")
+
+
 def test_heads_of_gpt2_divide_the_hidden_size_whatever_the_config_says_beside() -> None:
     config = {"model_type": "gpt2", "n_embd": 512, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 512}
     training = {"per_device_train_batch_size": 4, "max_length": 256, "bf16": True}
