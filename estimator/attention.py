@@ -82,8 +82,11 @@ def _spread(x: Value, heads: Heads) -> Value:
     return repeated(x, heads.groups)
 
 
-def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
+def flash(query: Value, key: Value, value: Value, heads: Heads, *, instead_of_float32: DType = DType.FLOAT32) -> Value:
     """Flash attention without a mask: keeps q, k, v, its output and one float32 per head and token.
+
+    Args:
+        instead_of_float32: what float32 is cast to outside of autocast, before the kernel is called.
 
     The backward pass accumulates dq in float32, and for grouped queries expands dk and dv to all heads. Its accumulators are counted for
     the sequence's own length; the kernel rounds that up to 128, so that up to 127 tokens a sequence are missing from them.
@@ -92,6 +95,8 @@ def flash(query: Value, key: Value, value: Value, heads: Heads) -> Value:
     """
     tape = query.tape
     tape.kernels.add(Kernel.FLASH)
+    if query.dtype is DType.FLOAT32 and not tape.autocast_enabled:
+        query, key, value = (cast(x, instead_of_float32) for x in (query, key, value))
     query, key, value = all_lower_precision(query, key, value)
     extents = [v.extent for v in (query, key, value)]
     tokens = query.extent.scaled(1, heads.num_heads * heads.head_dim)

@@ -42,6 +42,8 @@ _EXACT = (*_STATIC, Item.OPTIMIZER_STATES, Item.CHECKPOINTS, Item.KV_CACHE)
 _EXACT_BETWEEN_STEPS = (*_EXACT, Item.GRADIENTS, Item.ACTIVATIONS)
 # Of the last position, all there at once.
 _EXACT_DECODING = (*_EXACT, Item.LOGITS)
+# Fields of a config by which a model hands out what every layer makes.
+_KEPT_OUTPUTS = ("output_hidden_states", "output_attentions")
 _LOAD_ONLY = "{} is not modelled: only what is stored after loading is given, and that is exact."
 _COMPILED = Notice(
     code="compiled_decoding",
@@ -169,7 +171,7 @@ def _unknown_step(inventory: Inventory, recipe: Recipe) -> str | None:
         return f"The step of {inventory.model_class} ({inventory.model_type})"
     if recipe.stack.experts_are_modules and _has_experts(inventory):
         return f"The step of {inventory.model_class} under transformers 4, which runs experts one by one,"
-    refused = family.refuses(inventory.config)
+    refused = next(filter(inventory.config.get, _KEPT_OUTPUTS), None) or family.refuses(inventory.config)
     if refused is not None:
         return f"The step of this {inventory.model_type} config ({refused})"
     if recipe.attention is Attention.FLEX_ATTENTION:

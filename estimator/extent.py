@@ -30,9 +30,14 @@ class Extent(NamedTuple):
         return size * (keys + self.offset) if self.keys else size
 
     def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
-        """The same with the coefficient multiplied by a fraction that leaves it whole."""
-        scaled, rest = divmod(self.coefficient * numerator, denominator)
-        assert rest == 0, (self, numerator, denominator)
+        """The same with the coefficient multiplied by a fraction that leaves it whole.
+
+        Raises:
+            NotImplementedError: if it does not, as halves of a head of odd size: a config can say so, and no formula is meant for it.
+        """
+        if denominator == 0 or self.coefficient * numerator % denominator:
+            raise NotImplementedError(f"{self.coefficient * numerator} elements a token, which {denominator} does not divide")
+        scaled = self.coefficient * numerator // denominator
         return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset, self.shift)
 
     def times(self, other: "Extent") -> "Extent":

@@ -63,7 +63,7 @@ def _kernel(layer: Layer, query: Value, key: Value, value: Value, heads: Heads, 
     if layer.attention is Attention.EAGER:
         raise NotImplementedError("eager attention of Falcon")
     if layer.attention is not Attention.SDPA:
-        return flash(query, key, value, heads)
+        return flash(query, key, value, heads, instead_of_float32=layer.flash_instead_of_float32)
     if heads.groups > 1:
         return written_out(query, key, value, heads, mask=around.mask, one_query=layer.decoding, broadcasts=True)
     assert around.mask is not None

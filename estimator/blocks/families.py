@@ -126,7 +126,10 @@ def _rope_head_dim(config: Mapping[str, object]) -> int:
 
 
 def _rotary(frame: Frame, dtype: DType, mask_dtype: DType, width: int | None = None) -> Surroundings:
-    width = rotary_width(frame.config, head_dim(frame.config)) if width is None else width
+    if width is None:
+        width = rotary_width(frame.config, head_dim(frame.config))
+        if width % 2:  # cos and sin come out one wider, and the model stops
+            raise NotImplementedError(f"rotary positions of an odd width, {width},")
     with frame.tape.recording(False):
         cos, sin = (frame.tape.new(frame.positions(width), dtype) for _ in range(2))
         # Where layer types have frequencies of their own, so do their cos and sin: as large.

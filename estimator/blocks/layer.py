@@ -81,6 +81,17 @@ class Layer:
         """Whether the weights of the chosen experts are copied for every token."""
         return self.decoding and self.modules.recipe.stack.decodes_experts_one_by_one
 
+    @property
+    def flash_instead_of_float32(self) -> DType:
+        """What float32 queries, keys and values become outside of autocast under flash_attention_2: of a quantized model, as
+        `prepare_model_for_kbit_training` leaves it, the type that it was loaded in. The kernel takes no other float32.
+
+        Source: transformers 5.23, integrations/flash_attention.py, get_target_dtype; 4.45, models/llama/modeling_llama.py,
+        LlamaFlashAttention2.forward (`_pre_quantization_dtype`).
+        """
+        recipe = self.modules.recipe
+        return DType.FLOAT32 if recipe.quantization is None else recipe.dtype
+
     def integer(self, name: str) -> int:
         value = self.config[name]
         assert isinstance(value, int), name
@@ -144,7 +155,7 @@ class Layer:
         if self.attention is not Attention.SDPA:
             if stack.flash_repeats_key_values(self.model_type):
                 query, key, value, heads = expanded(query, key, value, heads)
-            output = flash(query, key, value, heads)
+            output = flash(query, key, value, heads, instead_of_float32=self.flash_instead_of_float32)
             return (clone(output) if copies_output else output), None
         repeats = mask is not None or not stack.sdpa_groups_queries or not heads.fit_grouped_kernels
         if stack.sdpa_copies_inputs(self.model_type, masked=mask is not None) and not self.decoding:

@@ -270,8 +270,8 @@ def mixtral_block(layer: Layer, hidden: Value) -> Value:
 def qwen_block(layer: Layer, hidden: Value) -> Value:
     """Qwen2-MoE, Qwen3-MoE and OLMoE; Qwen2-MoE adds a gated shared expert."""
     normalizes = bool(layer.config.get("norm_topk_prob"))
-    expert_width = layer.config.get("moe_intermediate_size") or layer.config["intermediate_size"]
-    assert isinstance(expert_width, int)
+    # OLMoE calls it intermediate_size, and takes no notice of the other name
+    expert_width = layer.integer("intermediate_size" if layer.model_type == "olmoe" else "moe_intermediate_size")
     m = layer.modules
     if not m.has("mlp.shared_expert.gate_proj.weight"):
         weights, indices, _ = route(layer, hidden, casts_logits=False, normalizes=normalizes, casts_back=True)

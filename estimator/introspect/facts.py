@@ -49,6 +49,19 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 }
 
 
+# What a model hands out of every layer, where its config asks for it: named only then.
+_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+# Configs carry fields over from the architecture that a checkpoint was made of. Of these a class that does not declare them runs nothing,
+# and formulas would.
+_OF_SOME_CLASSES = (
+    *("sliding_window", "layer_types", "hidden_activation", "final_logit_softcapping", "attn_logit_softcapping", "clip_qkv"),
+    "moe_intermediate_size",
+)
+
+# These divide the hidden size by the heads, whatever else the config says.
+_DIVIDING = ("gpt2", "gpt_bigcode", "gpt_neox", "stablelm")
+
 # Where no intermediate size is configured, these take four times the hidden size.
 _FOURFOLD = ("gpt2", "gptj", "gpt_bigcode", "bloom", "codegen", "gpt_neo")
 
@@ -60,10 +73,13 @@ def resolved(config: Any, text_config: Any) -> dict[str, object]:
         config: the config of the whole model.
         text_config: the part that describes the text decoder; may be `config` itself.
     """
-    facts = {str(k): plain(v) for k, v in text_config.to_dict().items() if k not in _LEFT_OUT and not str(k).startswith("_")}
+    stray = {name for name in _OF_SOME_CLASSES if not _declares(type(text_config), name)}
+    left_out = _LEFT_OUT | stray
+    facts = {str(k): plain(v) for k, v in text_config.to_dict().items() if k not in left_out and not str(k).startswith("_")}
+    facts |= {name: True for name in _OUTPUTS if getattr(config, name, False) or getattr(text_config, name, False)}
     for name, others in _SYNONYMS.items():
         if facts.get(name) is None:
-            values = (getattr(text_config, other, None) for other in (name, *others))
+            values = (getattr(text_config, other, None) for other in (name, *others) if other not in stray)
             facts[name] = plain(next((value for value in values if value is not None), None))
     _fill(facts, text_config)
     facts["root_model_type"] = config.model_type
@@ -72,11 +88,17 @@ def resolved(config: Any, text_config: Any) -> dict[str, object]:
     return {name: value for name, value in sorted(facts.items()) if value is not None}
 
 
+def _declares(kind: Any, name: str) -> bool:
+    """Whether a config class has a field or a property of this name, or another name for one."""
+    return name in kind.__dataclass_fields__ or name in (kind.attribute_map or ()) or hasattr(kind, name)
+
+
 def _fill(facts: dict[str, object], config: Any) -> None:
     """What classes compute inside modules rather than in the config.
 
     Source: transformers, modeling_falcon.py, FalconAttention; modeling_gpt_bigcode.py, GPTBigCodeAttention; modeling_gpt2.py, GPT2Block;
-    modeling_bloom.py, BloomMLP; modeling_mpt.py, MptMLP; modeling_mistral.py, MistralAttention (`head_dim or hidden_size // heads`).
+    modeling_bloom.py, BloomMLP; modeling_mpt.py, MptMLP; modeling_mistral.py, MistralAttention (`head_dim or hidden_size // heads`);
+    modeling_gpt_neox.py, GPTNeoXAttention (`head_size`); modeling_stablelm.py, StableLmAttention.
     """
     heads, hidden = facts.get("num_attention_heads"), facts.get("hidden_size")
     if facts.get("model_type") == "mpt" or config.model_type == "mpt":
@@ -91,7 +113,8 @@ def _fill(facts: dict[str, object], config: Any) -> None:
             facts["num_key_value_heads"] = 1 if multi_query else heads
         elif facts.get("num_key_value_heads") is None:
             facts["num_key_value_heads"] = heads
-        if isinstance(hidden, int) and not facts.get("head_dim") and heads:  # 0 is none to the classes that can be built with it
+        stated = facts.get("head_dim") and config.model_type not in _DIVIDING  # 0 is none to the classes that can be built with it
+        if isinstance(hidden, int) and not stated and heads:
             facts["head_dim"] = hidden // heads
 
 

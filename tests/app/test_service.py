@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict
+from transformers import LlamaConfig
 
 from app import examples
 from app.catalogue import list_models
@@ -241,6 +242,44 @@ def test_fused_experts_that_stay_in_16_bits_are_named() -> None:
     assert "experts" in message
 
 
+def test_quantization_that_takes_more_than_it_saves_is_named_with_both_peaks() -> None:
+    training = {"per_device_train_batch_size": 1, "max_length": 512, "bf16": True, "gradient_checkpointing": True}
+    plain = {
+        "model": "mistralai/Mixtral-8x7B-v0.1",
+        "dtype": "bfloat16",
+        "peft": {"r": 8, "target_modules": ["q_proj"]},
+        "training": training,
+    }
+    nf4 = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    quantized = answer({**plain, "quantization": nf4, "prepare_model_for_kbit_training": True})
+    message = warning(quantized, "qlora_above_lora")
+    assert gib(quantized["peak"]["allocated_bytes"]) in message
+    assert gib(answer(plain)["peak"]["allocated_bytes"]) in message
+    assert "qlora_above_lora" not in codes(answer({**plain, "quantization": nf4}))  # without the upcast to float32
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16", "hardware": {"gpu": "t4"}}, "8.0"),
+    ],
+)
+def test_flash_attention_that_would_fail_is_named(request_: dict[str, Any], told: str) -> None:
+    asked = {"model": "meta-llama/Llama-3.2-1B", "attn_implementation": "flash_attention_2", **request_}
+    training = {"per_device_train_batch_size": 1, "max_length": 64}
+    assert told in warning(answer({**asked, "training": training}), "flash_attention_unsupported")
+    works = answer({**asked, "dtype": "bfloat16", "hardware": {"gpu": "a100-40"}, "training": training})
+    assert "flash_attention_unsupported" not in codes(works)
+
+
+def test_another_major_version_and_a_checkpoint_stored_quantized_are_named() -> None:
+    llama = {"model": "meta-llama/Llama-3.2-1B", "dtype": "bfloat16"}
+    assert "4.57" in warning(answer({**llama, "stack": {"transformers": "4.57"}}), "other_transformers_major")
+    assert not {"other_transformers_major", "checkpoint_quantization"} & codes(answer({**llama, "stack": {"transformers": "5.20"}}))
+    assert "mxfp4" in warning(answer({"model": "openai/gpt-oss-20b"}), "checkpoint_quantization")
+
+
 def test_a_length_beyond_the_trained_positions_brings_a_warning() -> None:
     request = {"model": "meta-llama/Llama-2-7b-hf", "training": {"max_length": 8192, "per_device_train_batch_size": 1}}
     assert "beyond_max_position_embeddings" in codes(answer(request))
@@ -472,6 +511,7 @@ def test_an_activation_that_is_written_out_takes_what_the_trace_sees(config: dic
     "config",
     [
         {"model_type": "llama", "hidden_act": "relu2"},
+        {"model_type": "llama", "output_hidden_states": True},
         {"model_type": "stablelm", "qk_layernorm": True},
         {"model_type": "mixtral", "router_jitter_noise": 0.1, "num_local_experts": 4},
     ],
@@ -480,6 +520,49 @@ def test_what_has_no_closed_form_is_left_to_the_trace(config: dict[str, Any]) ->
     closed, traced = _engines(config)
     assert closed["peak"] is None
     assert traced["peak"] is not None
+
+
+def test_an_expert_is_as_wide_as_its_weights_whatever_other_architectures_call_it() -> None:
+    closed, traced = _engines({"model_type": "olmoe", "moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2})
+    assert closed["peak"]["allocated_bytes"] == pytest.approx(traced["peak"]["allocated_bytes"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"sliding_window": 64},
+        {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 64},
+        {"hidden_activation": "relu"},
+        {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    ],
+)
+def test_fields_that_the_class_does_not_declare_change_no_formula(stray: dict[str, Any]) -> None:
+    assert not any(name in LlamaConfig.__dataclass_fields__ for name in stray)
+    training = {"per_device_train_batch_size": 4, "max_length": 256, "bf16": True}
+    asked = {"dtype": "bfloat16", "training": training, "engine": "analytic"}
+    plain, carried = (answer({"model": {"config": {**_SMALL, "model_type": "llama", **more}}, **asked}) for more in ({}, stray))
+    assert carried["phases"] == plain["phases"]
+
+
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ({"model_type": "qwen2", "head_dim": 3}, "an odd width, 3"),
+        ({"model_type": "stablelm", "intermediate_size": 0}, "0 does not divide"),
+    ],
+)
+@pytest.mark.parametrize("run", [{"training": {"max_length": 64}}, {"inference": {}}], ids=["training", "inference"])
+def test_sizes_that_no_formula_is_meant_for_are_answered_up_to_the_load(odd: dict[str, Any], told: str, run: dict[str, Any]) -> None:
+    found = answer({"model": {"config": {**_SMALL, **odd}}, "engine": "analytic", **run})
+    assert found["peak"] is None
+    assert told in warning(found, "not_modelled")
+
+
+def test_heads_of_gpt2_divide_the_hidden_size_whatever_the_config_says_beside() -> None:
+    config = {"model_type": "gpt2", "n_embd": 512, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 512}
+    training = {"per_device_train_batch_size": 4, "max_length": 256, "bf16": True}
+    plain, carried = (answer({"model": {"config": config | more}, "training": training}) for more in ({}, {"head_dim": 48}))
+    assert carried["phases"] == plain["phases"]
 
 
 def _codes(**request: Any) -> list[str]:

@@ -1,13 +1,19 @@
 """The traced step against the same step really run on the CPU, on tiny models; a few layers against all of them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers.integrations.flash_attention import get_target_dtype
 
+from estimator.introspect.trace.attention import half_precision
+from estimator.phases import Phase
 from estimator.static_memory import static_memory
-from tests.oracle import recipes, traces
+from tests.oracle import estimates, recipes, traces
 from tests.oracle import run as oracle
 from tests.oracle.models import FAMILIES
 
@@ -63,3 +69,24 @@ def test_the_traced_update_leaves_the_states_of_the_real_optimizer(optimizer: st
     # clipping takes one scalar for each gradient, which the answers leave out
     norms = 512 * sum(t.num_copies for t in static.tensors if t.trainable)
     assert static.optimizer_temporary_bytes <= peak <= max(static.optimizer_temporary_bytes, norms + 1024)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_flash_attention_gets_float32_in_the_type_that_transformers_gives_it(quantized: bool, autocast: bool) -> None:
+    module = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2, dtype=torch.float16)})
+    config: Any = SimpleNamespace(dtype=torch.bfloat16, **({"_is_quantized": True} if quantized else {}))
+    module.config = config
+    query = torch.zeros(1, 1, 2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert half_precision(module) is get_target_dtype(query, module)
+
+
+@pytest.mark.parametrize("mode", ["qlora_prepared", "int8_prepared_autocast"])
+def test_closed_forms_hand_a_prepared_model_s_float32_to_flash_attention_as_the_trace_does(mode: str) -> None:
+    chosen = replace(oracle.mode_of(mode), autocast=False)
+    options: dict[str, Any] = {"gc": None, "attention": "flash_attention_2"}
+    traced = traces.live_bytes(traces.timeline("llama", chosen, 4, 128, 3, **options))
+    said = estimates.live_bytes("llama", chosen, 4, 128, 3, **options)
+    for phase in STEP:
+        assert said[Phase(phase)] == pytest.approx(traced[phase], rel=0.001)

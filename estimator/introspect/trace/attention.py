@@ -159,11 +159,18 @@ def flash_attention_forward(
     if value_dim != query.shape[-1]:
         value = torch.nn.functional.pad(value, (0, query.shape[-1] - value_dim))
     if query.dtype is torch.float32:
-        target = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else _first_linear_dtype(module)
+        target = half_precision(module)
         query, key, value = query.to(target), key.to(target), value.to(target)
     output = Flash.apply(query, key, value).transpose(1, 2)
     return (output[..., :value_dim] if value_dim != output.shape[-1] else output), None
 
 
-def _first_linear_dtype(module: torch.nn.Module) -> torch.dtype:
+def half_precision(module: torch.nn.Module) -> torch.dtype:
+    """What float32 is cast to. Source: transformers, integrations/flash_attention.py, get_target_dtype."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    config: Any = module.config
+    if hasattr(config, "_is_quantized"):
+        loaded: torch.dtype = config.dtype
+        return loaded
     return next(m for m in module.modules() if isinstance(m, torch.nn.Linear)).weight.dtype
