@@ -352,6 +352,14 @@ def _other_major(a: Answered) -> Iterable[str]:
         yield f"the parameter table was read from transformers {inspected}; known differences to {asked} are applied, unknown ones are not."
 
 
+def _unknown_then(a: Answered) -> Iterable[str]:
+    if (first := a.recipe.stack.lacks_until(a.inventory.model_type)) is not None:
+        yield (
+            f"transformers {shown(a.recipe.stack.transformers)} does not have {a.inventory.model_type}, which came with {shown(first)}: "
+            "this is what later versions do, with what else is known of that one."
+        )
+
+
 def _own_code(a: Answered) -> Iterable[str]:
     if a.has_own_code and not a.inventory.is_stored:
         yield (
@@ -424,6 +432,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_under_pressure, "cache_given_back"),
     (_assumed_capability, "compute_capability_assumed"),
     (_other_major, "other_transformers_major"),
+    (_unknown_then, "model_newer_than_transformers"),
     (_generation, "generation_left_out"),
     (_no_interval, "interval_unavailable"),
     (_other_stack, "other_stack"),

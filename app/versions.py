@@ -8,8 +8,9 @@ from app.request import StackFields
 from estimator.errors import RequestError
 from estimator.stack import Stack, Version, parse_version
 
-# Oldest releases whose behaviour the table of facts covers.
-OLDEST: dict[str, Version] = {"transformers": (4, 45), "trl": (0, 13)}
+# Oldest releases whose behaviour the table of facts covers; adapters are made as since PEFT 0.12 (`autocast_adapter_dtype`), and published
+# runs that judge 4-bit layers begin with bitsandbytes 0.43.
+OLDEST: dict[str, Version] = {"transformers": (4, 45), "trl": (0, 13), "peft": (0, 12), "bitsandbytes": (0, 43)}
 
 
 def stack_of(asked: StackFields) -> Stack:

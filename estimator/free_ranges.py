@@ -71,7 +71,10 @@ class FreeRanges:
         self._pool(end - start).give(start, end)
 
     def play(self, small: Stream, large: Stream) -> list[Range] | None:
-        """A whole program, for which the card has room in any case; what it hands over. None where the card has not."""
+        """A whole program, for which the card has room in any case; what it hands over. None where the card has not.
+
+        Not for a card whose limit may matter: there what one pool asks for makes the other give its cache back.
+        """
         of_small = self._small.play(small)
         of_large = None if of_small is None else self._large.play(large)
         return None if of_small is None or of_large is None else of_small + of_large

@@ -28,6 +28,18 @@ _CACHE_SETTING_REACHES_DECODER = frozenset(
 )
 """Models whose `use_cache` their text decoder is told; other decoders inside a model go by their own."""
 
+_FIRST: dict[str, Version] = {
+    "olmo2": (4, 47),
+    "cohere2": (4, 48),
+    "gemma3_text": (4, 50),
+    **dict.fromkeys(("deepseek_v3", "qwen3", "qwen3_moe"), (4, 51)),
+    "smollm3": (4, 53),
+    **dict.fromkeys(("deepseek_v2", "glm4_moe"), (4, 54)),
+    "gpt_oss": (4, 55),
+    "olmo3": (4, 57),
+}
+"""First releases of families that came after 4.45. Source: folders of transformers/models in the wheels of 4.45 to 4.57."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
@@ -487,11 +499,16 @@ class Stack:
         """
         return self.trl >= (0, 22)
 
+    def lacks_until(self, model_type: str) -> Version | None:
+        """The release that brought a family, where this one does not have it yet."""
+        first = _FIRST.get(model_type)
+        return first if first is not None and self.transformers < first else None
+
     def layers_make_rotations(self, model_type: str) -> bool:
         """Whether every layer makes its own cos and sin, and not the model for all of them.
 
         Source: transformers, models/*/modeling_*.py, forward of the model (`position_embeddings = self.rotary_emb(…)`): read in 4.41 to
-        4.48, run in 4.45, 4.47 and 4.48.
+        4.48. Run in 4.45, 4.47 and 4.48: Llama, Mistral, Qwen2, Gemma 1 and 2, Phi-3, OLMo 1 and 2, Granite, Cohere; of others read alone.
         """
         since = {"llama": (4, 43), **dict.fromkeys(("gemma", "gemma2", "mistral", "mixtral", "olmo", "olmo2", "phi3"), (4, 48))}
         return self.transformers < since.get(model_type, (4, 45))

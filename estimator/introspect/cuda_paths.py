@@ -374,12 +374,12 @@ def _make_window_without_its_size(layer: Any, *args: Any, **kwargs: Any) -> None
     layer._sliding_window_tensor = None
 
 
-def _window_with_its_size(layer: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+def _window_with_its_size(layer: Any, *args: Any, **kwargs: Any) -> None:
     """The size of the window is made on the host and copied with the first keys; on the CPU the original would be the copy.
 
     Source: transformers 5.23, cache_utils.py, DynamicSlidingWindowLayer.__init__ and lazy_initialization.
     """
-    super(DynamicSlidingWindowLayer, layer).lazy_initialization(key_states, value_states)
+    super(DynamicSlidingWindowLayer, layer).lazy_initialization(*args, **kwargs)
     layer._sliding_window_tensor = torch.tensor(layer.sliding_window, dtype=torch.long)
 
 

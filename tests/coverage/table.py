@@ -90,9 +90,10 @@ def summary(results: Results) -> str:
     if spliced:
         worst = max(spliced, key=lambda name: abs(spliced[name]))
         beyond = [name for name, value in spliced.items() if abs(value) > SPLICE_LIMIT]
+        without = [row.name for row in table if row.splice and "value" not in row.splice]
         lines.append(
             f"- few layers spliced against all layers, {len(spliced)} architectures: worst {spliced[worst]:+.3%} ({worst}); "
-            f"beyond {SPLICE_LIMIT:.1%}: {', '.join(beyond) or 'none'}"
+            f"beyond {SPLICE_LIMIT:.1%}: {', '.join(beyond) or 'none'}; tried and without a result: {', '.join(without) or 'none'}"
         )
     closed = {row.name: row.closed_form for row in table if row.closed_form is not None}
     if closed:
@@ -145,8 +146,13 @@ def _limits(table: Sequence[Row], of_other_code: Mapping[str, int]) -> Iterator[
     )
     yield "- *Closed form* compares two engines of ours; an error that both make does not show."
     if of_other_code:
-        dates = ", ".join(f"{number} {f'on {date}' if date else 'before 2026-11-30'}" for date, number in sorted(of_other_code.items()))
+        dates = ", ".join(f"{number} of {date or 'a day that was not noted'}" for date, number in sorted(of_other_code.items()))
         yield f"- {sum(of_other_code.values())} results are of an earlier version of the code or of a library: {dates}."
+        if undated := of_other_code.get(""):
+            yield (
+                f"- Of the {undated} without a day the outcome alone is kept: what routing does there, and how closed forms compare, is "
+                "not known, and an empty cell says nothing."
+            )
     for name, found in (("lengths", sum(bool(row.reach) for row in table)), ("splice", sum(bool(row.splice) for row in table))):
         if found < len(table):
             yield f"- *{name.capitalize()}* was tried for {found} of {len(table)} architectures; an empty cell is one that was not."
