@@ -74,7 +74,9 @@ def run(
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--per-device-train-batch-size", min=1, help="Instead of the request's.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Instead of the request's.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a case is killed; with --weights hub the download counts.")
+    ] = DEFAULT_TIMEOUT_SECONDS,
     again: Annotated[bool, typer.Option("--again", help="Measure even what the file has an answer for.")] = False,
     shard: Annotated[str | None, typer.Option(help="Of a campaign the share NUMBER/OF only, as several machines divide it.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local for one on this machine.")] = None,
@@ -96,6 +98,7 @@ def run(
         records = RecordFile(out)
         if campaign is not None:
             share = Shard.parse(shard) if shard is not None else Shard(number=1, of=1)
+            _warn_of_others(runner, console)
             _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again, share=share, ray=ray)
             return
         assert request is not None
@@ -152,7 +155,9 @@ def caps(
     """Hold this card to the memory of smaller ones: the planner's batch must run there, and the next larger one should not."""
     with _errors():
         names = None if cards is None else [name.strip() for name in cards.split(",")]
-        _run_caps(campaigns.read(campaign), _runner(device, gpu, timeout), RecordFile(out), Console(), cards=names, minutes=minutes)
+        runner, console = _runner(device, gpu, timeout), Console()
+        _warn_of_others(runner, console)
+        _run_caps(campaigns.read(campaign), runner, RecordFile(out), console, cards=names, minutes=minutes)
 
 
 @app.command("all")
@@ -165,38 +170,55 @@ def everything(
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Everything on this card: all campaigns, the proof under caps, the fit, the report. Run again, it goes on where it ended."""
+    """Everything on this card: all campaigns, the proof under caps, the fit, the report. Run again, it goes on where it ended.
+
+    Exit code 1 where nothing works, and on a card where nothing could be fitted.
+    """
     console = Console()
     with _errors():
         runner, records = _runner(device, gpu, timeout), RecordFile(folder / "records.jsonl")
         folder.mkdir(parents=True, exist_ok=True)
+        _warn_of_others(runner, console)
+        num_before = sum(1 for _ in records)
         for name in _BEFORE_CAPS:
             if name == "generate" and device is Device.TRACE:
                 console.print("generate is left out: generation is not traced")
                 continue
             share = Shard(number=1, of=1)
-            _run_campaign(campaigns.read(name), runner, records, console, minutes=minutes, again=False, share=share, ray=None)
+            left = _run_campaign(campaigns.read(name), runner, records, console, minutes=minutes, again=False, share=share, ray=None)
             if name == "smoke":
-                _stop_if_nothing_works(records, runner.kind)
+                _stop_if_nothing_works(records, num_before, runner)
+                if left:
+                    told = "; ".join(dict.fromkeys(map(_method_of, left)))
+                    console.print(f"[yellow]smoke's budget was over before it tried:[/yellow] {escape(told)}", highlight=False)
         try:
             _run_caps(campaigns.read("caps"), runner, records, console, cards=None, minutes=minutes)
         except (VramplanError, NoDeviceError) as error:
             console.print(f"[yellow]no proof under caps:[/yellow] {escape(str(error))}")
+        unfitted: RequestError | None = None
         try:
             _fit([records.path], folder / "corrections.json", console)
         except RequestError as error:
+            unfitted = error
             console.print(f"[yellow]{escape(error.message)}[/yellow]")
         _report([records.path], folder / "report.html", folder / "pictures", console, published=True)
+        if unfitted is not None and device is Device.CUDA:
+            raise RequestError(f"no corrections were written: {unfitted.message}") from unfitted
 
 
-def _stop_if_nothing_works(records: RecordFile, kind: Kind) -> None:
+def _stop_if_nothing_works(records: RecordFile, num_before: int, runner: Runner) -> None:
     """Rather than let hours of cases fail for one reason.
+
+    Args:
+        records: all there are, of other machines too.
+        num_before: how many of them there were before this run.
+        runner: of this run.
 
     Raises:
         RequestError: with that reason.
     """
-    seen = [one for one in records if one.kind is kind]
-    if seen and not any(one.outcome in (Outcome.OK, Outcome.OOM) for one in seen):
+    seen = list(records)[num_before:]
+    if seen and not schedule.answered(records, runner.kind, _key(runner)):
         raise RequestError(f"no case came to its end, so nothing else is tried: {(seen[-1].error or '')[-1000:]}")
 
 
@@ -209,12 +231,11 @@ def _run_caps(
     cards: Sequence[str] | None,
     minutes: float | None,
 ) -> None:
-    _warn_of_others(runner, console)
     at_hand = capped.card_at_hand(runner)
     smaller = capped.smaller_cards(campaign.cards if cards is None else cards, at_hand)
     wanted = capped.trials(campaign.cases(), smaller, at_hand)
     budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
-    for step in capped.run(wanted, runner, records, budget_seconds=budget):
+    for step in capped.run(wanted, _bounded(runner, budget), records, budget_seconds=budget):
         case, card = step.record.case, step.record.provenance.cap_card
         told = ", ".join(proof.policy for proof in step.proofs if proof.planned == case.batch_size) or "beside them"
         console.print(f"{card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
@@ -368,16 +389,14 @@ def _run_campaign(
     again: bool,
     share: Shard,
     ray: str | None,
-) -> None:
-    key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
-    done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else key)
+) -> tuple[Case, ...]:
+    """Runs what has no answer yet, and returns the cases that the budget did not reach, or that were lost on a cluster."""
+    done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else _key(runner))
     budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
-    # a case that hangs is not to cost several budgets
-    runner = replace(runner, timeout_seconds=min(runner.timeout_seconds, max(_LEAST_TIMEOUT_SECONDS, budget)))
+    runner = _bounded(runner, budget)
     for grid in campaign.grids:
         if grid.missing:
             console.print(f"grid {grid.name} is left out: it needs {', '.join(grid.missing)}")
-    _warn_of_others(runner, console)
     whole = campaign.cases()
     costs = _costs(whole)
     cases = share.take(whole, lambda case: costs[case.hash])
@@ -385,6 +404,7 @@ def _run_campaign(
     if len(waiting) < len(cases):
         console.print(f"{len(cases) - len(waiting)} of {len(cases)} cases are answered in {escape(str(records.path))} already")
     counts: Counter[Outcome] = Counter()
+    reached: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True) as bar:
 
@@ -405,13 +425,25 @@ def _run_campaign(
             steps = on_ray.run(waiting, **common, lost=lost, address=address, num_gpus=1 if runner.device is Device.CUDA else 0)
         for step in steps:
             counts[step.record.outcome] += 1
+            reached.add(step.record.case_hash)
             bar.update(task, completed=step.num_done, left=f"about {step.remaining_seconds / 60:.0f} min left")
             if step.record.error and step.record.outcome is not Outcome.OOM:
                 bar.console.print(f"[yellow]{step.record.outcome}[/yellow] {_named(step.record.case)}: {escape(step.record.error[-300:])}")
-    ran = sum(counts.values())
     console.print(f"{campaign.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items())) or 'nothing run'}")
-    if ran < len(waiting):
-        console.print(f"{len(waiting) - ran} cases are left; the same command goes on with them")
+    left = tuple(case for case in waiting if case.hash not in reached)
+    if left:
+        console.print(f"{len(left)} cases are left; the same command goes on with them")
+    return left
+
+
+def _bounded(runner: Runner, budget_seconds: float) -> Runner:
+    """The runner, with which a case that hangs does not cost several budgets."""
+    return replace(runner, timeout_seconds=min(runner.timeout_seconds, max(_LEAST_TIMEOUT_SECONDS, budget_seconds)))
+
+
+def _key(runner: Runner) -> tuple[str | None, ...]:
+    """Of the environment that cases run in here."""
+    return environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
 
 
 def _costs(cases: Sequence[Case]) -> dict[str, float]:
@@ -430,6 +462,14 @@ def _cost(case: Case) -> float | None:
 
 def _named(case: Case) -> str:
     return f"{escape(case.model or str(case.config.get('model_type')))} {case.batch_size} × {case.sequence_length}"
+
+
+def _method_of(case: Case) -> str:
+    """By what cases of one model differ: `4 bit, trl, gradient checkpointing`."""
+    quantization = case.request.get("quantization")
+    given = quantization if isinstance(quantization, dict) else {}
+    bits = "4 bit" if given.get("load_in_4bit") else "8 bit" if given.get("load_in_8bit") else "16 bit"
+    return ", ".join([bits, case.trainer, *(["gradient checkpointing"] if case.training.get("gradient_checkpointing") else [])])
 
 
 def _comparison(files: Sequence[Path]) -> Comparison:
@@ -494,6 +534,8 @@ def read_case(path: Path, *, batch_size: int | None = None, max_length: int | No
 
 def show(record: Record, console: Console) -> None:
     """One line on what came out, and the phases when something was measured."""
+    if record.outcome is Outcome.OK and record.error is not None:  # the run was good, what was to be kept of it was not
+        console.print(f"[yellow]{escape(record.error)}[/yellow]")
     if record.figures is None:
         console.print(f"{record.kind}: {record.outcome}, {record.provenance.duration_seconds:.1f} s")
         return
