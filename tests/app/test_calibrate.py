@@ -83,6 +83,13 @@ def test_a_failed_case_is_recorded_and_exits_with_1(request_file: Path, monkeypa
     assert [each.outcome for each in RecordFile(out)] == [Outcome.FAILED]
 
 
+def test_a_good_run_whose_history_could_not_be_kept_says_so(request_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "run", lambda _, one: record(one, error="the allocator's history could not be written: [disk] full"))
+    result = invoke("--request", request_file, "--out", request_file.with_name("records.jsonl"))
+    assert result.exit_code == 0
+    assert "could not be written: [disk] full" in " ".join(result.stdout.split())
+
+
 @pytest.mark.parametrize("content", ["[1]", "{", '{"training": {}}', "model: {config: 3}"])
 def test_a_file_that_is_no_request_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / ("request.yaml" if content.startswith("model") else "request.json")
