@@ -14,22 +14,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from app import caps as capped
+from app.calibrate_terminal import method_of, named, show, show_comparison, show_proofs
 from app.prediction import predict
 from app.request_file import read_request
 from calibration import campaign as campaigns
 from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all
-from calibration.caps import Proof, proofs
-from calibration.caps import sentences as caps_sentences
+from calibration.caps import proofs
 from calibration.card import card_id, card_name, processes, used_bytes
 from calibration.case import Case
 from calibration.comparison import Comparison, rows_of
 from calibration.comparison import compare as compared
 from calibration.models import config_of
-from calibration.record import CONTAMINATION_LIMIT_BYTES, Figures, Kind, Outcome, Record, RecordFile, environment_here
+from calibration.record import CONTAMINATION_LIMIT_BYTES, Outcome, RecordFile, environment_here
 from calibration.runner import DEFAULT_TIMEOUT_SECONDS, Device, NoDeviceError, Runner
 from calibration.shards import Shard
 from estimator.errors import RequestError, VramplanError
@@ -74,7 +73,9 @@ def run(
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--per-device-train-batch-size", min=1, help="Instead of the request's.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Instead of the request's.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a case is killed; with --weights hub the download counts.")
+    ] = DEFAULT_TIMEOUT_SECONDS,
     again: Annotated[bool, typer.Option("--again", help="Measure even what the file has an answer for.")] = False,
     shard: Annotated[str | None, typer.Option(help="Of a campaign the share NUMBER/OF only, as several machines divide it.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run on a Ray cluster: its address, auto, or local for one on this machine.")] = None,
@@ -96,6 +97,7 @@ def run(
         records = RecordFile(out)
         if campaign is not None:
             share = Shard.parse(shard) if shard is not None else Shard(number=1, of=1)
+            _warn_of_others(runner, console)
             _run_campaign(campaigns.read(campaign), runner, records, console, minutes=minutes, again=again, share=share, ray=ray)
             return
         assert request is not None
@@ -136,7 +138,7 @@ def fit(
 def compare(files: RecordFiles) -> None:
     """Measured beside predicted, record by record, for the versions of each record."""
     with _errors():
-        _show_comparison(_comparison(files), Console())
+        show_comparison(_comparison(files), Console())
 
 
 @app.command()
@@ -152,7 +154,9 @@ def caps(
     """Hold this card to the memory of smaller ones: the planner's batch must run there, and the next larger one should not."""
     with _errors():
         names = None if cards is None else [name.strip() for name in cards.split(",")]
-        _run_caps(campaigns.read(campaign), _runner(device, gpu, timeout), RecordFile(out), Console(), cards=names, minutes=minutes)
+        runner, console = _runner(device, gpu, timeout), Console()
+        _warn_of_others(runner, console)
+        _run_caps(campaigns.read(campaign), runner, RecordFile(out), console, cards=names, minutes=minutes)
 
 
 @app.command("all")
@@ -165,38 +169,55 @@ def everything(
     gpu: Annotated[int, typer.Option(min=0, help="Index of the card.")] = 0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a case is killed.")] = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
-    """Everything on this card: all campaigns, the proof under caps, the fit, the report. Run again, it goes on where it ended."""
+    """Everything on this card: all campaigns, the proof under caps, the fit, the report. Run again, it goes on where it ended.
+
+    Exit code 1 where nothing works, and on a card where nothing could be fitted.
+    """
     console = Console()
     with _errors():
         runner, records = _runner(device, gpu, timeout), RecordFile(folder / "records.jsonl")
         folder.mkdir(parents=True, exist_ok=True)
+        _warn_of_others(runner, console)
+        num_before = sum(1 for _ in records)
         for name in _BEFORE_CAPS:
             if name == "generate" and device is Device.TRACE:
                 console.print("generate is left out: generation is not traced")
                 continue
             share = Shard(number=1, of=1)
-            _run_campaign(campaigns.read(name), runner, records, console, minutes=minutes, again=False, share=share, ray=None)
+            left = _run_campaign(campaigns.read(name), runner, records, console, minutes=minutes, again=False, share=share, ray=None)
             if name == "smoke":
-                _stop_if_nothing_works(records, runner.kind)
+                _stop_if_nothing_works(records, num_before, runner)
+                if left:
+                    told = "; ".join(dict.fromkeys(map(method_of, left)))
+                    console.print(f"[yellow]smoke's budget was over before it tried:[/yellow] {escape(told)}", highlight=False)
         try:
             _run_caps(campaigns.read("caps"), runner, records, console, cards=None, minutes=minutes)
         except (VramplanError, NoDeviceError) as error:
             console.print(f"[yellow]no proof under caps:[/yellow] {escape(str(error))}")
+        unfitted: RequestError | None = None
         try:
             _fit([records.path], folder / "corrections.json", console)
         except RequestError as error:
+            unfitted = error
             console.print(f"[yellow]{escape(error.message)}[/yellow]")
         _report([records.path], folder / "report.html", folder / "pictures", console, published=True)
+        if unfitted is not None and device is Device.CUDA:
+            raise RequestError(f"no corrections were written: {unfitted.message}") from unfitted
 
 
-def _stop_if_nothing_works(records: RecordFile, kind: Kind) -> None:
+def _stop_if_nothing_works(records: RecordFile, num_before: int, runner: Runner) -> None:
     """Rather than let hours of cases fail for one reason.
+
+    Args:
+        records: all there are, of other machines too.
+        num_before: how many of them there were before this run.
+        runner: of this run.
 
     Raises:
         RequestError: with that reason.
     """
-    seen = [one for one in records if one.kind is kind]
-    if seen and not any(one.outcome in (Outcome.OK, Outcome.OOM) for one in seen):
+    seen = list(records)[num_before:]
+    if seen and not schedule.answered(records, runner.kind, _key(runner)):
         raise RequestError(f"no case came to its end, so nothing else is tried: {(seen[-1].error or '')[-1000:]}")
 
 
@@ -209,15 +230,14 @@ def _run_caps(
     cards: Sequence[str] | None,
     minutes: float | None,
 ) -> None:
-    _warn_of_others(runner, console)
     at_hand = capped.card_at_hand(runner)
     smaller = capped.smaller_cards(campaign.cards if cards is None else cards, at_hand)
     wanted = capped.trials(campaign.cases(), smaller, at_hand)
     budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
-    for step in capped.run(wanted, runner, records, budget_seconds=budget):
+    for step in capped.run(wanted, _bounded(runner, budget), records, budget_seconds=budget):
         case, card = step.record.case, step.record.provenance.cap_card
         told = ", ".join(proof.policy for proof in step.proofs if proof.planned == case.batch_size) or "beside them"
-        console.print(f"{card}: {_named(case)} ({told}): {step.record.outcome}", highlight=False)
+        console.print(f"{card}: {named(case)} ({told}): {step.record.outcome}", highlight=False)
     show_proofs(proofs([one for one in records if one.kind is runner.kind]), runner.kind, console)
 
 
@@ -235,7 +255,7 @@ def _fit(files: Sequence[Path], out: Path | None, console: Console) -> None:
         print(text)
         return
     out.write_text(text + "\n", encoding="utf-8")
-    _show_comparison(comparison, console)
+    show_comparison(comparison, console)
     console.print(f"written: {escape(str(out))} ({comparison.corrections.version})")
 
 
@@ -312,21 +332,6 @@ def _report(files: Sequence[Path], out: Path, svg: Path | None, console: Console
     console.print(f"written: {escape(str(out))}", highlight=False)
 
 
-def show_proofs(found: Sequence[Proof], kind: Kind, console: Console) -> None:
-    """Every recommendation with what the runs under its cap showed, and all of a policy in a sentence."""
-    table = Table("card", "case", "policy", "planned", "true maximum", "planned / maximum", "verdict", box=None, pad_edge=False)
-    for proof in found:
-        runs = proof.runs
-        largest = f"{max(runs.ran, default=0)} or more" if runs.largest is None else str(runs.largest)
-        share = "" if proof.tightness is None else f"{proof.tightness:.0%}"
-        verdict = proof.verdict.value if proof.planned else "none fits"
-        name = escape(proof.case.model or str(proof.case.config.get("model_type")))
-        table.add_row(proof.card, f"{name} × {proof.case.sequence_length}", proof.policy, str(proof.planned), largest, share, verdict)
-    console.print(table)
-    for told in caps_sentences(found, kind):
-        console.print(told, highlight=False)
-
-
 @contextmanager
 def _errors() -> Iterator[None]:
     """Whatever a user can be told ends in one line and exit code 1."""
@@ -345,9 +350,11 @@ def _warn_of_others(runner: Runner, console: Console) -> None:
     used = used_bytes(card)
     if used is None or used <= CONTAMINATION_LIMIT_BYTES:
         return
-    named = ", ".join(f"{one.name} (pid {one.pid})" for one in processes(card) or ()) or "whom the driver does not name; a desktop, perhaps"
+    holders = (
+        ", ".join(f"{one.name} (pid {one.pid})" for one in processes(card) or ()) or "whom the driver does not name; a desktop, perhaps"
+    )
     console.print(
-        f"[yellow]{gib(used)} of the card are in use by others: {escape(named)}. Records are marked, and neither "
+        f"[yellow]{gib(used)} of the card are in use by others: {escape(holders)}. Records are marked, and neither "
         "compared nor fitted: end them first (a desktop on the card counts too).[/yellow]"
     )
 
@@ -368,16 +375,14 @@ def _run_campaign(
     again: bool,
     share: Shard,
     ray: str | None,
-) -> None:
-    key = environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
-    done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else key)
+) -> tuple[Case, ...]:
+    """Runs what has no answer yet, and returns the cases that the budget did not reach, or that were lost on a cluster."""
+    done = frozenset() if again else schedule.answered(records, runner.kind, None if ray is not None else _key(runner))
     budget = 60 * (minutes if minutes is not None else campaign.budget_minutes)
-    # a case that hangs is not to cost several budgets
-    runner = replace(runner, timeout_seconds=min(runner.timeout_seconds, max(_LEAST_TIMEOUT_SECONDS, budget)))
+    runner = _bounded(runner, budget)
     for grid in campaign.grids:
         if grid.missing:
             console.print(f"grid {grid.name} is left out: it needs {', '.join(grid.missing)}")
-    _warn_of_others(runner, console)
     whole = campaign.cases()
     costs = _costs(whole)
     cases = share.take(whole, lambda case: costs[case.hash])
@@ -385,11 +390,12 @@ def _run_campaign(
     if len(waiting) < len(cases):
         console.print(f"{len(cases) - len(waiting)} of {len(cases)} cases are answered in {escape(str(records.path))} already")
     counts: Counter[Outcome] = Counter()
+    reached: set[str] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True) as bar:
 
         def lost(case: Case, reason: str) -> None:
-            bar.console.print(f"[yellow]lost[/yellow] {_named(case)}: {escape(reason)}")
+            bar.console.print(f"[yellow]lost[/yellow] {named(case)}: {escape(reason)}")
 
         task = bar.add_task(campaign.name, total=len(waiting), left="")
         common: dict[str, Any] = {
@@ -405,13 +411,25 @@ def _run_campaign(
             steps = on_ray.run(waiting, **common, lost=lost, address=address, num_gpus=1 if runner.device is Device.CUDA else 0)
         for step in steps:
             counts[step.record.outcome] += 1
+            reached.add(step.record.case_hash)
             bar.update(task, completed=step.num_done, left=f"about {step.remaining_seconds / 60:.0f} min left")
             if step.record.error and step.record.outcome is not Outcome.OOM:
-                bar.console.print(f"[yellow]{step.record.outcome}[/yellow] {_named(step.record.case)}: {escape(step.record.error[-300:])}")
-    ran = sum(counts.values())
+                bar.console.print(f"[yellow]{step.record.outcome}[/yellow] {named(step.record.case)}: {escape(step.record.error[-300:])}")
     console.print(f"{campaign.name}: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items())) or 'nothing run'}")
-    if ran < len(waiting):
-        console.print(f"{len(waiting) - ran} cases are left; the same command goes on with them")
+    left = tuple(case for case in waiting if case.hash not in reached)
+    if left:
+        console.print(f"{len(left)} cases are left; the same command goes on with them")
+    return left
+
+
+def _bounded(runner: Runner, budget_seconds: float) -> Runner:
+    """The runner, with which a case that hangs does not cost several budgets."""
+    return replace(runner, timeout_seconds=min(runner.timeout_seconds, max(_LEAST_TIMEOUT_SECONDS, budget_seconds)))
+
+
+def _key(runner: Runner) -> tuple[str | None, ...]:
+    """Of the environment that cases run in here."""
+    return environment_here(gpu=card_name(card_id(runner.gpu)) if runner.device is Device.CUDA else None).key
 
 
 def _costs(cases: Sequence[Case]) -> dict[str, float]:
@@ -428,53 +446,9 @@ def _cost(case: Case) -> float | None:
         return None
 
 
-def _named(case: Case) -> str:
-    return f"{escape(case.model or str(case.config.get('model_type')))} {case.batch_size} × {case.sequence_length}"
-
-
 def _comparison(files: Sequence[Path]) -> Comparison:
     records = schedule.merged(RecordFile(path) for path in files)
     return compared(*rows_of(records, predict))
-
-
-def _show_comparison(comparison: Comparison, console: Console) -> None:
-    if comparison.as_modelled:
-        rows = Table("record", "measured", "predicted", "allocated", "device", box=None, pad_edge=False)
-        for error in comparison.as_modelled:
-            figures = error.row.record.figures
-            assert figures is not None
-            rows.add_row(
-                _named(error.row.record.case),
-                gib(figures.peak_allocated_bytes or 0),
-                gib(error.row.prediction.estimate.peak.allocated_bytes),
-                f"{error.allocated:+.2%}",
-                "" if error.device is None else f"{error.device:+.2%}",
-            )
-        console.print(rows)
-        table = Table("errors", "rows", "median", "within 3 %", "most under", "most over", box=None, pad_edge=False)
-        for one in comparison.spreads:
-            table.add_row(
-                one.name,
-                str(one.num_rows),
-                f"{one.median:.2%}",
-                f"{one.share_within_3_percent:.0%}",
-                f"{one.worst_under:+.2%}",
-                f"{one.worst_over:+.2%}",
-            )
-        console.print(table)
-    else:
-        console.print(f"nothing to compare: {comparison.why_nothing}")
-    if comparison.num_shared:
-        console.print(f"[yellow]{comparison.num_shared} records of a card that others were using are neither compared nor fitted[/yellow]")
-    if comparison.coverage is not None:
-        console.print(f"90 % intervals from other models hold for {comparison.coverage:.0%} of the rows")
-    for bug in comparison.bugs:
-        told = f"{bug.term} is exact, measured {bug.measured_bytes:,} B, predicted {bug.predicted_bytes:,} B"
-        console.print(f"[red]bug[/red] {escape(bug.model)}: {told}")
-    for row in comparison.contradicted:
-        console.print(f"[red]out of memory where the prediction fits[/red] {_named(row.record.case)}")
-    for missing in comparison.unpredicted:
-        console.print(f"[yellow]not compared[/yellow] {_named(missing.record.case)}: {escape(missing.reason[:200])}")
 
 
 def read_case(path: Path, *, batch_size: int | None = None, max_length: int | None = None, from_hub: bool = False) -> Case:
@@ -490,31 +464,3 @@ def read_case(path: Path, *, batch_size: int | None = None, max_length: int | No
         request = {**request, "training": {**training, **{name: value for name, value in given.items() if value is not None}}}
     case = Case.from_request(request, config_of(request))
     return case.with_hub_weights(request.get("revision")) if from_hub else case
-
-
-def show(record: Record, console: Console) -> None:
-    """One line on what came out, and the phases when something was measured."""
-    if record.figures is None:
-        console.print(f"{record.kind}: {record.outcome}, {record.provenance.duration_seconds:.1f} s")
-        return
-    environment = record.environment
-    console.print(f"{record.kind} on {escape(environment.gpu or '?') if environment else '?'}: {record.outcome}")
-    for name, num_bytes in _lines(record.figures).items():
-        if num_bytes is not None:
-            console.print(f"  {name:<24}{gib(num_bytes):>12}")
-    if record.contaminated:
-        console.print("[yellow]others used the card meanwhile: the record is marked and enters no fit[/yellow]")
-
-
-def _lines(figures: Figures) -> dict[str, int | None]:
-    phases: dict[str, int | None] = {f"{name} peak": peak.allocated_bytes for name, peak in figures.phases.items()}
-    return {
-        "context": figures.context_bytes,
-        "loaded": figures.loaded_bytes,
-        "steady state": figures.steady_state_bytes,
-        **phases,
-        "peak allocated": figures.peak_allocated_bytes,
-        "peak reserved": figures.peak_reserved_bytes,
-        "device": figures.device_bytes,
-        "by the driver": figures.nvml_process_bytes,
-    }

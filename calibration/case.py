@@ -89,11 +89,19 @@ class Case(BaseModel):
         """The same case with the weights of its model on the Hub.
 
         Raises:
-            RequestError: if the model has no name there.
+            RequestError: if the model has no name there, or the revision is none.
         """
+        from estimator.sources.hub import check_revision
+
         if self.model is None:
             raise RequestError("model: weights from the Hub need the model's id there; got a config", field="model")
-        return self.model_copy(update={"checkpoint": self.model if revision is None else f"{self.model}@{revision}"})
+        if revision is not None and not isinstance(revision, str):
+            raise RequestError(f"revision: {revision!r:.120} is not accepted; expected a branch, tag or commit", field="revision")
+        checkpoint = self.model if revision is None else f"{self.model}@{check_revision(revision)}"
+        try:
+            return Case.model_validate({**self.model_dump(), "checkpoint": checkpoint})
+        except ValueError as error:
+            raise RequestError(f"{_first_message(error)}; got {checkpoint!r:.240}", field="checkpoint") from error
 
     @property
     def is_training(self) -> bool:

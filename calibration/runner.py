@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,15 +15,25 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from calibration.card import card_id, driver_version, used_bytes
+from calibration.card import card_id, card_name, driver_version, used_bytes
 from calibration.case import Case
-from calibration.record import Kind, Outcome, Provenance, Record, package_version
+from calibration.record import Environment, Kind, Outcome, Provenance, Record, environment_here, package_version
 from calibration.report import WorkerReport
 
 DEFAULT_TIMEOUT_SECONDS = 900.0
-_ERROR_TAIL_BYTES = 4000
+_ERROR_TAIL_CHARS = 4000
+# Read beyond it, so that no token or URL is cut in two before it is taken out.
+_CUT_BYTES = 8192
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_TOKEN = re.compile(r"hf_(?:(?:oauth|jwt)_[A-Za-z0-9_.-]{4,}|[A-Za-z0-9]{16,})")
+_QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
+_BITSANDBYTES_FULL = re.compile(r"Error out of memory at line \d+ in file \S+")
+"""What bitsandbytes prints before it ends the process with exit code 1; a progress bar may stand before it on the line.
+
+Source: bitsandbytes 0.50.2, libbitsandbytes_cuda*.so, the string `Error %s at line %d in file %s`; csrc/ops.cuh, CUDA_CHECK_RETURN; the
+first part is cudaGetErrorString's of cudaErrorMemoryAllocation.
+"""
 
 
 class Device(StrEnum):
@@ -63,7 +74,10 @@ class Runner:
 
         Raises:
             NoDeviceError: if there is no CUDA device; no record is made of that.
+            OSError: if the snapshot's file cannot be written; nothing is run then.
         """
+        if self.snapshot is not None:
+            self.snapshot.open("ab").close()
         on_card = self.device is Device.CUDA
         before = used_bytes(card_id(self.gpu)) if on_card else None
         started_at = datetime.now(UTC)
@@ -91,7 +105,7 @@ class Runner:
                 foreign_before_bytes=before,
                 foreign_after_bytes=used_bytes(card_id(self.gpu)) if on_card else None,
             ),
-            error=report.error if report is not _TIMED_OUT else f"killed after {self.timeout_seconds:g} s",
+            error=_told(report.error) if report is not _TIMED_OUT else f"killed after {self.timeout_seconds:g} s",
         )
 
     def _report(self, case: Case, folder: Path, foreign_bytes: int) -> WorkerReport:
@@ -114,7 +128,14 @@ class Runner:
         try:
             return WorkerReport.model_validate_json(report_file.read_bytes())
         except (OSError, ValidationError):
-            return WorkerReport(outcome="failed", error=f"the worker {_ending(code)} without a report: {_tail(log_file)}")
+            printed = _tail(log_file)
+            if code == 1 and (full := _BITSANDBYTES_FULL.search(printed)):
+                return WorkerReport(outcome="oom", environment=self._surroundings(), error=f"bitsandbytes: {full[0]}")
+            return WorkerReport(outcome="failed", error=f"the worker {_ending(code)} without a report: {printed}")
+
+    def _surroundings(self) -> Environment:
+        """What can be said from here of where a worker ran that left no word: enough to know the case again (`Environment.key`)."""
+        return environment_here(gpu=card_name(card_id(self.gpu)) if self.device is Device.CUDA else None)
 
     def _environment(self, case: Case) -> dict[str, str]:
         """The worker sees one card; the Hub and the token only where the case asks for weights from there."""
@@ -142,5 +163,16 @@ def _ending(code: int) -> str:
 def _tail(log_file: Path) -> str:
     with log_file.open("rb") as log:
         log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _ERROR_TAIL_BYTES))
+        log.seek(max(0, log.tell() - _ERROR_TAIL_CHARS - _CUT_BYTES))
         return log.read().decode(errors="replace").strip()
+
+
+def _told(error: str | None) -> str | None:
+    """The end of an error as a record may hold it, which others are given: no token, no signed URL, nobody's home directory."""
+    if error is None:
+        return None
+    for secret in filter(None, map(os.environ.get, _SECRETS)):
+        error = error.replace(secret, "hf_…")
+    error = _QUERY.sub(r"\1?…", _TOKEN.sub("hf_…", error))
+    home = os.environ.get("HOME", "").rstrip("/")
+    return (error.replace(f"{home}/", "~/") if home else error)[-_ERROR_TAIL_CHARS:]

@@ -54,16 +54,19 @@ def run(case: Case, device_name: str, foreign_bytes: int, snapshot: Path | None 
     device = torch.device(device_name)
     surroundings: Environment = environment(device)
     meter: Meter = SilentMeter() if on_cpu else CudaMeter(foreign_bytes, case.cap_bytes, is_training=case.is_training)
+    problems: list[str] = []
     try:
-        with recorded(None if on_cpu else snapshot):
+        with recorded(None if on_cpu else snapshot, problems.append):
             model = build(case, device)
             seconds = train(case, model, meter, on_cpu=on_cpu) if case.is_training else generate(case, model, meter, device)
             figures = _with_driver(meter.figures())
     except Exception as error:
         if _is_out_of_memory(error):
-            return WorkerReport(outcome="oom", figures=_with_driver(meter.figures()), environment=surroundings, error=str(error)[:500])
-        return WorkerReport(outcome="failed", environment=surroundings, error=traceback.format_exc()[-4000:])
-    return WorkerReport(outcome="ok", figures=figures, environment=surroundings, step_seconds=round(seconds, 4))
+            told = "\n".join([str(error)[:500], *problems])
+            return WorkerReport(outcome="oom", figures=_with_driver(meter.figures()), environment=surroundings, error=told)
+        return WorkerReport(outcome="failed", environment=surroundings, error="\n".join([*problems, traceback.format_exc()]))
+    error_told = "\n".join(problems) or None
+    return WorkerReport(outcome="ok", figures=figures, environment=surroundings, step_seconds=round(seconds, 4), error=error_told)
 
 
 def _with_driver(figures: Figures | None) -> Figures | None:
@@ -75,7 +78,10 @@ def _with_driver(figures: Figures | None) -> Figures | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the card was full: torch's own error, or what cuBLAS, Triton and bitsandbytes say when their allocations fail."""
+    """Whether the card was full: torch's own error, or what CUDA, cuBLAS and Triton say when their allocations fail.
+
+    bitsandbytes raises nothing: its C code ends the process, and `calibration.runner` reads why off what it printed.
+    """
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

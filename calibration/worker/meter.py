@@ -1,6 +1,6 @@
 """Reads the allocator at the borders between phases."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,12 @@ class Meter(Protocol):
 
 
 @contextmanager
-def recorded(path: Path | None) -> Iterator[None]:
+def recorded(path: Path | None, complain: Callable[[str], None]) -> Iterator[None]:
     """Keeps the allocator's history and writes it at the end, whatever the end is; a file that pytorch.org/memory_viz opens.
+
+    Args:
+        path: of the file; nothing is kept if None.
+        complain: told why nothing could be written; the run is worth more than its history, and so is the reason why it failed.
 
     Source: torch 2.13, cuda/memory.py, _record_memory_history and _dump_snapshot.
     """
@@ -46,7 +50,10 @@ def recorded(path: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+        except Exception as error:
+            complain(f"the allocator's history could not be written to {path}: {error}")
         torch.cuda.memory._record_memory_history(enabled=None)
 
 

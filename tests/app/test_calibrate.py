@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from app import calibrate as cli
 from app import caps as capped
 from calibration import campaign as campaigns
+from calibration import schedule
 from calibration.case import Case
 from calibration.record import Kind, Outcome, Record, RecordFile, environment_here
 from calibration.runner import NoDeviceError, Runner
@@ -80,6 +81,13 @@ def test_a_failed_case_is_recorded_and_exits_with_1(request_file: Path, monkeypa
     assert result.exit_code == 1
     assert "[no] such layer" in result.stderr
     assert [each.outcome for each in RecordFile(out)] == [Outcome.FAILED]
+
+
+def test_a_good_run_whose_history_could_not_be_kept_says_so(request_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "run", lambda _, one: record(one, error="the allocator's history could not be written: [disk] full"))
+    result = invoke("--request", request_file, "--out", request_file.with_name("records.jsonl"))
+    assert result.exit_code == 0
+    assert "could not be written: [disk] full" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"training": {}}', "model: {config: 3}"])
@@ -151,9 +159,11 @@ def everything(folder: Path, *arguments: str) -> Any:
 def test_one_command_runs_all_campaigns_caps_fit_and_report_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each campaign is one case here, of a length of its own; the dry run has nothing to fit, and says so."""
     begun: list[str] = []
+    allowed: set[float] = set()
 
     def run(runner: Runner, one: Case) -> Record:
         begun.append(one.hash)
+        allowed.add(runner.timeout_seconds)
         return record(one, kind=runner.kind, environment=environment_here())
 
     smoke = campaigns.read("smoke")
@@ -173,6 +183,7 @@ def test_one_command_runs_all_campaigns_caps_fit_and_report_and_goes_on(tmp_path
         assert name in told, told
     assert "No measurement of our own" in (tmp_path / "all" / "report.html").read_text()
     assert (tmp_path / "all" / "pictures").is_dir()
+    assert allowed == {120}  # under caps too: a case that hangs costs no more than the budget, or what libraries take to load
     before = len(begun)
     assert everything(tmp_path / "all", "--device", "trace", "--minutes", "0.05").exit_code == 0
     assert not set(begun[:before]) & set(begun[before:])
@@ -206,6 +217,56 @@ def test_one_command_stops_where_nothing_works_at_all(tmp_path: Path, monkeypatc
     assert done.exit_code == 1
     assert "no kernel image is available" in done.stderr
     assert len(begun) == len(campaigns.read("smoke").cases())
+
+
+def of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`all` goes through its parts and finds nothing to run in them but `smoke`, nothing to fit, and writes no page."""
+    smoke = campaigns.read("smoke")
+    monkeypatch.setattr(cli, "_BEFORE_CAPS", ("smoke",))
+    monkeypatch.setattr(campaigns, "read", lambda _: smoke)
+    monkeypatch.setattr(cli, "_run_caps", lambda *_, **__: None)
+    monkeypatch.setattr(cli, "_report", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize(("before", "kind", "code"), [("another", Kind.TRACED, 1), ("this", Kind.MEASURED, 1), ("this", Kind.TRACED, 0)])
+def test_what_worked_elsewhere_does_not_say_that_this_machine_works(
+    before: str, kind: Kind, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_nothing(monkeypatch)
+    here = environment_here(gpu=None if before == "this" else "Tesla T4")
+    folder = tmp_path / "all"
+    RecordFile(folder / "records.jsonl").append(record(campaigns.read("smoke").cases()[0], kind=kind, environment=here))
+    monkeypatch.setattr(Runner, "run", lambda runner, one: record(one, kind=runner.kind, outcome=Outcome.FAILED, figures=None, error="no"))
+    assert everything(folder, "--device", "trace").exit_code == code
+
+
+def test_one_command_tells_once_of_others_on_the_card_and_fails_where_nothing_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *memory.used*) echo 900;; *compute-apps*) echo "7, 880, python train.py";; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    of_nothing(monkeypatch)
+    monkeypatch.setattr(cli, "_BEFORE_CAPS", ("smoke", "smoke"))
+    monkeypatch.setattr(Runner, "run", lambda runner, one: record(one, kind=runner.kind, figures=None, environment=environment_here()))
+    done = everything(tmp_path / "all")
+    assert done.exit_code == 1
+    assert " ".join(done.stdout.split()).count("in use by others") == 1
+    assert "no corrections were written: nothing can be fitted: none of" in " ".join(done.stderr.split())
+    assert everything(tmp_path / "dry", "--device", "trace").exit_code == 0  # a dry run never fits
+
+
+def test_what_smoke_had_no_time_for_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_nothing(monkeypatch)
+    monkeypatch.setattr(Runner, "run", lambda runner, one: record(one, kind=runner.kind, environment=environment_here()))
+    cases = campaigns.read("smoke").cases()
+    monkeypatch.setattr(cli, "_costs", lambda whole: {one.hash: float(number) for number, one in enumerate(whole)})
+    monkeypatch.setattr(schedule.Pace, "seconds", lambda pace, _costs: 60.0 * len(pace._seen))
+    told = " ".join(everything(tmp_path / "all", "--device", "trace").stdout.split())
+    assert f"{len(cases) - 3} cases are left" in told  # three minutes at a minute more for each
+    named = told.partition("budget was over before it tried: ")[2]
+    assert named.startswith("4 bit, transformers; 8 bit, transformers, gradient checkpointing; 8 bit, transformers"), told
 
 
 def test_a_share_of_a_single_case_is_refused(request_file: Path) -> None:

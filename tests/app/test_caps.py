@@ -14,6 +14,8 @@ from calibration.record import Outcome, Record, RecordFile, environment_here
 from calibration.runner import Device, NoDeviceError, Runner
 from estimator.errors import RequestError
 from estimator.gpus import find_gpu
+from estimator.planner import Policy
+from tests.benchmarks import tightness
 from tests.calibration.test_record import record
 
 A100 = find_gpu("a100-80")
@@ -116,6 +118,13 @@ def test_a_budget_counts_runs_and_not_planning_and_ends_both(tmp_path: Path, mon
     steps = list(caps.run(found, Runner(device=Device.TRACE), RecordFile(tmp_path / "r"), budget_seconds=60, clock=lambda: now[0]))
     assert [step.record.case.batch_size for step in steps] == [1, 2]
     assert planned == [cards[0].capacity_bytes]
+
+
+def test_the_table_of_tightness_shows_a_gap_where_nothing_was_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    tightness.main([])
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(tightness.GLOBAL_BATCHES) * len(Policy)
+    assert all(row.split()[-4:] == ["0", "0", "–", "–"] for row in rows)
 
 
 def test_a_case_is_tried_on_every_card_before_the_next_case(monkeypatch: pytest.MonkeyPatch) -> None:

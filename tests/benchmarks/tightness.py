@@ -92,7 +92,8 @@ def main(names: Sequence[str]) -> None:
             own = [cell for cell in found if cell.global_batch == total and cell.planned[policy] and cell.largest]
             shares = [cell.planned[policy] / cell.largest for cell in own]
             whole = sum(cell.planned[policy] == cell.largest for cell in own)
-            print(f"{total or 'free':<14}{policy:<18}{len(own):>6}{whole:>23}{median(shares):>8.0%}{min(shares):>7.0%}")
+            middle, least = (f"{median(shares):.0%}", f"{min(shares):.0%}") if shares else ("–", "–")
+            print(f"{total or 'free':<14}{policy:<18}{len(own):>6}{whole:>23}{middle:>8}{least:>7}")
 
 
 if __name__ == "__main__":

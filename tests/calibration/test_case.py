@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from calibration.case import Case
@@ -48,6 +50,19 @@ def test_weights_from_the_hub_are_another_case_and_need_a_name_there() -> None:
     assert len({named.hash, named.with_hub_weights().hash, named.with_hub_weights("abc").hash}) == 3
     with pytest.raises(RequestError, match="id there"):
         case().with_hub_weights()
+
+
+@pytest.mark.parametrize("revision", [3, True, ["main"], "", "a b", "../x", "x@y", "v" * 129])
+def test_a_revision_that_is_none_is_refused_by_name_and_value(revision: Any) -> None:
+    named = case().model_copy(update={"model": "meta-llama/Llama-3.1-8B"})
+    with pytest.raises(RequestError, match=r"^revision: .*branch, tag or commit") as refused:
+        named.with_hub_weights(revision)
+    assert repr(revision)[:100] in refused.value.message
+
+
+def test_weights_with_a_longer_name_than_a_case_may_hold_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"^checkpoint: .*200 characters; got 'xxx"):
+        case().model_copy(update={"model": "x" * 96 + "/" + "x" * 96}).with_hub_weights("v" * 40)
 
 
 GENERATION = {"batch_size": 2, "prompt_length": 16, "max_new_tokens": 4}

@@ -1,15 +1,17 @@
 """The runner against workers that misbehave."""
 
+import mmap
 import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from calibration import card
-from calibration.record import Figures, Kind, Outcome
+from calibration.record import Figures, Kind, Outcome, environment_here
 from calibration.runner import Device, NoDeviceError, Runner
 from tests.calibration.cases import case
 
@@ -46,6 +48,61 @@ def test_a_worker_that_breaks_costs_only_its_case(script: str, told: str) -> Non
     record = runner(script).run(case())
     assert record.outcome is Outcome.FAILED
     assert told in (record.error or "")
+
+
+FULL = "Error out of memory at line 41 in file /src/csrc/pythonInterface.cpp"
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "outcome"),
+    [
+        (FULL, 1, Outcome.OOM),
+        (f" 50%|#####     | 1/2 [00:01<00:01]{FULL}", 1, Outcome.OOM),
+        (FULL, 2, Outcome.FAILED),  # something else ended the process
+        (FULL.replace("out of memory", "invalid device function"), 1, Outcome.FAILED),
+        ("RuntimeError: out of memory", 1, Outcome.FAILED),
+    ],
+)
+def test_bitsandbytes_ends_the_process_when_the_card_is_full(printed: str, code: int, outcome: Outcome) -> None:
+    record = runner(f"import os; os.write(2, {printed!r}.encode() + b'\\n'); os._exit({code})").run(case())
+    assert (record.outcome, record.figures) == (outcome, None)
+    assert printed[-30:] in (record.error or "")
+    # without the environment the case would be run again and again
+    assert (record.environment is not None and record.environment.key == environment_here().key) == (outcome is Outcome.OOM)
+
+
+def test_the_text_that_bitsandbytes_prints_is_in_its_libraries() -> None:
+    folder = Path(str(find_spec("bitsandbytes").submodule_search_locations[0]))  # type: ignore[union-attr,index]
+    libraries = list(folder.glob("libbitsandbytes_cuda*.so"))
+    assert libraries
+    with libraries[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        assert content.find(b"Error %s at line %d in file %s\n") >= 0
+
+
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        ("401 for hf_" + "a1B2" * 8, "401 for hf_…"),
+        ("401 for canary-of-no-known-form", "401 for hf_…"),
+        ("GET https://cdn.example/x/y?Signature=abc&Key=1 failed", "GET https://cdn.example/x/y?… failed"),
+        ("/home/someone/.cache/x: no such file", "~/.cache/x: no such file"),
+        ("hf_quantizer.preprocess_model", "hf_quantizer.preprocess_model"),
+    ],
+)
+def test_a_records_error_holds_nothing_that_others_may_not_see(printed: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HF_TOKEN", "canary-of-no-known-form")
+    script = f"""{REPORT}report.write_text('{{"outcome": "failed", "error": "{printed}"}}')"""
+    assert runner(script).run(case()).error == kept
+    assert (runner(f"import sys; sys.exit({printed!r})").run(case()).error or "").endswith(kept)
+
+
+def test_a_token_at_the_cut_of_a_long_error_is_taken_out_whole() -> None:
+    token = "hf_" + "a1B2" * 8
+    record = runner(f"import sys; sys.exit({token!r} + ' ' + 'y' * 3980)").run(case())
+    assert record.error is not None
+    assert "a1B2" not in record.error
+    assert record.error.endswith("yyy")
 
 
 def test_what_libraries_print_does_not_disturb_the_report() -> None:
@@ -120,10 +177,10 @@ def test_the_worker_sees_one_card_and_no_token(monkeypatch: pytest.MonkeyPatch) 
 def test_weights_from_the_hub_are_asked_for_with_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    told = "import os; sys.exit(str([os.environ.get(n) for n in ('HF_TOKEN', 'HF_HUB_OFFLINE')]))"
+    told = "import os; sys.exit(str([os.environ.get('HF_TOKEN') == 'hf_canary', os.environ.get('HF_HUB_OFFLINE')]))"
     from_hub = case().model_copy(update={"model": "a/b"}).with_hub_weights("v1")
     record = Runner(device=Device.CPU, worker=(sys.executable, "-c", REPORT + told)).run(from_hub)
-    assert "['hf_canary', None]" in (record.error or "")
+    assert "[True, None]" in (record.error or "")
 
 
 def test_the_worker_is_told_where_a_snapshot_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +188,13 @@ def test_the_worker_is_told_where_a_snapshot_goes(tmp_path: Path, monkeypatch: p
     worker = (sys.executable, "-c", REPORT + "sys.exit(str(sys.argv[3:]))")
     record = Runner(device=Device.CPU, snapshot=Path("history.pickle"), worker=worker).run(case())
     assert f"'--snapshot', '{tmp_path}/history.pickle'" in (record.error or "")
+
+
+def test_a_snapshot_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    worker = (sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(FileNotFoundError, match=r"missing/history\.pickle"):
+        Runner(device=Device.CPU, snapshot=tmp_path / "missing" / "history.pickle", worker=worker).run(case())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_card_is_named_as_the_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

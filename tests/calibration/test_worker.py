@@ -270,6 +270,27 @@ def test_a_full_card_is_told_from_other_failures(
     assert "history.pickle" in on_a_card[1]  # what filled the card is what one wants to see
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_history_that_cannot_be_written_costs_neither_the_run_nor_the_reason_it_failed(
+    broken: bool, on_a_card: tuple[_Allocator, list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_path: str) -> None:
+        raise OSError("No space left on device")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
+    if broken:
+        monkeypatch.setattr(built, "build", fails)
+    report = run(plain(), "cuda", 100, Path("history.pickle"))
+    assert (report.outcome, report.figures is not None) == (("failed", False) if broken else ("ok", True))
+    assert "history.pickle: No space left on device" in (report.error or "")
+    assert ("no such layer" in (report.error or "")) == broken
+    assert on_a_card[1][-1] == {"enabled": None}
+
+
 def test_a_card_without_a_cap_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = _Allocator(monkeypatch)
     meter = CudaMeter(foreign_bytes=100)
