@@ -1,9 +1,9 @@
 """The service under load, beside a bare FastAPI endpoint of the same run: `python -m tests.benchmarks.load`.
 
 The service is the one that `vramplan serve` starts. The bare endpoint validates the same request with the same pydantic model, and returns
-a document of the same size. Warm means that a question was asked before; a few questions take turns. What a new question costs is printed too. On a machine with two cores the clients
-take one of them. Rates are those of `wrk` where it is installed (Debian: `apt install wrk`), else of a client of our own, which takes more
-of its core; fixed rates and floods are that client's.
+a document of the same size. Warm means that a question was asked before; a few questions take turns. What a new
+question costs is printed too. On a machine with two cores the clients take one of them. Rates are those of `wrk` where it is installed
+(Debian: `apt install wrk`), else of a client of our own, which takes more of its core; fixed rates and floods are that client's.
 """
 
 import asyncio
