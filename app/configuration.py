@@ -1,8 +1,10 @@
 """Settings of the service, each an environment variable that starts with `VRAMPLAN_`."""
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from estimator.errors import FieldError, RequestError
@@ -38,7 +40,7 @@ class Configuration(BaseSettings):
             ge=1,
             le=256,
             description="threads for estimates of bundled models, as many for what waits for the Hub or a trace, and half as many for "
-            "plans and sweeps",
+            "plans and sweeps of bundled models",
         ),
     ] = 8
     max_plans: Annotated[
@@ -76,6 +78,13 @@ class Configuration(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("hub_endpoint")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if value and not _is_address(value):
+            raise PydanticCustomError("address", "accepted: an address such as https://huggingface.co, with http:// or https:// and a host")
+        return value
+
     @classmethod
     def of_environment(cls) -> "Configuration":
         """The settings of this process's environment.
@@ -96,6 +105,16 @@ class Configuration(BaseSettings):
         if self.database_url == "none":
             return None
         return self.database_url or f"sqlite:///{default_directory() / 'vramplan.sqlite3'}"
+
+
+def _is_address(text: str) -> bool:
+    """Whether paths can be put behind it."""
+    try:
+        parts = urlsplit(text)
+        has_place = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return has_place and parts.scheme in ("http", "https") and not (parts.query or parts.fragment) and text.split() == [text]
 
 
 def documented() -> str:

@@ -11,6 +11,8 @@ class Connection(H11Protocol):
     uvicorn counts that time after an answer only, and no longer once a byte has come: whoever opens connections and is silent, or sends a
     head letter by letter, would hold them for ever, until the process has no more. Bodies have a limit of their own (`transfer`).
 
+    Made of h11's protocol, not of httptools': h11 always comes with uvicorn, and uvicorn limits the size of a head with it alone.
+
     Source: uvicorn 0.54.0, protocols/http/h11_impl.py (connection_made, data_received, on_response_complete).
     """
 

@@ -28,6 +28,8 @@ _MAX_FILE_BYTES = 4 * 2**20
 _OF_A_COMMAND: ContextVar[Corrections | None] = ContextVar("corrections of a command", default=None)
 _OF_A_SERVICE: ContextVar[Corrections | None] = ContextVar("corrections in force in a service", default=None)
 _IN_A_SERVICE: ContextVar[bool] = ContextVar("whether a service answers", default=False)
+_LOGGED: dict[str, str] = {}
+"""What was last logged of a file that cannot be read, by its path."""
 
 
 def current() -> Corrections | None:
@@ -44,12 +46,16 @@ def current() -> Corrections | None:
     if not named:
         return _OF_A_SERVICE.get()
     try:
-        return read(Path(named))
+        found = read(Path(named))
     except RequestError as error:
         if not _IN_A_SERVICE.get():
             raise
-        LOGGER.error("%s: %s", VARIABLE, error.message)
+        if _LOGGED.get(named) != error.message:  # once, not for every request, until it can be read or fails otherwise
+            _LOGGED[named] = error.message
+            LOGGER.error("%s: %s", VARIABLE, error.message)
         raise SourceUnavailableError("the corrections that this service answers by cannot be read; try again later") from None
+    _LOGGED.pop(named, None)
+    return found
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.errors import ConfigurationError, StorageError
 from limits.storage import storage_from_string
 
+from app.configuration import PREFIX
 from app.logs import LOGGER
 from estimator.errors import RequestError
 
@@ -49,16 +50,17 @@ class RateLimiter:
             return
         try:
             self._items = tuple(parse_many(limits))
-        except ValueError as error:
-            raise RequestError(f"rate_limit: {error}", field="rate_limit") from None
+        except ValueError:
+            name = f"{PREFIX}RATE_LIMIT"
+            message = f"{name}: {limits!r}: accepted: `300/minute`, several separated by `;`, or `none`"
+            raise RequestError(message, field=name) from None
         try:
             options = _REDIS if storage.startswith("redis") else {}
             kept = storage_from_string(f"async+{storage}", wrap_exceptions=True, **options)
         except (ConfigurationError, ImportError, ValueError):  # whose messages may quote a password
-            raise RequestError(
-                "rate_limit_storage: cannot be used; accepted: memory://, and with `pip install 'vramplan[redis]'` redis://HOST:PORT",
-                field="rate_limit_storage",
-            ) from None
+            name = f"{PREFIX}RATE_LIMIT_STORAGE"
+            message = f"{name}: cannot be used; accepted: memory://, and with `pip install 'vramplan[redis]'` redis://HOST:PORT"
+            raise RequestError(message, field=name) from None
         assert isinstance(kept, Storage)
         self._strategy = SlidingWindowCounterRateLimiter(kept)
 

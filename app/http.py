@@ -37,7 +37,7 @@ from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import opened
 from app.trainer_files.writing import convert
 from app.transfer import body_of
-from app.work import Workers, in_thread, is_bundled
+from app.work import Pace, Workers, in_thread, is_bundled
 from estimator.errors import FieldError, SourceUnavailableError, VramplanError
 from estimator.gpu_filter import GpuFilter
 from estimator.sources.access import Access
@@ -99,7 +99,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.workers = Workers(
         threads=configuration.threads,
         long_threads=max(1, configuration.threads // 2),
-        max_long=configuration.max_plans,
+        max_counted=configuration.max_plans,
         timeout_seconds=configuration.request_timeout_seconds,
     )
     app.state.state = _state_of(configuration)
@@ -326,8 +326,9 @@ async def _ready(request: Request) -> Response:
 
 
 async def _document(request: Request) -> Response:
-    """Its examples are answers, which take a second to find: off the event loop."""
-    return Reply(await in_thread(request, {}, request.app.openapi))
+    """Its examples are answers about bundled models, which take a second to find: off the event loop."""
+    workers: Workers = request.app.state.workers
+    return Reply(await workers.run(request.app.openapi, pace=Pace.QUICK))
 
 
 async def _docs() -> Response:

@@ -176,6 +176,7 @@ def _trace() -> Json:
         "phase": "backward",
         "allocated_bytes": 26_288_886_784,
         "items": [{"name": "logits", "bytes": 12_608_077_824}],
+        "modules": [{"module": "", "bytes": 12_608_078_848}],
         "largest": [{**largest, "bytes": 4_202_692_608}],
     }
     column = {"phase": "load", "event": 0, "allocated_bytes": 5_591_540_224, "reserved_bytes": 5_593_104_384}
@@ -197,6 +198,7 @@ def _trace() -> Json:
             "num_events": 113_729,
             "columns": [{**column, "items": {"temporary": 5_591_540_224}}],
         },
+        "warnings": [],
     }
 
 

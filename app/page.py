@@ -175,7 +175,9 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, p
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
-        found = await in_thread(request, {}, partial(sections.SECTIONS[name], form), is_long=name in sections.LONG)
+        is_long = name in sections.LONG
+        asked = form.values if is_long else {}
+        found = await in_thread(request, asked, partial(sections.SECTIONS[name], form), is_long=is_long)
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}

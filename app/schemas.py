@@ -263,6 +263,12 @@ _ANSWERS: Mapping[str, Json] = {
             "phase": _PHASE,
             "allocated_bytes": _BYTES,
             "items": _listed(_object({"name": _TEXT, "bytes": _BYTES})),
+            "modules": _listed(
+                _object(
+                    {"module": _TEXT, "bytes": _BYTES},
+                    description="What a module made, or a stored tensor takes; layers are taken together, an empty name is outside of any.",
+                )
+            ),
             "largest": _listed(
                 _object(
                     {**dict.fromkeys(("item", "module", "operator", "dtype", "shape"), _TEXT), "count": _COUNT, "bytes": _BYTES},
@@ -308,6 +314,7 @@ _ANSWERS: Mapping[str, Json] = {
                 },
                 description="Stretches of equally many events; of each the instant at which most is allocated.",
             ),
+            "warnings": _listed(ref("Warning")),
         }
     ),
     "Written": _object(

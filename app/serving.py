@@ -36,6 +36,7 @@ def serve_on(host: str, port: int, workers: int = 1) -> None:
         "app.serving:application",
         factory=True,
         http=Connection,
+        ws="none",  # there are none, and one that is taken over by another protocol would leave the clock of `Connection` running
         host=host,
         port=port,
         workers=workers,

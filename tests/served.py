@@ -25,7 +25,7 @@ def serving(app: Any, *, lifespan: Literal["on", "off"] = "off", idle_seconds: i
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         server = uvicorn.Server(
-            uvicorn.Config(app, http=Connection, timeout_keep_alive=idle_seconds, log_level="warning", lifespan=lifespan)
+            uvicorn.Config(app, http=Connection, ws="none", timeout_keep_alive=idle_seconds, log_level="warning", lifespan=lifespan)
         )
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
@@ -81,8 +82,11 @@ def visit(browser: Browser, address: str) -> Iterator[Open]:
 
 
 def keep_picture(page: Page, name: str) -> None:
-    """For whoever wants to see what the tests saw."""
-    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+    """For whoever wants to see what the tests saw, where there is a place to write to."""
+    picture = page.screenshot(full_page=True)
+    with suppress(OSError):
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        (PICTURES / f"{name}.png").write_bytes(picture)
 
 
 def findings(page: Page) -> list[str]:

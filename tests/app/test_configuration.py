@@ -42,3 +42,26 @@ def test_a_setting_that_cannot_be_read_is_named_with_its_value_and_what_is_accep
         "VRAMPLAN_HUB_TIMEOUT_SECONDS: '-1': Input should be greater than 0",
         "VRAMPLAN_LOG_LEVEL: 'loud': Input should be 'debug', 'info', 'warning' or 'error'",
     ]
+
+
+@pytest.mark.parametrize("limit", ["many", "3/minute;", "300 a minute"])
+def test_a_limit_that_cannot_be_read_is_refused_with_what_is_accepted(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setenv("VRAMPLAN_RATE_LIMIT", limit)
+    with pytest.raises(RequestError) as caught:
+        create_app()
+    assert caught.value.message == f"VRAMPLAN_RATE_LIMIT: {limit!r}: accepted: `300/minute`, several separated by `;`, or `none`"
+
+
+@pytest.mark.parametrize(
+    "address", ["not an url", "huggingface.co", "ftp://huggingface.co", "https://", "https://hub:port", "https://hub/?a=b", "https://a b"]
+)
+def test_an_address_of_the_hub_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("VRAMPLAN_HUB_ENDPOINT", address)
+    with pytest.raises(RequestError, match=r"VRAMPLAN_HUB_ENDPOINT: .*: accepted: an address such as https://huggingface\.co") as caught:
+        create_app()
+    assert repr(address) in caught.value.message
+
+
+@pytest.mark.parametrize("address", ["", "https://huggingface.co", "http://127.0.0.1:9", "https://mirror.example/hub/", "http://[::1]:80"])
+def test_an_address_of_the_hub_may_have_a_port_and_a_path(address: str) -> None:
+    assert Configuration(hub_endpoint=address).hub_endpoint == address

@@ -18,6 +18,7 @@ from app.configuration import Configuration
 from app.form import Form
 from app.http import create_app
 from app.in_force import InForce
+from app.logs import LOGGER
 from app.plan import plan
 from app.prediction import predict
 from app.service import answer
@@ -182,6 +183,22 @@ def test_a_file_that_goes_while_the_service_runs_is_no_fault_of_the_caller(file:
             assert (response.status_code, str(file.parent) in response.text) == (503, False)
             assert "the corrections that this service answers by cannot be read" in response.text
         assert client.get("/healthz").status_code == 200
+
+
+def test_a_broken_file_is_logged_once_for_each_change(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(corrections.VARIABLE, str(file))
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    whole = file.read_text()
+    client = TestClient(create_app())
+    for content, status in (("{}", 503), ("[", 503), (whole, 200), ("[", 503)):
+        file.write_text(content)
+        assert [client.get("/readyz").status_code for _ in range(3)] == [status] * 3
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(logged) == 3
+    assert logged[0] != logged[1] == logged[2]
+    assert all(line.startswith("VRAMPLAN_CORRECTIONS: ") for line in logged)
 
 
 # -- those of a service -----------------------------------------------------------------------------------------------------------------

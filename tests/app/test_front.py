@@ -21,10 +21,13 @@ from starlette.types import Message, Scope
 
 from app import examples
 from app.configuration import Configuration
+from app.connection import Connection
 from app.flood import RateLimiter, caller_of
 from app.http import create_app
 from app.logs import JsonFormatter
 from app.redaction import redacted
+from app.serving import serve_on
+from app.work import Pace, Workers
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
 from tests.served import serving, until
@@ -132,6 +135,44 @@ def test_plans_hold_up_no_estimate_and_too_many_are_turned_away(monkeypatch: pyt
     assert refused.headers["retry-after"] == "5"
 
 
+def test_plans_that_wait_for_the_hub_hold_up_no_plan_of_a_bundled_model_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+
+    def plan(asked: Any) -> dict[str, str]:
+        if asked["model"] != examples.QLORA["model"]:
+            entered.release()
+            leave.wait(10)
+        return {}
+
+    monkeypatch.setattr("app.http.plan", plan)
+    elsewhere = {**examples.QLORA, "model": "somebody/elsewhere"}
+    with client_of(threads=2, max_plans=3) as client, ThreadPoolExecutor(3) as callers:
+        waiting = [callers.submit(client.post, "/v1/plan", json=elsewhere) for _ in range(2)]
+        assert all(entered.acquire(timeout=10) for _ in waiting)  # a thread of those that are long would be taken by each
+        assert client.post("/v1/plan", json=examples.QLORA).status_code == 200
+        assert client.get("/openapi.json").status_code == 200
+        waiting.append(callers.submit(client.post, "/v1/plan", json=elsewhere))
+        until(lambda: client.app.state.metrics.active._value.get() == 3)  # type: ignore[attr-defined]
+        refused = client.post("/v1/plan", json=examples.QLORA)
+        leave.set()
+        assert [one.result().status_code for one in waiting] == [200, 200, 200]
+    assert_problem(refused, 503)
+
+
+def test_a_call_that_no_thread_takes_is_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(max_counted=1)
+
+    def ask() -> int:
+        return asyncio.run(workers.run(lambda: 1, pace=Pace.LONG, is_counted=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="new thread"):
+            ask()
+    assert ask() == 1
+    workers.close()
+
+
 def sent(app: Any, messages: list[Message], **scope: Any) -> list[Message]:
     """What an application answers to raw messages; after the last one nothing more comes."""
     answers: list[Message] = []
@@ -180,6 +221,16 @@ def test_a_connection_on_which_no_request_arrives_is_ended() -> None:
         assert 0.3 < time.monotonic() - begun < 5
         callers["half a body"].sendall(b': "gpt2"}')
         assert callers["half a body"].recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_no_connection_is_taken_over_by_another_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever websocket library is installed, and uvicorn would choose by itself."""
+    served: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda _, **options: served.update(options))
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    monkeypatch.setenv("VRAMPLAN_ALLOWED_HOSTS", "127.0.0.1")
+    serve_on("127.0.0.1", 0)
+    assert (served["http"], served["ws"]) == (Connection, "none")
 
 
 def test_a_caller_who_hangs_up_is_no_fault() -> None:

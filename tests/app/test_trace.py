@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import torch.cuda._memory_viz as viewer
 from starlette.testclient import TestClient
@@ -19,6 +20,7 @@ from app.service import answer
 from estimator.allocator import SMALL_SEGMENT_BYTES
 from estimator.errors import RequestError
 from tests.app.test_cli import run
+from tests.app.test_http import unnamed
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 4096}
 LLAMA = {"model_type": "llama", "intermediate_size": 352, "num_key_value_heads": 2, **SIZES}
@@ -103,6 +105,10 @@ def test_a_trace_tells_what_is_alive_at_each_peak(client: TestClient) -> None:
     allocator = traced["allocator"]
     assert allocator["allocated_at_peak_bytes"] <= allocator["reserved_at_peak_bytes"] <= allocator["max_reserved_bytes"]
     assert max(column["allocated_bytes"] for column in traced["timeline"]["columns"]) == traced["peak"]["allocated_bytes"]
+    document = client.get("/openapi.json").json()
+    schema = document["paths"]["/v1/trace"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    jsonschema_rs.validate({**schema, "components": document["components"]}, traced)
+    assert unnamed(traced, schema, document["components"]["schemas"]) == []
 
 
 def test_the_peaks_of_a_trace_are_those_of_the_estimate(client: TestClient) -> None:

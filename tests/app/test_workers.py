@@ -196,7 +196,7 @@ def test_replicas_count_an_address_together_and_let_requests_in_when_redis_is_go
 
 @pytest.mark.parametrize("storage", ["redis://user:secret@127.0.0.1:port", "nonsense://user:secret@host", "memory"])
 def test_a_storage_of_limits_that_cannot_be_is_refused_without_its_password(storage: str) -> None:
-    with pytest.raises(RequestError, match="rate_limit_storage") as caught:
+    with pytest.raises(RequestError, match="VRAMPLAN_RATE_LIMIT_STORAGE") as caught:
         RateLimiter("3/minute", storage)
     assert "secret" not in str(caught.value)
 

@@ -1,9 +1,9 @@
 """The service under load, beside a bare FastAPI endpoint of the same run: `python -m tests.benchmarks.load`.
 
-The bare endpoint validates the same request with the same pydantic model, and returns a document of the same size. Warm means that a
-question was asked before; a few questions take turns. What a new question costs is printed too. On a machine with two cores the clients
-take one of them. Rates are those of `wrk` where it is installed (Debian: `apt install wrk`), else of a client of our own, which takes more
-of its core; fixed rates and floods are that client's.
+The service is the one that `vramplan serve` starts. The bare endpoint validates the same request with the same pydantic model, and returns
+a document of the same size. Warm means that a question was asked before; a few questions take turns. What a new
+question costs is printed too. On a machine with two cores the clients take one of them. Rates are those of `wrk` where it is installed
+(Debian: `apt install wrk`), else of a client of our own, which takes more of its core; fixed rates and floods are that client's.
 """
 
 import asyncio
@@ -53,11 +53,11 @@ def bare() -> Any:
 def main() -> None:
     """Prints one line per measurement."""
     print(f"documents of {len(orjson.dumps(_DOCUMENT)):,} bytes, {SECONDS:g} s each, {os.cpu_count()} cores")
-    with _Server("tests.benchmarks.load:bare") as server:
+    with _Server("uvicorn", "--factory", "tests.benchmarks.load:bare", "--no-access-log", "--log-level", "warning") as server:
         reference = rate(server.port)
     print(f"{'rates are those of':<64}{'wrk' if WRK else 'our own client':>9}")
     print(f"{'bare FastAPI: validates, returns a document of that size':<64}{reference:>9.0f} /s")
-    with _Server("app.serving:application") as server:
+    with _Server("app", "serve") as server:
         new = run(server.port, connections=1, seconds=SECONDS)
         print(f"{'a question not asked before: median':<64}{statistics.median(new.in_order_ms[:QUESTIONS]):>9.1f} ms")
         warm_up(server.port)
@@ -66,7 +66,7 @@ def main() -> None:
         half = run(server.port, connections=4, per_second=ours / 2)
         print(f"{'at half that load: 99th percentile':<64}{half.quantile(0.99):>9.1f} ms   (goal {GOAL_P99_MS:g} ms)")
     # As a service that lets in half of what it can do: the rest is told to come back.
-    with _Server("app.serving:application", rate_limit=f"{max(1, round(ours / 2))}/second") as server:
+    with _Server("app", "serve", rate_limit=f"{max(1, round(ours / 2))}/second") as server:
         warm_up(server.port)
         before = server.resident_bytes
         flood = run(server.port, connections=640)
@@ -78,15 +78,15 @@ def main() -> None:
 
 
 class _Server:
-    """One worker process."""
+    """One process that serves, as a module of Python with its arguments: `app serve` is what `vramplan serve` starts."""
 
-    def __init__(self, application: str, rate_limit: str = "1000000/second") -> None:
+    def __init__(self, module: str, *arguments: str, rate_limit: str = "1000000/second") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        options = ["--port", str(self.port), "--no-access-log", "--log-level", "warning"]
-        command = [sys.executable, "-m", "uvicorn", "--factory", application, *options]
-        environment = {**os.environ, "VRAMPLAN_DATABASE_URL": "none", "VRAMPLAN_RATE_LIMIT": rate_limit}
+        command = [sys.executable, "-m", module, *arguments, "--port", str(self.port)]
+        settings = {"VRAMPLAN_DATABASE_URL": "none", "VRAMPLAN_RATE_LIMIT": rate_limit, "VRAMPLAN_LOG_LEVEL": "warning"}
+        environment = {**os.environ, **settings}
         self._process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while True:
@@ -94,7 +94,7 @@ class _Server:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
             except OSError:
                 if time.monotonic() > deadline or self._process.poll() is not None:
-                    raise SystemExit(f"{application} does not start") from None
+                    raise SystemExit(f"{' '.join(command[2:])} does not start") from None
                 time.sleep(0.05)
             else:
                 break
