@@ -8,9 +8,11 @@ Legend: B micro-batch, S sequence length, T = B·S tokens.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ from estimator.correction import margin_without_interval, radii
 from estimator.device import device_bytes
 from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, keeping_part, parts
 from estimator.estimate import Estimate
-from estimator.extent import Polynomial, Size, Snapshot
+from estimator.extent import Snapshot
 from estimator.fused_loss import CHUNK_ROWS, TILE_ROWS
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Strategy
@@ -39,6 +41,9 @@ STRATEGIES = (Strategy.SINGLE, Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Str
 # Beyond 2^59 bytes a point is answered with 2^61, and so is larger than any card: with its margins, int64 would not hold more.
 LARGEST_BYTES = 1 << 59
 SATURATED_BYTES = 1 << 61
+
+# A training step knows the first of `extent.POWERS`: 1, B, S, B·S, S², B·S².
+_NUM_POWERS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -237,12 +242,13 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     update = share.gradients_bytes + share.update_temporary_bytes + share.communication.get(Phase.OPTIMIZER_STEP, 0)
     ending = share.gradients_bytes + share.ending_communication_bytes
     peak = np.maximum(steady + max(update, ending), prepared.load.allocated_bytes)
+    powers = _powers(batch, length)
     for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
         waiting = share.waiting_gradients_bytes + share.communication.get(phase, 0)
-        peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], batch, length))
+        peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], powers))
     keeping = keeping_part(inventory, recipe)
     if keeping is not None:
-        kept = _largest(keeping.peaks[Phase.BACKWARD], batch, length, share.kept_gradients)
+        kept = _largest(keeping.peaks[Phase.BACKWARD], powers, share.kept_gradients)
         peak = np.maximum(peak, steady + share.waiting_gradients_bytes + share.communication.get(Phase.BACKWARD, 0) + kept)
     moving = np.maximum(peak - steady, 0)
     held = peak + np.rint(moving * IDLE_SHARE[head_of(training)]).astype(np.int64)
@@ -264,48 +270,68 @@ def _is_huge(program: Program, batch: Ints, length: Ints, steps: Ints) -> NDArra
     return np.asarray(largest + 64.0 * steps * b * s > LARGEST_BYTES)
 
 
-def _largest(snapshots: tuple[Snapshot, ...], batch: Ints, length: Ints, gradients: Fraction = Fraction(1)) -> Ints:
+def _largest(snapshots: tuple[Snapshot, ...], powers: Ints, gradients: Fraction = Fraction(1)) -> Ints:
     """Rounded bytes of the instant that is largest before rounding, as `engine.largest` chooses it, of gradients a part [bytes]."""
     if len(snapshots) == 1:
-        return _rounded(snapshots[0], batch, length, gradients)
-    tokens = batch * length
-    powers = np.stack((np.ones_like(batch), batch, length, tokens, length * length, tokens * length))  # the first of `tape.POWERS`
-    worst = np.argmax(np.array([snapshot.totals[: len(powers)] for snapshot in snapshots]) @ powers, axis=0)
+        return _rounded(snapshots[0], powers, gradients)
+    worst = np.argmax(np.array([snapshot.totals[:_NUM_POWERS] for snapshot in snapshots]) @ powers, axis=0)
     first = int(worst[0])
     if (worst == first).all():
-        return _rounded(snapshots[first], batch, length, gradients)
-    found = np.empty(len(batch), dtype=np.int64)
+        return _rounded(snapshots[first], powers, gradients)
+    found = np.empty(powers.shape[1], dtype=np.int64)
     for index in np.unique(worst):
         where = np.flatnonzero(worst == index)
-        found[where] = _rounded(snapshots[index], batch[where], length[where], gradients)
+        found[where] = _rounded(snapshots[index], powers[:, where], gradients)
     return found
 
 
-def _rounded(snapshot: Snapshot, batch: Ints, length: Ints, gradients: Fraction = Fraction(1)) -> Ints:
-    total: Any = np.zeros(len(batch), dtype=np.int64)
-    made: Any = np.zeros(len(batch), dtype=np.int64)
-    for (item, size), number in snapshot.held:
-        held = number * allocated(_extent(size, batch, length))
-        if item is Item.GRADIENTS and gradients != 1:
-            made = made + held
-        else:
-            total = total + held
+def _rounded(snapshot: Snapshot, powers: Ints, gradients: Fraction = Fraction(1)) -> Ints:
+    table = _table(snapshot)
+    total = _sum(table.sizes, table.numbers, powers)
+    if not len(table.gradient_sizes):
+        return total
+    made = _sum(table.gradient_sizes, table.gradient_numbers, powers)
     if gradients == 1:
-        return total  # type: ignore[no-any-return]
+        return total + made
     # In integers of any size: a fraction's parts are sizes of whole models. Gradients have the same sizes at every point.
     different, place = np.unique(made, return_inverse=True)
     kept = np.array([int(int(num_bytes) * gradients) for num_bytes in different], dtype=np.int64)
-    return total + kept[place]  # type: ignore[no-any-return]
+    return total + kept[place]
 
 
-def _extent(size: Size, batch: Ints, length: Ints) -> Any:
-    """`Extent.at` on arrays; a training step knows no keys."""
-    if isinstance(size, Polynomial):
-        return sum(_extent(term, batch, length) for term in size.terms)
-    assert size.keys == 0, size
-    found: Any = size.coefficient
-    if size.batch:
-        found = found * batch**size.batch
-    if size.sequence:
-        found = found * (length + size.shift) ** size.sequence
-    return found
+def _powers(batch: Ints, length: Ints) -> Ints:
+    """What the first of `extent.POWERS` are at every point; shape (powers, points)."""
+    tokens = batch * length
+    return np.stack((np.ones_like(batch), batch, length, tokens, length * length, tokens * length))
+
+
+def _sum(sizes: Ints, numbers: Ints, powers: Ints) -> Ints:
+    """Storages at every point, each rounded as the allocator does [bytes]."""
+    rounded: Ints = allocated(sizes @ powers)  # type: ignore[assignment, arg-type]
+    return numbers @ rounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """A snapshot as arrays: of each size the coefficients in the order of `POWERS`, and how many storages have it; gradients apart."""
+
+    sizes: Ints
+    numbers: Ints
+    gradient_sizes: Ints
+    gradient_numbers: Ints
+
+
+@lru_cache(maxsize=1024)
+def _table(snapshot: Snapshot) -> _Table:
+    others: Counter[tuple[int, ...]] = Counter()
+    gradients: Counter[tuple[int, ...]] = Counter()
+    for (item, size), number in snapshot.held:
+        coefficients = size.totals()
+        assert not any(coefficients[_NUM_POWERS:]), size  # a training step knows no keys
+        (gradients if item is Item.GRADIENTS else others)[tuple(coefficients[:_NUM_POWERS])] += number
+    (sizes, numbers), (gradient_sizes, gradient_numbers) = (_arrays(counted) for counted in (others, gradients))
+    return _Table(sizes=sizes, numbers=numbers, gradient_sizes=gradient_sizes, gradient_numbers=gradient_numbers)
+
+
+def _arrays(counted: Counter[tuple[int, ...]]) -> tuple[Ints, Ints]:
+    return np.array(list(counted), dtype=np.int64).reshape(-1, _NUM_POWERS), np.array(list(counted.values()), dtype=np.int64)
