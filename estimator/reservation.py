@@ -198,6 +198,7 @@ class _Run(Generic[Taken]):
         self.recipe = recipe
         self.training = recipe.training
         self.trained = tuple(t for t in static.tensors if t.trainable)
+        self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
         self.num_retries_of_last_step = 0
@@ -240,9 +241,9 @@ class _Run(Generic[Taken]):
     def _micro_batch(self, part: MicroBatch) -> list[Taken | None]:
         """Forward and backward pass; the gradients."""
         allocator, staying = self.allocator, self._workspaces(part)
-        sizes = self._sizes(part)
+        sizes, events = self._unpacked(part)
         blocks: dict[int, Taken] = {}
-        for position, event in enumerate(part.events):
+        for position, event in enumerate(events):
             if position in staying:
                 place(allocator, staying[position])
             if event < 0:
@@ -265,10 +266,12 @@ class _Run(Generic[Taken]):
         self.has_workspaces = True
         return dict.fromkeys((0, part.backward), workspace_bytes(self.recipe.compute_capability))
 
-    def _sizes(self, part: MicroBatch) -> list[int]:
-        """Of every storage, at this batch and length [bytes]."""
-        at_size = [size.at(*self.training.shape) for size in part.sizes]
-        return [at_size[kind] for kind in part.kinds]
+    def _unpacked(self, part: MicroBatch) -> tuple[Sequence[int], Sequence[int]]:
+        """The size of every storage at this batch and length [bytes], and the events."""
+        if part not in self.unpacked:
+            at_size = [size.at(*self.training.shape) for size in part.sizes]
+            self.unpacked[part] = [at_size[kind] for kind in part.kinds], part.events
+        return self.unpacked[part]
 
     def _update(self) -> None:
         if not self.has_states:
@@ -295,9 +298,11 @@ class _PoolByPool(_Run[Range]):
 
     def _micro_batch(self, part: MicroBatch) -> list[Range | None]:
         staying = self._workspaces(part)
-        if staying or part not in self.streams:
-            self.streams[part] = apart(self._sizes(part), part.events, part.kept, staying)
-        streams = self.streams.pop(part) if staying else self.streams[part]
+        streams = None if staying else self.streams.get(part)
+        if streams is None:
+            streams = apart(*self._unpacked(part), part.kept, staying)
+            if not staying:
+                self.streams[part] = streams
         kept = self.ranges.play(*streams)
         if kept is None:
             raise NoRoomError

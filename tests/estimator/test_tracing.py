@@ -1,10 +1,12 @@
 """Who runs a trace, how often, and what is kept of it."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -14,9 +16,10 @@ from estimator.phases import Phase
 from estimator.recipe import Adapter, Attention, Recipe, Training
 from estimator.sources.process import Inspector
 from estimator.sources.resolve import build, resolve
-from estimator.sources.tracing import Subject, TracedStep, TracedTimeline, Tracer, regime
+from estimator.sources.tracing import Subject, Tracer, regime
 from estimator.stack import Stack
 
+Answer = TypeVar("Answer")
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -54,21 +57,22 @@ def tracer(inspector: Any, **options: Any) -> Tracer:
     return Tracer(inspector=inspector, **options)
 
 
+def at_once(*calls: Callable[[], Answer]) -> list[Answer]:
+    """What calls answer that begin together, each in a thread."""
+    start = threading.Barrier(len(calls))
+
+    def begin(call: Callable[[], Answer]) -> Answer:
+        start.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(begin, calls))
+
+
 def test_callers_who_ask_for_the_same_trace_share_one_run(inspector: Inspector, subject: Subject) -> None:
     counting = Counting(inspector)
     shared = tracer(counting)
-    answers: list[TracedStep] = []
-    start = threading.Barrier(4)
-
-    def ask(batch: int) -> None:
-        start.wait()
-        answers.append(shared.step(subject, recipe(batch=batch)))
-
-    threads = [threading.Thread(target=ask, args=(batch,)) for batch in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = at_once(*(partial(shared.step, subject, recipe(batch=batch)) for batch in range(1, 5)))
     assert counting.asked == ["trace"]
     assert all(answer is answers[0] for answer in answers)
 
@@ -76,18 +80,7 @@ def test_callers_who_ask_for_the_same_trace_share_one_run(inspector: Inspector, 
 def test_callers_who_ask_for_the_same_timeline_share_one_run(inspector: Inspector, subject: Subject) -> None:
     counting = Counting(inspector)
     shared = tracer(counting)
-    start = threading.Barrier(3)
-    answers: list[TracedTimeline] = []
-
-    def ask() -> None:
-        start.wait()
-        answers.append(shared.timeline(subject, recipe()))
-
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    answers = at_once(*[partial(shared.timeline, subject, recipe())] * 3)
     assert counting.asked == ["timeline"]
     assert all(answer is answers[0] for answer in answers)
 
