@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from app.corrections import applied
 from app.versions import installed, shown
-from estimator.engine import UNLIMITED, Device, loaded, why_not_modelled
+from estimator.engine import UNLIMITED, Device, has_closed_forms, loaded, why_not_modelled
 from estimator.engine import estimate as analytic
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
 from estimator.estimate import Estimate, Notice
@@ -61,6 +61,14 @@ class Answerer:
         if all(notice.code != _NOT_MODELLED for notice in found.notices):
             return replace(found, engine_reason=f"closed forms of {self.inventory.model_type}, held to the trace by tests")
         return self._traced_instead(recipe, found)
+
+    def has_closed_forms(self, recipe: Recipe) -> bool:
+        """Whether `estimate` answers for a training step from closed forms.
+
+        Raises:
+            RequestError: if the libraries would refuse the combination.
+        """
+        return self.engine != "trace" and has_closed_forms(self.inventory, recipe)
 
     def has_to_trace(self, recipe: Recipe) -> bool:
         """Whether `estimate` would have to trace the step first, which takes seconds."""

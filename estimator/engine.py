@@ -120,11 +120,10 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
     try:
         if recipe.training is not None:
             regime = regime_of(recipe, inventory)
-            program = _shared_program(inventory, structure, prepared, regime)
-            keeping = _keeping_program(inventory, structure, prepared, regime)
+            found = _parts(inventory, structure, prepared, regime)
             schedule = partial(_step_schedule, inventory, _on_any_card(structure), regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
-            return _training(held, program, _BASIS, keeping)
+            return _training(held, found.program, _BASIS, found.keeping)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -137,20 +136,44 @@ def loaded(inventory: Inventory, recipe: Recipe) -> Estimate:
     return _load_only(_prepared(inventory, recipe.without_sizes()), Notice(code="not_modelled", message=_LOAD_ONLY.format("The step")))
 
 
-def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
-    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime."""
 
-    Only for recipes whose step is modelled (`why_not_modelled`).
+    prepared: Prepared
+    program: Program
+    """The step as one rank runs it."""
+    keeping: Program | None
+    """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`)."""
+
+
+def parts(inventory: Inventory, recipe: Recipe) -> Parts:
+    """The parts of a training step; only where `has_closed_forms`."""
+    structure = recipe.without_sizes()
+    return _parts(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+
+
+def _parts(inventory: Inventory, structure: Recipe, prepared: Prepared, regime: Regime) -> Parts:
+    return Parts(
+        prepared=prepared,
+        program=_shared_program(inventory, structure, prepared, regime),
+        keeping=_keeping_program(inventory, structure, prepared, regime),
+    )
+
+
+def has_closed_forms(inventory: Inventory, recipe: Recipe) -> bool:
+    """Whether closed forms know the training step of a recipe.
+
+    Raises:
+        RequestError: if the libraries would refuse the combination.
     """
-    structure = recipe.without_sizes()
-    prepared = _prepared(inventory, structure)
-    return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
-
-
-def keeping_part(inventory: Inventory, recipe: Recipe) -> Program | None:
-    """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`); else None."""
-    structure = recipe.without_sizes()
-    return _keeping_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+    if recipe.training is None or why_not_modelled(inventory, recipe) is not None:
+        return False
+    try:
+        parts(inventory, recipe)
+    except NotImplementedError:  # a block met something of this recipe that it has no rule for
+        return False
+    return True
 
 
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
