@@ -71,7 +71,18 @@ print(imported - start, time.perf_counter() - imported)
 def main() -> None:
     """Prints one line per measurement."""
     rows: list[tuple[str, str, str]] = []
-    for measure in (machine, warm_estimate, grids, all_cards, traces, replayed_events, command_line, web_process, new_inventories, reference):
+    for measure in (
+        machine,
+        warm_estimate,
+        grids,
+        all_cards,
+        traces,
+        replayed_events,
+        command_line,
+        web_process,
+        new_inventories,
+        reference,
+    ):
         rows += measure()
         while rows:
             name, value, goal = rows.pop(0)
