@@ -32,7 +32,7 @@ from app.problem import MEDIA_TYPE, problem, problem_of
 from app.reading import read_json
 from app.schemas import ref
 from app.service import answer
-from app.spans import tracer_of_environment
+from app.spans import spans_of_environment
 from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import opened
 from app.trainer_files.writing import convert
@@ -102,6 +102,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         max_counted=configuration.max_plans,
         timeout_seconds=configuration.request_timeout_seconds,
     )
+    app.state.spans = spans_of_environment() if configuration.traces else None
     app.state.state = _state_of(configuration)
     app.state.in_force = InForce(app.state.state, every_seconds=configuration.corrections_seconds)
     store, inventories = _caches(app.state.state, configuration)
@@ -135,7 +136,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         in_force=lambda: app.state.in_force.now,
         metrics=metrics,
         respond=_respond,
-        tracer=tracer_of_environment() if configuration.traces else None,
+        tracer=None if app.state.spans is None else app.state.spans.tracer,
     )
     app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented("EstimateRequest", examples.ESTIMATE))(
         _estimate
@@ -192,9 +193,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     following = asyncio.create_task(in_force.follow())
     yield
     following.cancel()
+    close(app)
+
+
+def close(app: FastAPI) -> None:
+    """Ends the threads, connections and counts of an application that serves no more, or never did."""
     app.state.workers.close()
-    if state is not None:
-        state.close()
+    app.state.metrics.close()
+    if app.state.spans is not None:
+        app.state.spans.close()
+    if app.state.state is not None:
+        app.state.state.close()
 
 
 def _state_of(configuration: Configuration) -> "State | None":

@@ -27,6 +27,8 @@ from app.http import create_app
 from app.logs import JsonFormatter
 from app.redaction import redacted
 from app.serving import serve_on
+from app.spans import Spans
+from app.state.opening import State
 from app.work import Pace, Workers
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
@@ -233,6 +235,41 @@ def test_no_connection_is_taken_over_by_another_protocol(monkeypatch: pytest.Mon
     assert (served["http"], served["ws"]) == (Connection, "none")
 
 
+def test_the_process_that_starts_others_keeps_open_nothing_of_the_application_it_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[set[threading.Thread]] = []
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: served.append({*threading.enumerate()}))
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    opened, closed = [], []
+    monkeypatch.setattr(State, "__init__", lambda self, url: opened.append(url) or vars(self).update(database=None))
+    monkeypatch.setattr(State, "close", lambda _: closed.append(1))
+    for name, value in {"ALLOWED_HOSTS": "*", "DATABASE_URL": f"sqlite:///{tmp_path / 'state.sqlite3'}", "TRACES": "true"}.items():
+        monkeypatch.setenv(f"VRAMPLAN_{name}", value)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    before = {*threading.enumerate()}
+    serve_on("127.0.0.1", 0, workers=2)
+    assert [threads - before for threads in served] == [set()]  # one would send spans
+    assert len(opened) == len(closed) == 1
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told_of_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    monkeypatch.setattr(logging.getLogger("vramplan"), "propagate", True)
+    names = {"ALLOWED_HOSTS": "*", "THREAD": "secret", "DATABASE": "secret", "CACHE_DIR": "", "CORRECTIONS": "", "PRICES": ""}
+    for name, value in names.items():
+        monkeypatch.setenv(f"VRAMPLAN_{name}", value)
+    monkeypatch.setenv("vramplan_log_level", "info")  # settings are read whatever the case
+    serve_on("127.0.0.1", 0)
+    assert caplog.messages == [
+        "VRAMPLAN_DATABASE is set and is no setting; the nearest that is one: VRAMPLAN_DATABASE_URL",
+        "VRAMPLAN_THREAD is set and is no setting; the nearest that is one: VRAMPLAN_THREADS",
+    ]
+
+
 def test_a_caller_who_hangs_up_is_no_fault() -> None:
     app: Any = client_of().app
     answers = sent(app, [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
@@ -409,7 +446,8 @@ def test_a_span_holds_the_route_and_nothing_of_the_question(monkeypatch: pytest.
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("app.http.tracer_of_environment", lambda: provider.get_tracer("test"))
+    spans = Spans(tracer=provider.get_tracer("test"), close=provider.shutdown)
+    monkeypatch.setattr("app.http.spans_of_environment", lambda: spans)
     client = client_of(traces=True)
     client.get(f"/v1/models/owner/secret-name?revision={TOKEN}", headers={"x-hf-token": "hf_headerheader"})
     (span,) = exporter.get_finished_spans()
