@@ -34,18 +34,32 @@ class Configuration(BaseSettings):
     rate_limit_storage: Annotated[
         str, Field(description="where the counts are kept: `memory://` (each process for itself) or `redis://…` (needs `vramplan[redis]`)")
     ] = "memory://"
-    max_concurrent: Annotated[int, Field(ge=1, le=10000, description="requests worked on or waiting in one process; more get 503")] = 64
+    max_concurrent: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10000,
+            description="requests worked on or waiting in one process, and half as many of those that wait for the Hub, and of those for "
+            "a build or a trace; more get 503",
+        ),
+    ] = 64
     threads: Annotated[
         int,
         Field(
             ge=1,
             le=256,
-            description="threads for estimates of bundled models, as many for what waits for the Hub or a trace, and half as many for "
-            "plans and sweeps of bundled models",
+            description="threads for estimates of bundled models, as many for those that wait for the Hub, and for those that wait for "
+            "a build or a trace, and beside each half as many for plans and sweeps",
         ),
     ] = 8
     max_plans: Annotated[
-        int, Field(ge=1, le=1000, description="plans, checks, lists of cards and sweeps worked on or waiting in one process; more get 503")
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="plans, checks, lists of cards and sweeps of bundled models worked on or waiting in one process, and as many of "
+            "those that wait for the Hub, and of those for a build or a trace; more get 503",
+        ),
     ] = 16
     max_waiting_inspections: Annotated[
         int, Field(ge=0, le=1000, description="requests that wait for the process that builds models; others get 503")
