@@ -15,7 +15,7 @@ from app.prediction import predict
 from app.reading import check_depth, read_json
 from app.redaction import redacted
 from app.transfer import body_of
-from app.work import Pace
+from app.work import Need
 from calibration import gate
 from calibration.comparison import rows_of
 from calibration.record import Record
@@ -146,7 +146,7 @@ async def _in_state(request: Request, call: Callable[[Any], Result]) -> Result:
     state = request.app.state.state
     if state is None:
         raise SourceUnavailableError("this service keeps no state, and so takes and gives no measurements", retry_after_seconds=3600)
-    result: Result = await request.app.state.workers.run(partial(_with_database, state, call), pace=Pace.WAITING)
+    result: Result = await request.app.state.workers.run(partial(_with_database, state, call), need=Need.DATABASE)
     return result
 
 

@@ -1,15 +1,16 @@
 """Settings of the service, each an environment variable that starts with `VRAMPLAN_`."""
 
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app import corrections, prices
 from estimator.errors import FieldError, RequestError
-from estimator.sources import hub, lookup
-from estimator.sources.cache import default_directory
+from estimator.sources import cache, hub, lookup
 
 PREFIX = "VRAMPLAN_"
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -33,18 +34,32 @@ class Configuration(BaseSettings):
     rate_limit_storage: Annotated[
         str, Field(description="where the counts are kept: `memory://` (each process for itself) or `redis://…` (needs `vramplan[redis]`)")
     ] = "memory://"
-    max_concurrent: Annotated[int, Field(ge=1, le=10000, description="requests worked on or waiting in one process; more get 503")] = 64
+    max_concurrent: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10000,
+            description="requests worked on or waiting in one process, and half as many of those that wait for the Hub, and of those for "
+            "a build or a trace; more get 503",
+        ),
+    ] = 64
     threads: Annotated[
         int,
         Field(
             ge=1,
             le=256,
-            description="threads for estimates of bundled models, as many for what waits for the Hub or a trace, and half as many for "
-            "plans and sweeps of bundled models",
+            description="threads for estimates of bundled models, as many for those that wait for the Hub, and for those that wait for "
+            "a build or a trace, and beside each half as many for plans and sweeps",
         ),
     ] = 8
     max_plans: Annotated[
-        int, Field(ge=1, le=1000, description="plans, checks, lists of cards and sweeps worked on or waiting in one process; more get 503")
+        int,
+        Field(
+            ge=1,
+            le=1000,
+            description="plans, checks, lists of cards and sweeps of bundled models worked on or waiting in one process, and as many of "
+            "those that wait for the Hub, and of those for a build or a trace; more get 503",
+        ),
     ] = 16
     max_waiting_inspections: Annotated[
         int, Field(ge=0, le=1000, description="requests that wait for the process that builds models; others get 503")
@@ -81,8 +96,8 @@ class Configuration(BaseSettings):
     @field_validator("hub_endpoint")
     @classmethod
     def _is_address(cls, value: str) -> str:
-        if value and not _is_address(value):
-            raise PydanticCustomError("address", "accepted: an address such as https://huggingface.co, with http:// or https:// and a host")
+        if value and not hub.is_address(value):
+            raise PydanticCustomError("address", hub.ACCEPTED_ADDRESSES)
         return value
 
     @classmethod
@@ -93,28 +108,31 @@ class Configuration(BaseSettings):
             RequestError: naming each variable that cannot be read, its value and what is accepted.
         """
         try:
-            return cls()
+            found = cls()
         except ValidationError as error:
             names = [(f"{PREFIX}{str(one['loc'][0]).upper()}", one) for one in error.errors()]
             errors = [FieldError(field=name, message=f"{name}: {one['input']!r}: {one['msg']}") for name, one in names]
             raise RequestError("; ".join(one.message for one in errors), errors=errors) from None
+        if not found.hub_endpoint:
+            hub.endpoint_in_use()
+        return found
 
     @property
     def database(self) -> str | None:
         """Where the state is; None for no state."""
         if self.database_url == "none":
             return None
-        return self.database_url or f"sqlite:///{default_directory() / 'vramplan.sqlite3'}"
+        return self.database_url or f"sqlite:///{cache.default_directory() / 'vramplan.sqlite3'}"
 
 
-def _is_address(text: str) -> bool:
-    """Whether paths can be put behind it."""
-    try:
-        parts = urlsplit(text)
-        has_place = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
-    return has_place and parts.scheme in ("http", "https") and not (parts.query or parts.fragment) and text.split() == [text]
+def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each variable that is named like a setting and is none. Its value may be somebody's secret, and is not told."""
+    known = {f"{PREFIX}{name.upper()}" for name in Configuration.model_fields} | {cache.VARIABLE, corrections.VARIABLE, prices.VARIABLE}
+    short = [name.removeprefix(PREFIX) for name in sorted(known)]  # what all begin with makes none of them nearer
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            (nearest,) = get_close_matches(name.upper().removeprefix(PREFIX), short, n=1, cutoff=0.0)
+            yield f"{name} is set and is no setting; the nearest that is one: {PREFIX}{nearest}"
 
 
 def documented() -> str:

@@ -7,7 +7,7 @@ from app.corrections import applied
 from app.versions import installed, shown
 from estimator.engine import UNLIMITED, Device, has_closed_forms, loaded, why_not_modelled
 from estimator.engine import estimate as analytic
-from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError
+from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError, VramplanError
 from estimator.estimate import Estimate, Notice
 from estimator.fitted import Corrections
 from estimator.inventory import Inventory
@@ -105,8 +105,11 @@ class Answerer:
                 "sequences and carried on from them; with mamba-ssm, causal-conv1d or flash-linear-attention installed a run takes less.",
             )
         if step.routing_matters:
-            worst = analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak
-            yield routing_notice(worst.allocated_bytes, balanced.peak.allocated_bytes)
+            yield routing_notice(lambda: self._worst_bytes(recipe), balanced.peak.allocated_bytes)
+
+    def _worst_bytes(self, recipe: Recipe) -> int:
+        """Allocated at the peak if all tokens chose the same experts [bytes]."""
+        return analytic(self.inventory, recipe, self.step(recipe, routing="worst").program).peak.allocated_bytes
 
     def check_traceable(self, recipe: Recipe) -> None:
         """Refuses what a trace cannot stand for.
@@ -159,17 +162,20 @@ class Answerer:
         return f"this recipe on {self.inventory.model_type}" if modelled else self.inventory.model_type
 
 
-def routing_notice(worst_bytes: int, balanced_bytes: int) -> Notice:
-    """Says what tokens that all go to the same experts would take.
+def routing_notice(worst: Callable[[], int], balanced_bytes: int) -> Notice:
+    """Says what tokens that all go to the same experts would take, or why that is not known: the answer stands without it.
 
     Args:
-        worst_bytes: allocated at the peak then [bytes].
+        worst: finds what is allocated at the peak then, by a trace of its own [bytes].
         balanced_bytes: allocated at the peak that is answered, with tokens spread evenly [bytes].
     """
+    try:
+        told = f"if all chose the same experts, the peak would be {gib(worst())} instead of {gib(balanced_bytes)}."
+    except VramplanError as error:
+        told = f"what it would be if all chose the same experts is not known, since that trace failed: {error.message.rstrip('.')}."
     return Notice(
         code="expert_routing",
-        message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; if all chose the same "
-        f"experts, the peak would be {gib(worst_bytes)} instead of {gib(balanced_bytes)}.",
+        message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; {told}",
     )
 
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import math
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from estimator.errors import RequestError
 
 # What an IPv6 subscriber is given at least: addresses within it are one caller's. Source: RFC 6177, section 2.
 _IPV6_PREFIX = 64
+_ZERO = re.compile(r"(?<!\d)0+(?!\d)")
 # Of redis-py. A Redis that hangs may hold up a request for this long, and no longer; one that fails is not asked again in the same request.
 _REDIS: dict[str, Any] = {"implementation": "redispy", "socket_timeout": 0.5, "socket_connect_timeout": 0.5, "retry": None}
 
@@ -49,10 +51,12 @@ class RateLimiter:
         if limits == "none":
             return
         try:
+            if _ZERO.search(limits):  # no request would ever be let in, or a window of no length taken for one of one minute
+                raise ValueError
             self._items = tuple(parse_many(limits))
         except ValueError:
             name = f"{PREFIX}RATE_LIMIT"
-            message = f"{name}: {limits!r}: accepted: `300/minute`, several separated by `;`, or `none`"
+            message = f"{name}: {limits!r}: accepted: `300/minute` with numbers from 1, several separated by `;`, or `none`"
             raise RequestError(message, field=name) from None
         try:
             options = _REDIS if storage.startswith("redis") else {}

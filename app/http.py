@@ -32,12 +32,12 @@ from app.problem import MEDIA_TYPE, problem, problem_of
 from app.reading import read_json
 from app.schemas import ref
 from app.service import answer
-from app.spans import tracer_of_environment
+from app.spans import spans_of_environment
 from app.trace import answer_trace, snapshot_of, svg_of, trace
 from app.trainer_files.opening import opened
 from app.trainer_files.writing import convert
 from app.transfer import body_of
-from app.work import Pace, Workers, in_thread, is_bundled
+from app.work import Need, Workers, in_thread, need_of
 from estimator.errors import FieldError, SourceUnavailableError, VramplanError
 from estimator.gpu_filter import GpuFilter
 from estimator.sources.access import Access
@@ -99,9 +99,11 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.workers = Workers(
         threads=configuration.threads,
         long_threads=max(1, configuration.threads // 2),
-        max_counted=configuration.max_plans,
+        max_long=configuration.max_plans,
+        max_waiting=max(1, configuration.max_concurrent // 2),
         timeout_seconds=configuration.request_timeout_seconds,
     )
+    app.state.spans = spans_of_environment() if configuration.traces else None
     app.state.state = _state_of(configuration)
     app.state.in_force = InForce(app.state.state, every_seconds=configuration.corrections_seconds)
     store, inventories = _caches(app.state.state, configuration)
@@ -135,7 +137,7 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
         in_force=lambda: app.state.in_force.now,
         metrics=metrics,
         respond=_respond,
-        tracer=tracer_of_environment() if configuration.traces else None,
+        tracer=None if app.state.spans is None else app.state.spans.tracer,
     )
     app.post("/v1/estimate", summary="How much memory a run takes", openapi_extra=_documented("EstimateRequest", examples.ESTIMATE))(
         _estimate
@@ -192,9 +194,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     following = asyncio.create_task(in_force.follow())
     yield
     following.cancel()
+    close(app)
+
+
+def close(app: FastAPI) -> None:
+    """Ends the threads, connections and counts of an application that serves no more, or never did."""
     app.state.workers.close()
-    if state is not None:
-        state.close()
+    app.state.metrics.close()
+    if app.state.spans is not None:
+        app.state.spans.close()
+    if app.state.state is not None:
+        app.state.state.close()
 
 
 def _state_of(configuration: Configuration) -> "State | None":
@@ -217,13 +227,13 @@ def _caches(state: "State | None", configuration: Configuration) -> "tuple[Publi
 
 async def _estimate(request: Request) -> Response:
     payload = await _payload(request)
-    if not is_bundled(payload):
-        return Reply(await in_thread(request, payload, partial(answer, payload)))
+    if (need := need_of(payload)) is not Need.NOTHING:
+        return Reply(await in_thread(request, need, partial(answer, payload)))
     answers: Answers = request.app.state.answers
     in_use = corrections.current()
     key = answers.key({"asked": payload, "corrections": None if in_use is None else in_use.version})
     if (known := answers.find(key)) is None:
-        known = orjson.dumps(await in_thread(request, payload, partial(answer, payload)))
+        known = orjson.dumps(await in_thread(request, need, partial(answer, payload)))
         answers.keep(key, known)
     return Response(known, media_type="application/json")
 
@@ -238,20 +248,21 @@ async def _check(request: Request) -> Response:
 
 async def _convert(request: Request) -> Response:
     payload = read_json(await body_of(request))
-    return Reply(await in_thread(request, payload, partial(convert, payload)))
+    need = need_of(payload) if "write" in payload else Need.TEXT  # a run that is written is answered for
+    return Reply(await in_thread(request, need, partial(convert, payload)))
 
 
 async def _sweep(request: Request, format: Literal["json", "csv", "svg"] = "json") -> Response:
     payload = await _payload(request)
     match format:
         case "json":
-            return Reply(await in_thread(request, payload, lambda: sweep.answer_sweep(sweep.sweep(payload)), is_long=True))
+            return Reply(await in_thread(request, need_of(payload), lambda: sweep.answer_sweep(sweep.sweep(payload)), is_long=True))
         case "csv":
             disposition = {"content-disposition": 'attachment; filename="vramplan-sweep.csv"'}
-            text = await in_thread(request, payload, lambda: sweep.csv_of(sweep.sweep(payload)), is_long=True)
+            text = await in_thread(request, need_of(payload), lambda: sweep.csv_of(sweep.sweep(payload)), is_long=True)
             return Response(text, media_type="text/csv; charset=utf-8", headers=disposition)
         case "svg":
-            picture = await in_thread(request, payload, lambda: sweep.svg_of(sweep.sweep(payload)), is_long=True)
+            picture = await in_thread(request, need_of(payload), lambda: sweep.svg_of(sweep.sweep(payload)), is_long=True)
             return Response(picture, media_type="image/svg+xml")
 
 
@@ -260,11 +271,11 @@ async def _trace(request: Request, format: Literal["json", "svg", "snapshot"] = 
     run = partial(trace, payload, settings=alloc_conf)
     match format:
         case "json":
-            return Reply(await in_thread(request, {}, lambda: answer_trace(run())))
+            return Reply(await in_thread(request, Need.BUILDER, lambda: answer_trace(run())))
         case "svg":
-            return Response(await in_thread(request, {}, lambda: svg_of(run())), media_type="image/svg+xml")
+            return Response(await in_thread(request, Need.BUILDER, lambda: svg_of(run())), media_type="image/svg+xml")
         case "snapshot":
-            content = await in_thread(request, {}, lambda: snapshot_of(run()))
+            content = await in_thread(request, Need.BUILDER, lambda: snapshot_of(run()))
             disposition = {"content-disposition": 'attachment; filename="vramplan-snapshot.pickle"'}
             return Response(content, media_type="application/octet-stream", headers=disposition)
 
@@ -275,7 +286,7 @@ async def _models(request: Request, q: str | None = None) -> Response:
 
 async def _model(request: Request, model_id: str, revision: str | None = None) -> Response:
     asked = {"model": model_id, "revision": revision}
-    return Reply(await in_thread(request, asked, partial(inspect_model, model_id, revision)))
+    return Reply(await in_thread(request, need_of(asked), partial(inspect_model, model_id, revision)))
 
 
 async def _gpus(
@@ -328,7 +339,7 @@ async def _ready(request: Request) -> Response:
 async def _document(request: Request) -> Response:
     """Its examples are answers about bundled models, which take a second to find: off the event loop."""
     workers: Workers = request.app.state.workers
-    return Reply(await workers.run(request.app.openapi, pace=Pace.QUICK))
+    return Reply(await workers.run(request.app.openapi, need=Need.NOTHING))
 
 
 async def _docs() -> Response:
@@ -342,13 +353,13 @@ async def _metrics(request: Request) -> Response:
 
 async def _answered(request: Request, ask: Callable[[Mapping[str, Any]], Json]) -> Response:
     payload = await _payload(request)
-    return Reply(await in_thread(request, payload, partial(ask, payload), is_long=True))
+    return Reply(await in_thread(request, need_of(payload), partial(ask, payload), is_long=True))
 
 
 async def _payload(request: Request) -> Json:
     """The request of a body, its files read."""
     payload = read_json(await body_of(request))
-    return await in_thread(request, payload, partial(opened, payload)) if "files" in payload else payload
+    return await in_thread(request, Need.TEXT, partial(opened, payload)) if "files" in payload else payload
 
 
 def _documented(name: str, shown: Mapping[str, Json]) -> Json:

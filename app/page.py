@@ -20,7 +20,7 @@ from app.reference import router as reference
 from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, page_of
 from app.sections import Patience
 from app.transfer import body_of
-from app.work import in_thread
+from app.work import Need, in_thread, need_of
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -63,7 +63,7 @@ async def show_posted(request: Request) -> Response:
         return await _page(request, form, error=error, shown=sent.get("show", ""))
     form, error = _read(sent)
     try:
-        form = await in_thread(request, {}, partial(pasted_form, pasted, form))
+        form = await in_thread(request, Need.TEXT, partial(pasted_form, pasted, form))
     except VramplanError as refused:
         return await _page(request, form, error=refused, pasted=pasted)
     if form.address is not None:
@@ -165,19 +165,31 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, p
     if error is None:
         try:
             origin = f"{request.url.scheme}://{request.url.netloc}"
-            asked = {} if patience else form.values  # what may take seconds holds up no arithmetic
-            context["result"] = await in_thread(request, asked, partial(sections.answered, form, origin, patience))
+            need = _need(form, patience)
+            context["result"] = await in_thread(request, need, partial(sections.answered, form, origin, patience))
         except VramplanError as refused:
             error = refused
     return {**context, "error": None if error is None else problem_of(error)}
+
+
+def _need(form: Form, patience: Patience) -> Need:
+    """What an answer to the form may have to wait for."""
+    need = need_of(form.values)
+    match patience:
+        case Patience.NONE:  # what is kept of models that are not bundled, the one compared with included, is asked of the state
+            return need if need is Need.NOTHING and not form[AGAINST] else Need.DATABASE
+        case Patience.MODEL:  # of a bundled model: the one it is compared with
+            return Need.HUB if need is Need.NOTHING else need
+        case Patience.STEP:
+            return Need.BUILDER
 
 
 async def _section(request: Request, name: str, form: Form) -> Json:
     """What the template of a section shows; a refusal is shown there, the rest of the page stands."""
     try:
         is_long = name in sections.LONG
-        asked = form.values if is_long else {}
-        found = await in_thread(request, asked, partial(sections.SECTIONS[name], form), is_long=is_long)
+        need = Need.BUILDER if name == sections.TRACED else need_of(form.values)
+        found = await in_thread(request, need, partial(sections.SECTIONS[name], form), is_long=is_long)
     except VramplanError as error:
         return {"form": form, "error": problem_of(error)}
     return {"form": form, "error": None, **found}

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from app.answer import Json
 from app.methods import subjects
 from app.rendering import page_of
-from app.work import in_thread
+from app.work import Need, in_thread
 from estimator.units import gib
 
 router = APIRouter(include_in_schema=False)
@@ -26,13 +26,13 @@ _PARTS = 40
 @router.get("/accuracy")
 async def accuracy(request: Request) -> Response:
     """What was measured, how far off the estimates are, and how often intervals hold."""
-    return page_of("accuracy.html", await in_thread(request, {}, _accuracy))
+    return page_of("accuracy.html", await in_thread(request, Need.NOTHING, _accuracy))
 
 
 @router.get("/methods")
 async def methods(request: Request) -> Response:
     """Every formula with its source."""
-    return page_of("methods.html", await in_thread(request, {}, lambda: {"subjects": subjects()}))
+    return page_of("methods.html", await in_thread(request, Need.NOTHING, lambda: {"subjects": subjects()}))
 
 
 @cache

@@ -314,8 +314,10 @@ SECTIONS: Mapping[str, Callable[[Form], Json]] = {
 }
 QUICK = ("plan", "cards", "grid")
 """What `show=all` brings; the others take longer, and wait until they are asked for by name."""
+TRACED = "timeline"
+"""What runs the libraries."""
 LONG = (*QUICK, "changes")
-"""What evaluates many runs; the others run the libraries, or write files."""
+"""What evaluates many runs; what is left writes files."""
 
 
 def _need_card(form: Form) -> None:

@@ -4,9 +4,9 @@ import os
 
 import uvicorn
 
-from app.configuration import PREFIX, Configuration
+from app.configuration import PREFIX, Configuration, unknown_names
 from app.connection import Connection
-from app.logs import configure
+from app.logs import LOGGER, configure
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Headers of proxies are believed where `FORWARDED_ALLOW_IPS` says so (uvicorn's own setting; by default those on this machine).
@@ -28,10 +28,12 @@ def serve_on(host: str, port: int, workers: int = 1) -> None:
         os.environ.setdefault(f"{PREFIX}ALLOWED_HOSTS", "127.0.0.1,[::1],localhost")
     configuration = Configuration.of_environment()
     configure(configuration.log_level, configuration.log_format)
+    for told in unknown_names(os.environ):
+        LOGGER.warning(told)
     if workers > 1:
-        from app.http import create_app
+        from app.http import close, create_app
 
-        create_app(configuration)  # what ends each process at once is told of here: uvicorn would start them again for ever
+        close(create_app(configuration))  # what ends each process at once is told of here: uvicorn would start them again for ever
     uvicorn.run(
         "app.serving:application",
         factory=True,

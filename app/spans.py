@@ -1,5 +1,7 @@
 """Spans for OpenTelemetry, where they are asked for: routes, statuses and durations, never a path, a query or a header."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from estimator.errors import RequestError
@@ -8,8 +10,17 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 
-def tracer_of_environment() -> "Tracer":
-    """A tracer that sends where the `OTEL_…` variables say, by OTLP over HTTP.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """Where spans are made, and the way to end it."""
+
+    tracer: "Tracer"
+    close: Callable[[], None]
+    """Sends what is left, and ends the thread that sends."""
+
+
+def spans_of_environment() -> Spans:
+    """Spans that are sent where the `OTEL_…` variables say, by OTLP over HTTP.
 
     Raises:
         RequestError: if the SDK is not installed.
@@ -23,4 +34,4 @@ def tracer_of_environment() -> "Tracer":
         raise RequestError("traces: OpenTelemetry's SDK is not installed; pip install 'vramplan[otel]'", field="traces") from None
     provider = TracerProvider(resource=Resource.create({"service.name": "vramplan"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return provider.get_tracer("vramplan")
+    return Spans(tracer=provider.get_tracer("vramplan"), close=provider.shutdown)

@@ -2,7 +2,7 @@
 
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,8 +39,7 @@ class TracedRun:
     timeline: Timeline
     replay: Replay
     settings: str
-    worst_routing_bytes: int | None = None
-    """Allocated at the peak if all tokens chose the same experts; None where sizes do not depend on the choice [bytes]."""
+    notices: tuple[Notice, ...] = ()
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -70,11 +69,14 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
     outside = context_bytes(case.recipe.num_multiprocessors) + library_bytes()
     capacity = None if usable_bytes is None else max(0, usable_bytes - outside)
     replayed = replay(run.timeline, options, capacity_bytes=capacity, cache_emptied_after=[run.cache_emptied_after])
-    worst = _worst_routing(case, all_layers=all_layers) if step.routing_matters else None
-    return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings, worst_routing_bytes=worst)
+    notices: tuple[Notice, ...] = ()
+    if step.routing_matters:
+        notices = (routing_notice(lambda: _worst_routing(case, all_layers=all_layers), _worst(run.timeline).allocated_bytes),)
+    return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings, notices=notices)
 
 
 def _worst_routing(case: Case, *, all_layers: bool) -> int:
+    """Allocated at the peak if all tokens chose the same experts [bytes]."""
     step = default_tracer().timeline(case.answerer.subject, case.recipe, all_layers=all_layers, routing="worst")
     return _worst(whole_run(step.timeline, case.inventory, case.recipe).timeline).allocated_bytes
 
@@ -129,13 +131,8 @@ def answer_trace(run: TracedRun) -> Json:
                 for column in run.columns
             ],
         },
-        "warnings": [{"code": notice.code, "message": notice.message} for notice in _notices(run, worst)],
+        "warnings": [{"code": notice.code, "message": notice.message} for notice in run.notices],
     }
-
-
-def _notices(run: TracedRun, peak: PhasePeak) -> Iterator[Notice]:
-    if run.worst_routing_bytes is not None:
-        yield routing_notice(run.worst_routing_bytes, peak.allocated_bytes)
 
 
 def _modules(alive: Sequence[Allocation]) -> list[Json]:

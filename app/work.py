@@ -1,10 +1,11 @@
-"""Threads for what blocks: the loop stays free, and a question that waits for the Hub or a trace holds up no arithmetic."""
+"""Threads for what blocks: the loop stays free, and what waits for the Hub, a trace or a database holds up nothing that does not."""
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from enum import StrEnum
+from functools import partial
 from threading import BoundedSemaphore
 from typing import Any, TypeVar
 
@@ -12,96 +13,135 @@ from starlette.requests import Request
 
 from estimator.errors import SourceUnavailableError
 from estimator.sources import catalogue
+from estimator.sources.tracing import NotAtHandError, only_at_hand
 
 Result = TypeVar("Result")
 
 
-class Pace(StrEnum):
-    """What holds a call up."""
+class Need(StrEnum):
+    """What a call may wait for beside the interpreter."""
 
-    QUICK = "quick"
-    """Milliseconds of arithmetic."""
-    WAITING = "waiting"
-    """The Hub, or a process that builds models."""
-    LONG = "long"
-    """Seconds of arithmetic: plans, lists of cards, sweeps, all of bundled models."""
+    NOTHING = "nothing"
+    """Arithmetic about a bundled model, or about no model."""
+    TEXT = "text"
+    """Files of trainers and pasted texts: a parser takes up to a second for one."""
+    HUB = "hub"
+    """A model that is looked up by its name, and then built."""
+    BUILDER = "builder"
+    """The process that builds models from pasted configs and traces steps, or something that is not known beforehand."""
+    DATABASE = "database"
+    """Measurements and corrections that are kept."""
+
+
+class _Set:
+    """Threads of one kind, and how many calls they may have.
+
+    Args:
+        name: of the threads.
+        threads: at most; made as they are needed.
+        max_calls: under way or waiting; None for any number.
+    """
+
+    def __init__(self, name: str, threads: int, max_calls: int | None) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"vramplan-{name}")
+        self._places = BoundedSemaphore(max_calls) if max_calls is not None else None
+
+    async def run(self, call: Callable[[], Result]) -> Result:
+        """The result of a call.
+
+        Raises:
+            SourceUnavailableError: if there are as many as may be.
+        """
+        if (places := self._places) is None:
+            return await asyncio.wrap_future(self._pool.submit(copy_context().run, call))
+        if not places.acquire(blocking=False):
+            raise SourceUnavailableError("too many such questions are under way; try again in a moment", retry_after_seconds=5)
+        try:
+            submitted = self._pool.submit(copy_context().run, call)
+        except BaseException:
+            places.release()
+            raise
+        # Counted until the thread is done, not until its caller has given up.
+        submitted.add_done_callback(lambda _: places.release())
+        return await asyncio.wrap_future(submitted)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Workers:
-    """A set of threads for each pace, so that none waits for another.
+    """For each need two sets of threads, one for single runs and one for what evaluates many, so that none waits for another.
 
     Args:
-        threads: of the sets that are quick or waiting. Estimates are arithmetic that holds the interpreter's lock: more would only queue.
-        long_threads: of the other.
-        max_counted: calls that evaluate many runs, at whatever pace, under way or waiting; more are told to come back.
+        threads: of a set for single runs. Estimates are arithmetic that holds the interpreter's lock: more would only queue.
+        long_threads: of a set for calls that evaluate many runs: plans, lists of cards, sweeps.
+        max_long: calls of such a set under way or waiting; more are told to come back.
+        max_waiting: the same of each set for single runs that may have to wait; those that need nothing are not counted.
         timeout_seconds: after which a caller is told to come back; the thread ends by its own limits.
     """
 
-    def __init__(self, *, threads: int = 8, long_threads: int = 4, max_counted: int = 16, timeout_seconds: float = 120.0) -> None:
-        self._threads = {Pace.QUICK: threads, Pace.WAITING: threads, Pace.LONG: long_threads}
-        self._pools: dict[Pace, ThreadPoolExecutor] = {}
-        self._counted = BoundedSemaphore(max_counted)
+    def __init__(
+        self, *, threads: int = 8, long_threads: int = 4, max_long: int = 16, max_waiting: int = 32, timeout_seconds: float = 120.0
+    ) -> None:
+        self._threads, self._long_threads = threads, long_threads
+        self._max_long, self._max_waiting = max_long, max_waiting
+        self._sets: dict[tuple[Need, bool], _Set] = {}
         self._timeout_seconds = timeout_seconds
 
-    async def run(self, call: Callable[[], Result], *, pace: Pace, is_counted: bool = False) -> Result:
+    async def run(self, call: Callable[[], Result], *, need: Need, is_long: bool = False) -> Result:
         """The result of a blocking call.
 
         Args:
             call: sees the context variables of the caller.
-            pace: what holds it up.
-            is_counted: whether it evaluates many runs, of which only so many may be under way.
+            need: what it may wait for.
+            is_long: whether it evaluates many runs.
 
         Raises:
-            SourceUnavailableError: if it takes too long, or too many counted ones are under way.
+            SourceUnavailableError: if it takes too long, or too many of its kind are under way.
         """
-        if (pool := self._pools.get(pace)) is None:
-            pool = self._pools[pace] = ThreadPoolExecutor(self._threads[pace], thread_name_prefix=f"vramplan-{pace}")
-        submitted = self._submit_counted(pool, call) if is_counted else pool.submit(copy_context().run, call)
+        if (kind := self._sets.get((need, is_long))) is None:
+            kind = self._sets[need, is_long] = self._set_for(need, is_long)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await asyncio.wrap_future(submitted)
+                return await kind.run(call)
         except TimeoutError:
             raise SourceUnavailableError("the answer takes too long; try again later", retry_after_seconds=10) from None
 
-    def _submit_counted(self, pool: ThreadPoolExecutor, call: Callable[[], Result]) -> "Future[Result]":
-        if not self._counted.acquire(blocking=False):
-            raise SourceUnavailableError("too many plans and sweeps are under way; try again in a moment", retry_after_seconds=5)
-        try:
-            submitted = pool.submit(copy_context().run, call)
-        except BaseException:
-            self._counted.release()
-            raise
-        # Counted until the thread is done, not until its caller has given up.
-        submitted.add_done_callback(lambda _: self._counted.release())
-        return submitted
+    def _set_for(self, need: Need, is_long: bool) -> _Set:
+        if is_long:
+            return _Set(f"{need}-long", self._long_threads, self._max_long)
+        return _Set(need, self._threads, None if need is Need.NOTHING else self._max_waiting)
 
     def close(self) -> None:
         """Drops what has not begun, and lets threads end. An application that is started again gets new ones."""
-        pools, self._pools = self._pools, {}
-        for pool in pools.values():
-            pool.shutdown(wait=False, cancel_futures=True)
+        sets, self._sets = self._sets, {}
+        for one in sets.values():
+            one.close()
 
 
-async def in_thread(request: Request, asked: Mapping[str, Any], call: Callable[[], Result], *, is_long: bool = False) -> Result:
-    """The result of a blocking call, off the event loop.
+async def in_thread(request: Request, need: Need, call: Callable[[], Result], *, is_long: bool = False) -> Result:
+    """The result of a blocking call, in the threads of the application that the request came to; see `Workers.run`.
 
-    Args:
-        request: whose application has the threads.
-        asked: the question, as far as it tells how long the answer may take.
-        call: to make.
-        is_long: whether it evaluates many runs. Those that wait for the Hub or a trace hold up no plan of a bundled model.
+    What was thought to need nothing, and turns out to need a trace, is begun anew where others wait for traces.
     """
     workers: Workers = request.app.state.workers
-    pace = Pace.WAITING if not is_bundled(asked) else Pace.LONG if is_long else Pace.QUICK
-    return await workers.run(call, pace=pace, is_counted=is_long)
+    if need is Need.NOTHING:
+        try:
+            return await workers.run(partial(_at_hand, call), need=need, is_long=is_long)
+        except NotAtHandError:
+            need = Need.BUILDER
+    return await workers.run(call, need=need, is_long=is_long)
 
 
-def is_bundled(asked: Mapping[str, Any]) -> bool:
-    """Whether a question is about a bundled model, and so asks neither the Hub nor, mostly, a process that builds models."""
-    model = asked.get("model")
-    return (
-        isinstance(model, str)
-        and asked.get("revision") in (None, "main")
-        and asked.get("engine") != "trace"
-        and catalogue.find(model) is not None
-    )
+def _at_hand(call: Callable[[], Result]) -> Result:
+    with only_at_hand():
+        return call()
+
+
+def need_of(asked: Mapping[str, Any]) -> Need:
+    """What a question may have to wait for, as far as it shows."""
+    model, engine = asked.get("model"), asked.get("engine")
+    if not isinstance(model, str) or not model or engine == "trace":
+        return Need.BUILDER
+    is_bundled = asked.get("revision") in (None, "main") and catalogue.find(model) is not None
+    return Need.NOTHING if is_bundled else Need.HUB

@@ -20,6 +20,7 @@ from typing import Any
 from estimator.inventory import Inventory
 from estimator.inventory_codec import FORMAT, decode, encode
 
+VARIABLE = "VRAMPLAN_CACHE_DIR"
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,7 +50,7 @@ def content_hash(config: Mapping[str, Any], versions: tuple[tuple[str, str], ...
 
 def default_directory() -> Path:
     """`$VRAMPLAN_CACHE_DIR`, else `vramplan` in the user's folder for caches (XDG Base Directory Specification)."""
-    if configured := os.environ.get("VRAMPLAN_CACHE_DIR"):
+    if configured := os.environ.get(VARIABLE):
         return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vramplan"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from estimator.errors import AccessDeniedError, ModelNotFoundError, RequestError, SourceError, SourceUnavailableError
 from estimator.sources import bounds, configfile
@@ -15,6 +15,8 @@ from estimator.sources.transport import Answer, Fetch, get
 
 DEADLINE_SECONDS = 8.0
 DEFAULT_ENDPOINT = "https://huggingface.co"
+ENDPOINT_VARIABLE = "HF_ENDPOINT"
+ACCEPTED_ADDRESSES = f"accepted: an address such as {DEFAULT_ENDPOINT}, with http:// or https:// and a host"
 DEFAULT_REVISION = "main"
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
@@ -47,8 +49,25 @@ def is_commit(revision: str) -> bool:
 
 
 def endpoint_in_use() -> str:
-    """Address of the Hub: `HF_ENDPOINT`, or the public one."""
-    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    """Address of the Hub: `HF_ENDPOINT`, or the public one.
+
+    Raises:
+        RequestError: if the variable holds no address.
+    """
+    stated = os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
+    if not is_address(stated):
+        raise RequestError(f"{ENDPOINT_VARIABLE}: {stated!r}: {ACCEPTED_ADDRESSES}", field=ENDPOINT_VARIABLE)
+    return stated.rstrip("/")
+
+
+def is_address(text: str) -> bool:
+    """Whether paths can be put behind it."""
+    try:
+        parts = urlsplit(text)
+        has_place = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return has_place and parts.scheme in ("http", "https") and not (parts.query or parts.fragment) and text.split() == [text]
 
 
 def is_offline() -> bool:
@@ -100,7 +119,7 @@ def fetch(
         ask: how one answer is got.
 
     Raises:
-        RequestError: if the id or revision is malformed.
+        RequestError: if the id or revision is malformed, or the address of the Hub.
         ModelNotFoundError: if there is no such model, revision or config.json.
         AccessDeniedError: if it is gated or private and the token (or its absence) does not open it.
         SourceUnavailableError: if the Hub is down, too slow, unreachable, or this program is told to be offline.

@@ -4,7 +4,9 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -72,8 +74,21 @@ class _Found:
     any_batch: bool = True
 
 
-class _NotAtHandError(Exception):
-    """Something would have to be traced."""
+class NotAtHandError(Exception):
+    """Something would have to be traced. No `VramplanError`: no user sees it, and nothing that does without a trace catches it."""
+
+
+_ONLY_AT_HAND: ContextVar[bool] = ContextVar("whether nothing is traced anew", default=False)
+
+
+@contextmanager
+def only_at_hand() -> Iterator[None]:
+    """Within it tracers give what was traced before, and raise `NotAtHandError` for all else."""
+    token = _ONLY_AT_HAND.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_AT_HAND.reset(token)
 
 
 _Find = Callable[[Mapping[str, Any], bool], _Found]
@@ -114,6 +129,7 @@ class Tracer:
         Raises:
             TraceError: if the step cannot be traced.
             InspectionError, InspectionLimitError, SourceUnavailableError: see `Inspector.run`.
+            NotAtHandError: see `only_at_hand`.
         """
         return self._step(subject, recipe, routing, self._find)
 
@@ -121,7 +137,7 @@ class Tracer:
         """Whether `step` would answer, or refuse, without running anything."""
         try:
             self._step(subject, recipe, "balanced", self._at_hand)
-        except _NotAtHandError:
+        except NotAtHandError:
             return False
         except TraceError:
             pass
@@ -157,6 +173,8 @@ class Tracer:
         assert training is not None
         shown = replace(training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps))
         payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers, "routing": routing}
+        if _ONLY_AT_HAND.get():  # before the flight, which others may share who wait for what takes seconds
+            raise NotAtHandError
         found = self._flights.once(_key(payload, _scope(subject.is_public)), lambda: self._run(payload))
         assert isinstance(found, TracedTimeline)
         return found
@@ -166,6 +184,8 @@ class Tracer:
         return TracedTimeline(timeline=decode_timeline(data["timeline"]), routing_matters=bool(data["routing_matters"]))
 
     def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
+        if _ONLY_AT_HAND.get():
+            return self._at_hand(payload, is_public)
         key = _key(payload, _scope(is_public))
         if (kept := self._held(key)) is not None:
             return kept
@@ -177,14 +197,14 @@ class Tracer:
         """What was found before.
 
         Raises:
-            _NotAtHandError: if it was not.
+            NotAtHandError: if it was not.
         """
         key = _key(payload, _scope(is_public))
         if (kept := self._held(key)) is not None:
             return kept
         found = _read(self._file(key)) if self._directory is not None else None
         if found is None:
-            raise _NotAtHandError
+            raise NotAtHandError
         self._hold(key, found)
         return found
 

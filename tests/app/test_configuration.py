@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.configuration import Configuration, documented
+from app.flood import RateLimiter
 from app.http import create_app
 from estimator.errors import RequestError
 
@@ -44,22 +45,39 @@ def test_a_setting_that_cannot_be_read_is_named_with_its_value_and_what_is_accep
     ]
 
 
-@pytest.mark.parametrize("limit", ["many", "3/minute;", "300 a minute"])
+@pytest.mark.parametrize("limit", ["many", "3/minute;", "300 a minute", "0/minute", "300/minute;00/day", "300/0 minutes"])
 def test_a_limit_that_cannot_be_read_is_refused_with_what_is_accepted(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv("VRAMPLAN_RATE_LIMIT", limit)
     with pytest.raises(RequestError) as caught:
         create_app()
-    assert caught.value.message == f"VRAMPLAN_RATE_LIMIT: {limit!r}: accepted: `300/minute`, several separated by `;`, or `none`"
+    assert (
+        caught.value.message
+        == f"VRAMPLAN_RATE_LIMIT: {limit!r}: accepted: `300/minute` with numbers from 1, several separated by `;`, or `none`"
+    )
 
 
+@pytest.mark.parametrize("name", ["VRAMPLAN_HUB_ENDPOINT", "HF_ENDPOINT"])
 @pytest.mark.parametrize(
-    "address", ["not an url", "huggingface.co", "ftp://huggingface.co", "https://", "https://hub:port", "https://hub/?a=b", "https://a b"]
+    "address",
+    ["not an url", "huggingface.co", "ftp://huggingface.co", "https://", "https://hub:port", "https://hub/?a=b", "https://a b", " "],
 )
-def test_an_address_of_the_hub_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setenv("VRAMPLAN_HUB_ENDPOINT", address)
-    with pytest.raises(RequestError, match=r"VRAMPLAN_HUB_ENDPOINT: .*: accepted: an address such as https://huggingface\.co") as caught:
+def test_an_address_of_the_hub_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, address: str) -> None:
+    monkeypatch.setenv(name, address)
+    with pytest.raises(RequestError) as caught:
         create_app()
-    assert repr(address) in caught.value.message
+    accepted = "accepted: an address such as https://huggingface.co, with http:// or https:// and a host"
+    assert [(error.field, error.message) for error in caught.value.errors] == [(name, f"{name}: {address!r}: {accepted}")]
+
+
+def test_an_address_that_is_not_asked_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    monkeypatch.setenv("VRAMPLAN_HUB_ENDPOINT", "https://mirror.example")
+    assert Configuration.of_environment().hub_endpoint == "https://mirror.example"
+
+
+@pytest.mark.parametrize("limit", ["10/minute", "300/minute;1000/10 hours", "0300/minute"])
+def test_a_limit_may_have_zeros_within_its_numbers(limit: str) -> None:
+    assert RateLimiter(limit, "memory://")
 
 
 @pytest.mark.parametrize("address", ["", "https://huggingface.co", "http://127.0.0.1:9", "https://mirror.example/hub/", "http://[::1]:80"])

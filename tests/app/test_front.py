@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,7 +28,11 @@ from app.http import create_app
 from app.logs import JsonFormatter
 from app.redaction import redacted
 from app.serving import serve_on
-from app.work import Pace, Workers
+from app.spans import Spans
+from app.state.opening import State
+from app.work import Need, Workers
+from estimator.errors import TraceError
+from estimator.sources.tracing import NotAtHandError, Tracer
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
 from tests.served import serving, until
@@ -135,35 +140,95 @@ def test_plans_hold_up_no_estimate_and_too_many_are_turned_away(monkeypatch: pyt
     assert refused.headers["retry-after"] == "5"
 
 
-def test_plans_that_wait_for_the_hub_hold_up_no_plan_of_a_bundled_model_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+PASTED = {"model": {"config": CONFIG}, "dtype": "bfloat16"}
+ELSEWHERE = {"model": "somebody/elsewhere", "dtype": "bfloat16"}
+BUNDLED = {"model": "gpt2", "dtype": "bfloat16"}
+FLOODS = {
+    "plans of pasted configs": ("/v1/plan", PASTED),
+    "plans of models of the Hub": ("/v1/plan", ELSEWHERE),
+    "plans of bundled models": ("/v1/plan", BUNDLED),
+    "pasted configs": ("/v1/estimate", PASTED),
+    "models of the Hub": ("/v1/estimate", ELSEWHERE),
+    "files of trainers": ("/v1/convert", {"files": []}),
+    "measurements": ("/v1/calibrations", {}),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_what_waits_or_takes_long_holds_up_nothing_of_another_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flood: str) -> None:
+    entered, leave = threading.Semaphore(0), threading.Event()
+    blocked: list[Any] = []
+    path, body = FLOODS[flood]
+
+    def stub(name: str) -> Any:
+        def ask(asked: Any = None, **_: Any) -> Any:
+            if (name, None if name == "calibrations" else asked) in blocked:
+                entered.release()
+                leave.wait(20)
+            return ({"status": "accepted"}, False) if name == "calibrations" else {}
+
+        return ask
+
+    for name, place in {
+        "plan": "http.plan",
+        "estimate": "http.answer",
+        "convert": "http.convert",
+        "calibrations": "calibrations.receive",
+    }.items():
+        monkeypatch.setattr(f"app.{place}", stub(name))
+    blocked.append((path.rpartition("/")[2], body if path != "/v1/calibrations" else None))
+    with (
+        client_of(threads=4, max_plans=6, max_concurrent=20, database_url=f"sqlite:///{tmp_path / 'state'}") as client,
+        ThreadPoolExecutor(40) as callers,
+    ):
+        waiting = [callers.submit(client.post, path, json=body) for _ in range(18)]
+        assert entered.acquire(timeout=10)
+        places = 6 if path == "/v1/plan" else 10
+        active = client.app.state.metrics.active._value  # type: ignore[attr-defined]
+        until(lambda: active.get() == places)
+        for other, (asked, of) in FLOODS.items():
+            if other != flood:
+                assert client.post(asked, json=of).status_code == 200, other
+        for asked in ("/accuracy", "/methods", "/?model=gpt2", "/v1/models/gpt2", "/openapi.json", "/readyz"):
+            assert client.get(asked).status_code == 200, asked
+        assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
+        leave.set()
+        codes = Counter(one.result().status_code for one in waiting)
+    assert codes == {200: places, 503: 18 - places}
+
+
+def test_a_bundled_model_that_has_to_be_traced_waits_where_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     entered, leave = threading.Semaphore(0), threading.Event()
 
-    def plan(asked: Any) -> dict[str, str]:
-        if asked["model"] != examples.QLORA["model"]:
-            entered.release()
-            leave.wait(10)
-        return {}
+    def trace(*_: Any, **__: Any) -> None:
+        entered.release()
+        leave.wait(20)
+        raise TraceError("no trace in this test", field="engine")
 
-    monkeypatch.setattr("app.http.plan", plan)
-    elsewhere = {**examples.QLORA, "model": "somebody/elsewhere"}
-    with client_of(threads=2, max_plans=3) as client, ThreadPoolExecutor(3) as callers:
-        waiting = [callers.submit(client.post, "/v1/plan", json=elsewhere) for _ in range(2)]
-        assert all(entered.acquire(timeout=10) for _ in waiting)  # a thread of those that are long would be taken by each
+    def nothing_at_hand(*_: Any) -> None:
+        raise NotAtHandError
+
+    monkeypatch.setattr(Tracer, "_at_hand", nothing_at_hand)
+    monkeypatch.setattr(Tracer, "_obtain", trace)
+    # a thread each would take all that there are for bundled models
+    names = {"facebook/opt-125m": "estimate", "facebook/opt-350m": "estimate", "facebook/opt-1.3b": "plan"}
+    sizes = {"training": {"per_device_train_batch_size": 1, "max_length": 64}, "hardware": {"gpu": "t4"}}
+    with client_of(threads=2) as client, ThreadPoolExecutor(3) as callers:
+        waiting = [callers.submit(client.post, f"/v1/{path}", json={"model": name, **sizes}) for name, path in names.items()]
+        assert all(entered.acquire(timeout=10) for _ in waiting)
+        assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
         assert client.post("/v1/plan", json=examples.QLORA).status_code == 200
-        assert client.get("/openapi.json").status_code == 200
-        waiting.append(callers.submit(client.post, "/v1/plan", json=elsewhere))
-        until(lambda: client.app.state.metrics.active._value.get() == 3)  # type: ignore[attr-defined]
-        refused = client.post("/v1/plan", json=examples.QLORA)
         leave.set()
-        assert [one.result().status_code for one in waiting] == [200, 200, 200]
-    assert_problem(refused, 503)
+        answers = [one.result() for one in waiting]
+    assert [answer.status_code for answer in answers] == [200, 200, 422]  # what only loads cannot be planned
+    assert "not_traced" in {warning["code"] for warning in answers[0].json()["warnings"]}
 
 
 def test_a_call_that_no_thread_takes_is_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = Workers(max_counted=1)
+    workers = Workers(max_long=1)
 
     def ask() -> int:
-        return asyncio.run(workers.run(lambda: 1, pace=Pace.LONG, is_counted=True))
+        return asyncio.run(workers.run(lambda: 1, need=Need.NOTHING, is_long=True))
 
     with monkeypatch.context() as patch:
         patch.setattr(ThreadPoolExecutor, "submit", lambda *_: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
@@ -231,6 +296,41 @@ def test_no_connection_is_taken_over_by_another_protocol(monkeypatch: pytest.Mon
     monkeypatch.setenv("VRAMPLAN_ALLOWED_HOSTS", "127.0.0.1")
     serve_on("127.0.0.1", 0)
     assert (served["http"], served["ws"]) == (Connection, "none")
+
+
+def test_the_process_that_starts_others_keeps_open_nothing_of_the_application_it_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    served: list[set[threading.Thread]] = []
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: served.append({*threading.enumerate()}))
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    opened, closed = [], []
+    monkeypatch.setattr(State, "__init__", lambda self, url: opened.append(url) or vars(self).update(database=None))
+    monkeypatch.setattr(State, "close", lambda _: closed.append(1))
+    for name, value in {"ALLOWED_HOSTS": "*", "DATABASE_URL": f"sqlite:///{tmp_path / 'state.sqlite3'}", "TRACES": "true"}.items():
+        monkeypatch.setenv(f"VRAMPLAN_{name}", value)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    before = {*threading.enumerate()}
+    serve_on("127.0.0.1", 0, workers=2)
+    assert [threads - before for threads in served] == [set()]  # one would send spans
+    assert len(opened) == len(closed) == 1
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told_of_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    monkeypatch.setattr(logging.getLogger("vramplan"), "propagate", True)
+    names = {"ALLOWED_HOSTS": "*", "THREAD": "secret", "DATABASE": "secret", "CACHE_DIR": "", "CORRECTIONS": "", "PRICES": ""}
+    for name, value in names.items():
+        monkeypatch.setenv(f"VRAMPLAN_{name}", value)
+    monkeypatch.setenv("vramplan_log_level", "info")  # settings are read whatever the case
+    serve_on("127.0.0.1", 0)
+    assert caplog.messages == [
+        "VRAMPLAN_DATABASE is set and is no setting; the nearest that is one: VRAMPLAN_DATABASE_URL",
+        "VRAMPLAN_THREAD is set and is no setting; the nearest that is one: VRAMPLAN_THREADS",
+    ]
 
 
 def test_a_caller_who_hangs_up_is_no_fault() -> None:
@@ -409,7 +509,8 @@ def test_a_span_holds_the_route_and_nothing_of_the_question(monkeypatch: pytest.
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("app.http.tracer_of_environment", lambda: provider.get_tracer("test"))
+    spans = Spans(tracer=provider.get_tracer("test"), close=provider.shutdown)
+    monkeypatch.setattr("app.http.spans_of_environment", lambda: spans)
     client = client_of(traces=True)
     client.get(f"/v1/models/owner/secret-name?revision={TOKEN}", headers={"x-hf-token": "hf_headerheader"})
     (span,) = exporter.get_finished_spans()

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from app import examples
 from app.http import create_app
 from app.service import answer
 from estimator.allocator import SMALL_SEGMENT_BYTES
-from estimator.errors import RequestError
+from estimator.errors import InspectionLimitError, RequestError
+from estimator.sources.process import Inspector
 from tests.app.test_cli import run
 from tests.app.test_http import unnamed
 
@@ -125,18 +126,43 @@ def test_a_trace_and_an_estimate_reserve_the_same(client: TestClient) -> None:
     assert traced["max_reserved_bytes"] == pytest.approx(answer(asked)["peak"]["reserved_bytes"], abs=SMALL_SEGMENT_BYTES)
 
 
-def test_where_sizes_depend_on_the_choice_of_experts_a_trace_states_the_worst_case(client: TestClient) -> None:
+def one_by_one(width: int) -> dict[str, Any]:
     """LongCat runs its experts one by one, so that one expert on all tokens holds more than several on a share each."""
     sizes = {"hidden_size": 64, "num_layers": 1, "num_attention_heads": 4, "vocab_size": 512, "ffn_hidden_size": 64}
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "head_dim": 8, "v_head_dim": 16}
-    experts = {"n_routed_experts": 4, "zero_expert_num": 0, "moe_topk": 2, "expert_ffn_hidden_size": 2048}
-    asked = request({"model_type": "longcat_flash", **sizes, **latent, **experts}, peft=None)
+    experts = {"n_routed_experts": 4, "zero_expert_num": 0, "moe_topk": 2, "expert_ffn_hidden_size": width}
+    return request({"model_type": "longcat_flash", **sizes, **latent, **experts}, peft=None)
+
+
+def test_where_sizes_depend_on_the_choice_of_experts_a_trace_states_the_worst_case(client: TestClient) -> None:
+    asked = one_by_one(2048)
     traced = client.post("/v1/trace", json=asked).json()
     (stated,) = (warning["message"] for warning in traced["warnings"] if warning["code"] == "expert_routing")
     worst, balanced = re.findall(r"([\d.]+) MiB", stated)
     assert float(balanced) == pytest.approx(traced["peak"]["allocated_bytes"] / 2**20, abs=1)
     assert float(worst) > float(balanced)
     assert "expert_routing" in notices(answer({**asked, "engine": "trace"}))
+
+
+def test_an_answer_stands_where_only_the_trace_of_the_worst_choice_of_experts_fails(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, runs = one_by_one(1024), Inspector.run
+
+    def run_balanced(self: Inspector, task: str, payload: Mapping[str, Any], **limits: Any) -> Any:
+        if payload.get("routing") == "worst":
+            raise InspectionLimitError("tracing the step took longer than 60 s and was stopped", field="model")
+        return runs(self, task, payload, **limits)
+
+    monkeypatch.setattr(Inspector, "run", run_balanced)
+    response = client.post("/v1/trace", json=asked)
+    assert response.status_code == 200, response.text
+    traced = response.json()
+    estimated = answer({**asked, "engine": "trace"})
+    assert traced["peak"]["allocated_bytes"] == pytest.approx(estimated["peak"]["allocated_bytes"], abs=2048)
+    for answered in (traced, estimated):
+        (stated,) = (warning["message"] for warning in answered["warnings"] if warning["code"] == "expert_routing")
+        assert stated.endswith("is not known, since that trace failed: tracing the step took longer than 60 s and was stopped.")
 
 
 def test_the_picture_is_an_svg_with_the_peak_named(client: TestClient) -> None:
