@@ -23,7 +23,7 @@ from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
 from estimator.timeline import Timeline, decode_timeline
 
-FORMAT = 7
+FORMAT = 8
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
