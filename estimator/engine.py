@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.allocator_settings import AllocatorSettings
@@ -16,11 +16,9 @@ from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import passing_bytes, unsplit_bytes
 from estimator.parallelism import tensor
-from estimator.parallelism.cards import Card, cards
 from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
-from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import held_without_limit, reservation
@@ -29,6 +27,9 @@ from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.storage import StoredTensor
 from estimator.units import allocated
+
+if TYPE_CHECKING:
+    from estimator.parallelism.cards import Card
 
 INDEX_BYTES = 8  # token ids, labels and masks are int64
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
@@ -193,6 +194,8 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
 
     Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
     """
+    from estimator.parallelism.cards import cards  # as below: one card needs none of it
+
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
@@ -208,7 +211,7 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
     return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
 
 
-def _rank(card: Card, answer: Estimate) -> RankEstimate:
+def _rank(card: "Card", answer: Estimate) -> RankEstimate:
     peak = answer.peak
     return RankEstimate(
         rank=card.number,
@@ -304,7 +307,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     static = static_memory(inventory, recipe)
     training = recipe.training
     accumulates = training is not None and training.gradient_accumulation_steps > 1
-    share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
+    share = _part(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
     stored = dict(share.stored)
     loaded = _loaded(inventory, static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
@@ -322,6 +325,12 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _part(recipe: Recipe, static: StaticMemory) -> Share:
+    from estimator.parallelism.shares import share_of
+
+    return share_of(recipe, static)
 
 
 def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
