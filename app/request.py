@@ -21,10 +21,7 @@ Accumulation = Annotated[int, Field(ge=1, le=MAX_ACCUMULATION)]
 
 
 class Border(BaseModel):
-    """What crosses the border: unknown names, booleans as numbers, NaN and infinities are refused.
-
-    Defaults are made by `model_construct`: to be checked, each would take a validator of its own, built whenever the module is read.
-    """
+    """What crosses the border: unknown names, booleans as numbers, NaN and infinities are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
@@ -162,8 +159,8 @@ class ZeroFields(Border):
     model_config = ConfigDict(extra="ignore")
 
     stage: Literal[1, 2, 3] | None = None
-    offload_optimizer: OffloadFields = OffloadFields.model_construct()
-    offload_param: OffloadFields = OffloadFields.model_construct()
+    offload_optimizer: OffloadFields = OffloadFields()
+    offload_param: OffloadFields = OffloadFields()
     reduce_bucket_size: Elements = 500_000_000
     stage3_prefetch_bucket_size: Elements = 50_000_000
     stage3_max_live_parameters: Elements = 1_000_000_000
@@ -177,7 +174,7 @@ class DeepSpeedFields(Border):
 
     model_config = ConfigDict(extra="ignore")
 
-    zero_optimization: ZeroFields = ZeroFields.model_construct()
+    zero_optimization: ZeroFields = ZeroFields()
 
 
 class FsdpFields(Border):
@@ -209,11 +206,11 @@ class HardwareFields(Border):
     """What `nvidia-smi` prints on the machine: its cards, and what is in use on them."""
     num_gpus: Annotated[int, Field(ge=1, le=1024)] = 1
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp", "device_map", "tensor_parallel"] = "single"
-    ddp: DdpFields = DdpFields.model_construct()
+    ddp: DdpFields = DdpFields()
     """Arguments of DistributedDataParallel."""
-    deepspeed: DeepSpeedFields = DeepSpeedFields.model_construct()
+    deepspeed: DeepSpeedFields = DeepSpeedFields()
     """DeepSpeed's JSON."""
-    fsdp_config: FsdpFields = FsdpFields.model_construct()
+    fsdp_config: FsdpFields = FsdpFields()
     """As in TrainingArguments."""
 
 
@@ -252,16 +249,16 @@ class Request(Border):
     peft: PeftFields | None = None
     prepare_model_for_kbit_training: bool | None = None
     trainer: Literal["transformers", "trl"] = "transformers"
-    task: TaskFields = TaskFields.model_construct()
+    task: TaskFields = TaskFields()
     training: TrainingFields | None = None
     padded: bool = False
     inference: InferenceFields | None = None
     hardware: HardwareFields | None = None
     pytorch_cuda_alloc_conf: Annotated[str, Field(max_length=1024)] = ""
     """The environment variable of the run."""
-    stack: StackFields = StackFields.model_construct()
+    stack: StackFields = StackFields()
     engine: Literal["auto", "analytic", "trace"] = "auto"
-    set_aside: SetAside = SetAside.model_construct()
+    set_aside: SetAside = SetAside()
 
 
 class PlanRequest(Request):
@@ -298,6 +295,6 @@ class SweepFields(Border):
 class SweepRequest(Request):
     """A question to `POST /v1/sweep`."""
 
-    sweep: SweepFields = SweepFields.model_construct()
+    sweep: SweepFields = SweepFields()
     confirm: bool = True
     """Whether the allocator is replayed where the largest batch that fits is looked for; else what it caches is modelled."""
