@@ -578,15 +578,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     structure = recipe.without_sizes()
     training = recipe.training
     if training is not None:
-        share = _prepared(inventory, structure).share
-        peaks = run_step(
-            inventory,
-            _as_run(structure, share),
-            share.tensors,
-            regime_of(recipe, inventory),
-            names=True,
-            keeps_layer_inputs=share.keeps_layer_inputs,
-        ).peaks
+        peaks = _named_step_program(*_shared_run(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
         tensors = static_memory(inventory, structure).tensors
@@ -608,11 +600,19 @@ def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: in
     return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
+_Run = tuple[Inventory, Recipe, Regime, tuple[StoredTensor, ...] | None, bool]
+"""What `_step_program` takes."""
+
+
 def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program:
+    return _step_program(*_shared_run(inventory, recipe, prepared, regime))
+
+
+def _shared_run(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> _Run:
     """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
-    return _step_program(inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs)
+    return inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs
 
 
 def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
@@ -646,10 +646,20 @@ def _as_run(recipe: Recipe, share: Share) -> Recipe:
 
 @lru_cache(maxsize=256)
 def _step_program(
-    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None, keeps_layer_inputs: bool = False
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
+) -> Program:
+    """The step without the names of its tensors: whoever asks for the one mostly asks to have it explained."""
+    named = _named_step_program(inventory, recipe, regime, tensors, keeps_layer_inputs)
+    return replace(named, peaks={phase: tuple(snapshot.unnamed() for snapshot in kept) for phase, kept in named.peaks.items()})
+
+
+# A few times larger than without names.
+@lru_cache(maxsize=32)
+def _named_step_program(
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
 ) -> Program:
     stored = static_memory(inventory, recipe).tensors if tensors is None else tensors
-    return run_step(inventory, recipe, stored, regime, keeps_layer_inputs=keeps_layer_inputs)
+    return run_step(inventory, recipe, stored, regime, names=True, keeps_layer_inputs=keeps_layer_inputs)
 
 
 @lru_cache(maxsize=64)

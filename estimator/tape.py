@@ -317,9 +317,7 @@ class Tape:
 
     def new(self, extent: Extent, dtype: DType, item: Item = Item.TEMPORARY) -> Value:
         """A fresh tensor."""
-        size = extent.scaled(dtype.itemsize)
-        if self.names:
-            size = size._replace(label=f"{self.scope} {_operator()}".strip())
+        size = extent.scaled(dtype.itemsize, label=f"{self.scope} {_operator()}".strip() if self.names else "")
         return Value(self, extent, dtype, Storage(self, size, item))
 
     def workspace(self, extent: Extent, dtype: DType) -> Value | None:
