@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from app.corrections import applied
 from app.versions import installed, shown
@@ -9,13 +10,15 @@ from estimator.engine import UNLIMITED, Device, has_closed_forms, loaded, why_no
 from estimator.engine import estimate as analytic
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError, VramplanError
 from estimator.estimate import Estimate, Notice
-from estimator.fitted import Corrections
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.recipe import Loss, ObjectiveKind, Recipe
 from estimator.sources.tracing import Subject, TracedStep, Tracer, default_tracer
 from estimator.stack import Stack
 from estimator.units import gib
+
+if TYPE_CHECKING:
+    from estimator.fitted import Corrections
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _ENCODER_DECODER = ("seq2seq_lm", "speech_seq2seq")
@@ -31,7 +34,7 @@ class Answerer:
     subject: Subject
     device: Device = UNLIMITED
     tracer: Callable[[], Tracer] = default_tracer
-    corrections: Corrections | None = None
+    corrections: "Corrections | None" = None
     """Scale what is not exact."""
 
     @property

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.allocator_settings import AllocatorSettings
@@ -16,11 +16,9 @@ from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
 from estimator.loading import passing_bytes, unsplit_bytes
 from estimator.parallelism import tensor
-from estimator.parallelism.cards import Card, cards
 from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
-from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import held_without_limit, reservation
@@ -29,6 +27,9 @@ from estimator.static_memory import Preparation, StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.storage import StoredTensor
 from estimator.units import allocated
+
+if TYPE_CHECKING:
+    from estimator.parallelism.cards import Card
 
 INDEX_BYTES = 8  # token ids, labels and masks are int64
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
@@ -216,6 +217,8 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
 
     Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
     """
+    from estimator.parallelism.cards import cards  # as below: one card needs none of it
+
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
@@ -231,7 +234,7 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
     return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
 
 
-def _rank(card: Card, answer: Estimate) -> RankEstimate:
+def _rank(card: "Card", answer: Estimate) -> RankEstimate:
     peak = answer.peak
     return RankEstimate(
         rank=card.number,
@@ -327,7 +330,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     static = static_memory(inventory, recipe)
     training = recipe.training
     accumulates = training is not None and training.gradient_accumulation_steps > 1
-    share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
+    share = _part(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
     stored = dict(share.stored)
     loaded = _loaded(inventory, static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
@@ -345,6 +348,12 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
         unsplit_bytes=unsplit_bytes(inventory, recipe) if _unknown_step(inventory, recipe) is None else 0,
         context_bytes=context_bytes(recipe.num_multiprocessors),
     )
+
+
+def _part(recipe: Recipe, static: StaticMemory) -> Share:
+    from estimator.parallelism.shares import share_of
+
+    return share_of(recipe, static)
 
 
 def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
@@ -592,15 +601,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     structure = recipe.without_sizes()
     training = recipe.training
     if training is not None:
-        share = _prepared(inventory, structure).share
-        peaks = run_step(
-            inventory,
-            _as_run(structure, share),
-            share.tensors,
-            regime_of(recipe, inventory),
-            names=True,
-            keeps_layer_inputs=share.keeps_layer_inputs,
-        ).peaks
+        peaks = _named_step_program(*_shared_run(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
         tensors = static_memory(inventory, structure).tensors
@@ -622,11 +623,19 @@ def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: in
     return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
+_Run = tuple[Inventory, Recipe, Regime, tuple[StoredTensor, ...] | None, bool]
+"""What `_step_program` takes."""
+
+
 def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program:
+    return _step_program(*_shared_run(inventory, recipe, prepared, regime))
+
+
+def _shared_run(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> _Run:
     """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
-    return _step_program(inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs)
+    return inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs
 
 
 def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
@@ -660,10 +669,20 @@ def _as_run(recipe: Recipe, share: Share) -> Recipe:
 
 @lru_cache(maxsize=256)
 def _step_program(
-    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None, keeps_layer_inputs: bool = False
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
+) -> Program:
+    """The step without the names of its tensors: whoever asks for the one mostly asks to have it explained."""
+    named = _named_step_program(inventory, recipe, regime, tensors, keeps_layer_inputs)
+    return replace(named, peaks={phase: tuple(snapshot.unnamed() for snapshot in kept) for phase, kept in named.peaks.items()})
+
+
+# A few times larger than without names.
+@lru_cache(maxsize=32)
+def _named_step_program(
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
 ) -> Program:
     stored = static_memory(inventory, recipe).tensors if tensors is None else tensors
-    return run_step(inventory, recipe, stored, regime, keeps_layer_inputs=keeps_layer_inputs)
+    return run_step(inventory, recipe, stored, regime, names=True, keeps_layer_inputs=keeps_layer_inputs)
 
 
 @lru_cache(maxsize=64)

@@ -185,15 +185,16 @@ class _Pool:
             self._starts = {end: start for start, end in self._ends.items()}
             return list(known.handed_over)
         num_segments = self._num_segments
+        take, give = self.take, self.give
         made: list[Range] = []
         for event in stream.events:
             if event > 0:
-                block = self.take(event)
+                block = take(event)
                 if block is None:
                     return None
                 made.append(block)
             else:
-                self.give(*made[~event])
+                give(*made[~event])
         handed_over = [made[index] for index in stream.handed_over]
         if self._num_segments == num_segments:
             self._outcomes[state] = _Outcome(tuple(self._keys), tuple(handed_over))

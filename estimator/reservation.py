@@ -198,6 +198,7 @@ class _Run(Generic[Taken]):
         self.recipe = recipe
         self.training = recipe.training
         self.trained = tuple(t for t in static.tensors if t.trainable)
+        self.update = tuple(step_lists(self.training.optimizer, self.trained, decays=self.training.decays))
         self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
@@ -278,7 +279,7 @@ class _Run(Generic[Taken]):
             self.has_states = True
             for state in states_in_order(self.training.optimizer, dict(self.training.optimizer_arguments), self.trained):
                 self._make(state.raw_bytes)
-        play(step_lists(self.training.optimizer, self.trained, decays=self.training.decays), self._make, self._free)
+        play(self.update, self._make, self._free)
 
     def _make(self, num_bytes: int) -> Taken | None:
         return place(self.allocator, num_bytes) if num_bytes else None
