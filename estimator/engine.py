@@ -123,7 +123,7 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
             regime = regime_of(recipe, inventory)
             program = _shared_program(inventory, structure, prepared, regime)
             keeping = _keeping_program(inventory, structure, prepared, regime)
-            schedule = partial(_step_schedule, inventory, _on_any_card(structure), regime) if replays else _no_schedule
+            schedule = partial(_schedule, inventory, structure, regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
             return _training(held, program, _BASIS, keeping)
         if recipe.inference is not None:
@@ -497,6 +497,10 @@ class _Held:
         return [INDEX_BYTES * n for n in input_sizes(training, *training.shape)]
 
 
+def _schedule(inventory: Inventory, structure: Recipe, regime: Regime) -> Schedule:
+    return _step_schedule(inventory, _on_any_card(structure), regime)
+
+
 def _no_schedule() -> Schedule | None:
     """What a rank allocates is not known one by one."""
     return None
@@ -700,7 +704,10 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
 
 
 def _sum(between: Mapping[Item, int], held: Mapping[Item, int]) -> dict[Item, int]:
-    return {item: between.get(item, 0) + held.get(item, 0) for item in {**between, **held}}
+    together = dict(between)
+    for item, num_bytes in held.items():
+        together[item] = together.get(item, 0) + num_bytes
+    return together
 
 
 def _generation_instants(recipe: Recipe, inventory: Inventory, program: Callable[[Regime], Program]) -> Mapping[Phase, Instant]:
