@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -330,6 +331,8 @@ def main() -> None:
     # end of the process anything to take apart.
     gc.disable()
     atexit.register(gc.freeze)
+    # pydantic looks through the metadata of every installed package for plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         cli()
     except VramplanError as error:

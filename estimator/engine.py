@@ -122,7 +122,7 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
         if recipe.training is not None:
             regime = regime_of(recipe, inventory)
             found = _parts(inventory, structure, prepared, regime)
-            schedule = partial(_step_schedule, inventory, _on_any_card(structure), regime) if replays else _no_schedule
+            schedule = partial(_schedule, inventory, structure, regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
             return _training(held, found.program, _BASIS, found.keeping)
         if recipe.inference is not None:
@@ -398,7 +398,7 @@ _BASIS_DECODING = _bases(_EXACT_DECODING)
 
 
 def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
-    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in basis_of.items() if held.get(item))
+    items = tuple(LineItem(item, num_bytes, basis) for item, basis in basis_of.items() if (num_bytes := held.get(item)))
     return PhaseEstimate(phase=phase, items=items)
 
 
@@ -520,6 +520,10 @@ class _Held:
         return [INDEX_BYTES * n for n in input_sizes(training, *training.shape)]
 
 
+def _schedule(inventory: Inventory, structure: Recipe, regime: Regime) -> Schedule:
+    return _step_schedule(inventory, _on_any_card(structure), regime)
+
+
 def _no_schedule() -> Schedule | None:
     """What a rank allocates is not known one by one."""
     return None
@@ -533,7 +537,7 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
     inputs = training.gradient_accumulation_steps * sum(allocated(INDEX_BYTES * n) for n in input_sizes(training, batch, length))
     between = between_steps(prepared, program)
     between[Item.ACTIVATIONS] = inputs
-    phases = [prepared.load]
+    phases, peak = [prepared.load], prepared.load.allocated_bytes
     for phase in _STEP_PHASES:
         held = dict(between)
         held[Item.COMMUNICATION] = share.communication.get(phase, 0)
@@ -550,13 +554,13 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
             ending = {**between, Item.COMMUNICATION: share.ending_communication_bytes, Item.GRADIENTS: share.gradients_bytes}
             step = max(step, ending, key=lambda items: sum(items.values()))
         phases.append(_phase(phase, step, basis))
+        peak = max(peak, sum(step.values()))
     update = dict(between)
     update[Item.GRADIENTS] = share.gradients_bytes
     update[Item.TEMPORARY] = share.update_temporary_bytes
     update[Item.COMMUNICATION] = share.communication.get(Phase.OPTIMIZER_STEP, 0)
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
-    steady = sum(between.values())
-    peak = max(p.allocated_bytes for p in phases)
+    steady, peak = sum(between.values()), max(peak, sum(update.values()))
     return Estimate(
         parameters=static.parameters,
         phases=tuple(phases),
@@ -723,7 +727,10 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
 
 
 def _sum(between: Mapping[Item, int], held: Mapping[Item, int]) -> dict[Item, int]:
-    return {item: between.get(item, 0) + held.get(item, 0) for item in {**between, **held}}
+    together = dict(between)
+    for item, num_bytes in held.items():
+        together[item] = together.get(item, 0) + num_bytes
+    return together
 
 
 def _generation_instants(recipe: Recipe, inventory: Inventory, program: Callable[[Regime], Program]) -> Mapping[Phase, Instant]:

@@ -18,7 +18,6 @@ from estimator.recipe import Recipe
 from estimator.scoring import rows_of
 from estimator.sources.access import PUBLIC, current
 from estimator.sources.cache import default_directory, library_versions, read_json, write_json
-from estimator.sources.flight import SingleFlight
 from estimator.step import Program
 
 # Most answers need no trace: what runs and reads them is imported where it does.
@@ -115,6 +114,8 @@ class Tracer:
         max_entries: int = 256,
         wall_seconds: float = _WALL_SECONDS,
     ) -> None:
+        from estimator.sources.flight import SingleFlight
+
         self._inspector = inspector
         self._directory = directory
         self._max_entries = max_entries
