@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
-from calibration.card import driver_version, processes
+from calibration.card import driver_version, is_slice, processes
 from calibration.case import Case, JsonObject
 from calibration.record import Environment, Figures, Kind, Outcome, Provenance, Record, RecordFile, package_version
 from calibration.trainer_request import longest_row, name_of, request_of
@@ -93,12 +93,19 @@ class Card(Protocol):
 
 
 def uuid_of(device: torch.device) -> str:
-    """What nvidia-smi knows the card by, whatever order this process counts cards in.
+    """What the driver knows the card by, whatever order this process counts cards in.
 
-    Source: torch 2.13, _C/__init__.pyi, _CudaDeviceProperties.uuid; without the prefix.
+    In MIG mode it is the slice's own, which has a prefix of its own. By the whole card's the processes of all its slices would be told, and
+    those of neighbours be taken for users of this slice.
+
+    Source: torch 2.13, _C/__init__.pyi, _CudaDeviceProperties.uuid; without the prefix. CUDA Driver API, cuDeviceGetUuid: in MIG mode the
+    UUID of the slice. NVML API, nvmlDeviceGetComputeRunningProcesses: of a slice by its handle, of all slices by the card's.
     """
-    found = str(torch.cuda.get_device_properties(device).uuid)
-    return found if found.startswith(("GPU-", "MIG-")) else f"GPU-{found}"
+    card = torch.cuda.get_device_properties(device)
+    found = str(card.uuid)
+    if found.startswith(("GPU-", "MIG-")):
+        return found
+    return f"{'MIG' if is_slice(card.name) else 'GPU'}-{found}"
 
 
 class CudaCard:

@@ -1,6 +1,7 @@
 """What the driver says about a card, asked without creating a CUDA context."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -8,6 +9,16 @@ from estimator.nvidia_smi import SmiProcess
 from estimator.units import MIB
 
 _PROCESS_FIELDS = "pid,used_memory,process_name"
+_SLICE = re.compile(r"\bMIG (?:\d+c\.)?\d+g\.\d+gb\b")
+_VERSION = re.compile(r"\d+(?:\.\d+)+")
+
+
+def is_slice(name: str) -> bool:
+    """Whether CUDA's name of a card is that of a slice of one, such as `NVIDIA A100-SXM4-40GB MIG 3g.20gb`.
+
+    Source: NVIDIA Multi-Instance GPU User Guide, MIG Device Names.
+    """
+    return _SLICE.search(name) is not None
 
 
 def card_id(gpu: int) -> str:
@@ -36,7 +47,12 @@ def card_name(card: str) -> str | None:
 
 
 def driver_version(card: str) -> str | None:
-    return _query("driver_version", card)
+    """Of the driver, which is the same for all cards: where nvidia-smi does not know this one, as with a slice, any other is asked."""
+    for one in (card, None):
+        found = _VERSION.match(_ask("--query-gpu=driver_version", one) or "")
+        if found is not None:
+            return found[0]
+    return None
 
 
 def own_bytes(card: str) -> int | None:
@@ -61,11 +77,13 @@ def _query(field: str, card: str) -> str | None:
     return _ask(f"--query-gpu={field}", card) or None
 
 
-def _ask(query: str, card: str) -> str | None:
+def _ask(query: str, card: str | None) -> str | None:
+    """The answer about one card, or about all where none is named."""
     program = shutil.which("nvidia-smi")
-    if program is None or not card:
+    if program is None or card == "":
         return None
-    command = [program, f"--id={card}", query, "--format=csv,noheader,nounits"]
+    named = [f"--id={card}"] if card is not None else []
+    command = [program, *named, query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,7 @@
 """The callback in transformers' own Trainer on the CPU, with a card whose counters the test sets."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from app.service import answer
-from calibration.callback import CudaCard, MemoryCallback, NoCard, ask_vramplan
+from calibration.callback import CudaCard, MemoryCallback, NoCard, _Run, ask_vramplan, uuid_of
 from calibration.case import JsonObject
 from calibration.record import Environment, Figures, Kind, PhasePeak, RecordFile, environment_here
 from calibration.worker.model import adapted, build
@@ -239,8 +240,6 @@ def test_the_estimate_is_asked_of_a_process_of_its_own(monkeypatch: pytest.Monke
 
 
 def test_a_process_that_does_not_find_itself_on_the_card_tells_nobody_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     from calibration import callback
 
     mine = SmiProcess(pid=os.getpid(), name="python", used_bytes=GIB)
@@ -250,6 +249,38 @@ def test_a_process_that_does_not_find_itself_on_the_card_tells_nobody_apart(monk
     for seen, expected in (((mine, other), 2 * GIB), ((mine,), 0), ((other,), None), (None, None)):
         monkeypatch.setattr(callback, "processes", lambda _card, seen=seen: seen)
         assert CudaCard(torch.device("cuda", 0)).foreign_bytes == expected
+
+
+@pytest.mark.parametrize("slices_are_known", [True, False])
+def test_on_a_slice_of_a_card_its_neighbours_are_nobody_and_its_size_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slices_are_known: bool
+) -> None:
+    """By the whole card's name the driver tells of all slices; nvidia-smi may not know a slice by its own at all."""
+    from calibration import callback
+
+    uuid, process = "a65afc88-50b5-5ccf-b0a8-f93b3247ae9e", f"{os.getpid()}, 300, python"
+    slice_ = SimpleNamespace(
+        name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", uuid=uuid, major=8, minor=0, multi_processor_count=42, total_memory=20 * GIB
+    )
+    own = f'echo "{process}"' if slices_are_known else "exit 6"
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *--id=MIG-{uuid}*compute-apps*) {own};;\n'
+        f'*compute-apps*) echo "{process}"; echo "77, 9000, neighbour";;\n'
+        "*--id=MIG*) echo No devices were found; exit 6;; *driver_version*) echo 580.95.05; echo 580.95.05;; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: slice_)
+    monkeypatch.setattr(callback, "CudaMeter", lambda _foreign: Counters())
+    card = CudaCard(torch.device("cuda", 0))
+    assert (card.others, card.foreign_bytes) == (((), 0) if slices_are_known else (None, None))
+    here = card.environment()
+    assert (here.gpu, here.num_multiprocessors, here.total_bytes, here.driver) == (slice_.name, 42, 20 * GIB, "580.95.05")
+    assert _Run(None, None, card, ask, print)._hardware()["hardware"] == {"capacity_gib": 20.0}
+    slice_.name = "NVIDIA A100-SXM4-40GB"
+    assert uuid_of(torch.device("cuda", 0)) == f"GPU-{uuid}"
 
 
 @pytest.mark.slow
