@@ -14,7 +14,7 @@ from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, No
 from estimator.extent import Snapshot
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
-from estimator.loading import passing_bytes, unsplit_bytes
+from estimator.loading import transient_bytes, unsplit_bytes
 from estimator.parallelism import tensor
 from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
@@ -23,7 +23,7 @@ from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import held_without_limit, reservation
 from estimator.schedule import Schedule
-from estimator.static_memory import Preparation, StaticMemory, static_memory
+from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.storage import StoredTensor
 from estimator.units import allocated
@@ -373,7 +373,7 @@ def _loaded(inventory: Inventory, static: StaticMemory, recipe: Recipe) -> dict[
         Item.QUANTIZATION_STATE: static.quantization_state_bytes,
         Item.BUFFERS: static.buffers_bytes,
         Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
-        Item.TEMPORARY: passing_bytes(static.tensors, inventory.model_type, Preparation.of(recipe)),
+        Item.TEMPORARY: transient_bytes(inventory, recipe, adapter_bytes=static.adapter_weights_bytes),
     }
 
 
