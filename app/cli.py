@@ -322,7 +322,7 @@ cli = typer.Typer(
 
 @cli.callback()
 def vramplan() -> None:
-    """What stands before every command: nothing."""
+    """A group is one that has commands or this; its commands are those of `_Commands`."""
 
 
 def main() -> None:

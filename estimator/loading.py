@@ -197,7 +197,7 @@ def load(allocator: CachingAllocator, inventory: Inventory, preparation: Prepara
     return blocks
 
 
-def put(allocator: CachingAllocator, blocks: dict[str, Block], name: str, num_bytes: int) -> None:
+def put(allocator: Allocator[Taken], blocks: dict[str, Taken], name: str, num_bytes: int) -> None:
     """Carries out a `Placement` on an allocator.
 
     Raises:
