@@ -134,8 +134,13 @@ def test_convert_needs_files_or_a_kind_to_write() -> None:
         "a: !!python/object/apply:os.system [ls]",
         "a: 'b",
         "x: 1\n" * 2**18,
+        "a: \x19",
+        "a: \ud800",
+        "a: !!int ''",
+        "a: !!bool x",
+        "a: !!timestamp x",
     ],
-    ids=["self", "bomb", "deep", "list", "numbers", "object", "broken", "long"],
+    ids=["self", "bomb", "deep", "list", "numbers", "object", "broken", "long", "control", "surrogate", "int", "bool", "timestamp"],
 )
 def test_hostile_text_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
