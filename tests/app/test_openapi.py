@@ -28,8 +28,8 @@ from tests.served import Process, Watch
 CASES = int(os.environ.get("VRAMPLAN_FUZZ_CASES", "3"))
 """For each operation."""
 
-MAX_GROWTH_BYTES = 16 * MIB
-"""In the second half of an operation's cases; as in `test_robustness`, where there are more cases and a smaller leak shows."""
+MAX_GROWTH_BYTES = 8 * MIB
+"""In the second half of an operation's cases, of which few are accepted; see `test_robustness`, where a smaller leak shows."""
 
 APP = create_app(Configuration(hub_endpoint="http://127.0.0.1:9", rate_limit="none", database_url="none"))
 WHOLE = schemathesis.openapi.from_dict(TestClient(APP).get("/openapi.json").json())
