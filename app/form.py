@@ -17,7 +17,7 @@ from app.fields import OPTIMIZERS
 from app.options import OPTIONS, PLAN_OPTIONS, Option, merged, names_of, versions_of
 from app.pasted import canonical, spelling
 from app.reading import read_json
-from app.redaction import redacted
+from app.redaction import holds_token, redacted
 from app.settings import applied
 from estimator.errors import RequestError
 from estimator.parallelism.options import Strategy
@@ -33,7 +33,6 @@ MAX_ADDRESS = 7_000
 _MAX_VALUE = 2_000
 _MAX_LONG = 60_000
 _LONG = frozenset((EXTRA, AGAINST, "nvidia_smi"))
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 _FLAGS = {"true": True, "false": False}
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -171,7 +170,7 @@ class Form:
             RequestError: if a field holds an access token, which must not stand in an address.
         """
         known = {name: _tidy(name, query[name]) for name in (MODEL, EXTRA, AGAINST, *fields()) if name in query}
-        found = next((name for name, text in known.items() if _TOKEN.search(text)), None)
+        found = next((name for name, text in known.items() if holds_token(text)), None)
         if found is not None:
             raise RequestError(f"{found}: holds an access token, which does not belong into an address; it was not used", field=found)
         return cls({name: text for name, text in known.items() if text})
@@ -304,7 +303,7 @@ def _taken(payload: Mapping[str, Any]) -> tuple[dict[str, str], Json]:
         for name, value in node.items():
             path = prefix + name
             text = places[path].text(value) if path in places else None
-            if text is not None and not _TOKEN.search(text):
+            if text is not None and not holds_token(text):
                 values[places[path].name] = text
             elif isinstance(value, dict) and value and path != MODEL:
                 inner = take(value, f"{path}.")

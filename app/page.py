@@ -15,7 +15,7 @@ from app.catalogue import list_gpus, list_models
 from app.form import AGAINST, EXTRA, MODEL, Form, fields, groups
 from app.pasting import pasted_form
 from app.problem import problem_of
-from app.redaction import redacted
+from app.redaction import holds_token, redacted
 from app.reference import router as reference
 from app.rendering import HEADERS, STATIC, UNSTORED, content, fingerprint, page_of
 from app.sections import Patience
@@ -65,7 +65,7 @@ async def show_posted(request: Request) -> Response:
     try:
         form = await in_thread(request, Need.TEXT, partial(pasted_form, pasted, form))
     except VramplanError as refused:
-        return await _page(request, form, error=refused, pasted=pasted)
+        return await _page(request, form, error=refused, pasted="" if holds_token(pasted) else pasted)
     if form.address is not None:
         return RedirectResponse(form.address, status_code=303, headers=HEADERS)
     return await _page(request, form)

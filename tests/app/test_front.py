@@ -38,6 +38,7 @@ from tests.mock_hub import CONFIG, MockHub
 from tests.served import serving, until
 
 TOKEN = "hf_CANARYcanary.CANARY_canary-0123456789"
+PLAIN = "hf_oauth_CANARY"
 
 
 @pytest.fixture
@@ -442,6 +443,14 @@ def test_a_token_is_found_nowhere_afterwards(
                 texts.append(client.get("/", params={"model": "gpt2", "token": TOKEN}, headers=header).text)
                 texts.append(client.post("/v1/estimate", json={"model": "gpt2", TOKEN: TOKEN}, headers=header).text)
                 texts.append(client.post("/v1/calibrations", json={TOKEN: TOKEN}, headers=header).text)
+            file = {"name": "a.yaml", "content": f"base_model: gpt2\nhub_token: {TOKEN}\n{TOKEN}: 1\n"}
+            for path, more in (("convert", {}), ("convert", {"write": "llamafactory"}), ("estimate", {})):
+                texts.append(client.post(f"/v1/{path}", json={"files": [file], **more}, headers=header).text)
+            for fields in ({"model": "owner/private"}, {"model": "gpt2", "revision": PLAIN}, {"request": f"hub_token: {PLAIN}"}):
+                texts.append(client.post("/", data=fields, headers=header, follow_redirects=False).text)
+                for part in ("answer?wait=step", "plan", "timeline"):
+                    response = client.get(f"/page/{part}", params=fields, headers=header)
+                    texts += [response.text, str(response.headers)]
             texts.append(client.get("/metrics").text)
     finally:
         root.removeHandler(handler)

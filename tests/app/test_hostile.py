@@ -51,6 +51,8 @@ BODIES: dict[str, bytes] = {
     "an address": json.dumps({"model": "http://169.254.169.254/latest/meta-data"}).encode(),
     "a template": json.dumps({"model": "{{7*7}}", "dtype": "${jndi:ldap://x}"}).encode(),
     "a terminal's commands": json.dumps({"model": "gpt2", "dtype": "\x1b]0;x\x07\r\n"}).encode(),
+    "a file with commands of a terminal": json.dumps({"model": "gpt2", "files": [{"content": "\x1b[31m"}]}).encode(),
+    "a file whose tags are wrong": json.dumps({"model": "gpt2", "files": [{"content": "dtype: !!bool x"}]}).encode(),
     "a slow pattern": json.dumps({"model": "gpt2", "peft": {"target_modules": "(a|a)*" * 50 + "$"}}).encode(),
     "a sweep without end": json.dumps({"model": "gpt2", "training": {}, "sweep": {"max_length": "1..999999999999"}}).encode(),
 }

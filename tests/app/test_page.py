@@ -160,8 +160,9 @@ def test_errors_are_shown_on_the_page(client: TestClient) -> None:
     assert "whole number" in response.text
 
 
-def test_an_access_token_is_refused_and_not_shown(client: TestClient) -> None:
-    token = "hf_" + "a1B2" * 8
+@pytest.mark.parametrize("token", ["hf_" + "a1B2" * 8, "hf_oauth_eyJ.a-b_c", "hf_jwt_eyJh.J9-x.abc", "vrk_" + "a1-_" * 8])
+def test_an_access_token_is_refused_and_not_shown(client: TestClient, token: str) -> None:
+    assert token not in client.post("/", data={"request": f"model: gpt2\n- {token}"}).text
     for path in ("/", "/page/answer", "/page/plan"):
         response = client.get(path, params={"model": "openai-community/gpt2", "revision": token}, follow_redirects=False)
         assert "access token" in response.text

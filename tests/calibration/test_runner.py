@@ -216,6 +216,22 @@ def test_memory_in_use_is_read_from_the_driver(tmp_path: Path, monkeypatch: pyte
     assert card.used_bytes("0") is None
 
 
+@pytest.mark.parametrize(("before", "after", "is_foreign"), [(0, 16, False), (0, 17, True), (17, 0, True)])
+def test_a_run_beside_another_process_on_the_card_is_no_measurement(
+    before: int, after: int, is_foreign: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a driver that tells so many MiB in use before the worker is started, and so many once it is gone."""
+    begun, program = tmp_path / "begun", tmp_path / "nvidia-smi"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *memory.used*) if [ -e "{begun}" ]; then echo {after}; else echo {before}; fi;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    script = f'{REPORT}pathlib.Path({str(begun)!r}).touch(); report.write_text(\'{{"outcome": "ok"}}\')'
+    record = runner(script, Device.CUDA).run(case())
+    seen = record.provenance.foreign_before_bytes, record.provenance.foreign_after_bytes
+    assert seen == (before * 2**20, after * 2**20)
+    assert (record.contaminated, record.is_measurement) == (is_foreign, not is_foreign)
+
+
 def test_what_this_process_holds_is_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
