@@ -375,8 +375,14 @@ _BASIS_DECODING = _bases(_EXACT_DECODING)
 
 
 def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
-    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in basis_of.items() if held.get(item))
+    items = tuple([_line(item, held[item], basis) for item, basis in basis_of.items() if held.get(item)])
     return PhaseEstimate(phase=phase, items=items)
+
+
+@lru_cache(maxsize=1024)
+def _line(item: Item, num_bytes: int, basis: Basis) -> LineItem:
+    """What stays through all phases is one line of each."""
+    return LineItem(item=item, num_bytes=num_bytes, basis=basis)
 
 
 def _load_only(prepared: Prepared, *notices: Notice) -> Estimate:
