@@ -398,7 +398,7 @@ _BASIS_DECODING = _bases(_EXACT_DECODING)
 
 
 def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
-    items = tuple(LineItem(item, num_bytes, basis) for item, basis in basis_of.items() if (num_bytes := held.get(item)))
+    items = tuple([LineItem(item, num_bytes, basis) for item, basis in basis_of.items() if (num_bytes := held.get(item))])
     return PhaseEstimate(phase=phase, items=items)
 
 

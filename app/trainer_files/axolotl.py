@@ -186,6 +186,8 @@ def _adapter(keys: Keys, adapter: str) -> None:
     keys.put("peft.r", rank, "lora_r")
     keys.put("peft.lora_dropout", float(keys.number("lora_dropout", 0.0) or 0.0), "lora_dropout")
     modules = keys.take("lora_target_modules")
+    if not isinstance(modules, str):  # a pattern
+        modules = keys.names("lora_target_modules")
     parameters = keys.names("lora_target_parameters")
     if keys.flag("lora_target_linear"):
         outside = sorted(_EMBEDDINGS.intersection([modules] if isinstance(modules, str) else modules or ()))

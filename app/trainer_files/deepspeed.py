@@ -4,6 +4,7 @@ Source: deepspeed 0.19, runtime/config.py and runtime/zero/config.py; transforme
 HfTrainerDeepSpeedConfig.trainer_config_process.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -159,7 +160,7 @@ def _size(zero: Keys, key: str) -> Any:
     if value is None or value == _AUTO:
         return value
     number = zero.number(key)
-    if number is None or number != int(number):
+    if number is None or not math.isfinite(number) or number != int(number):
         raise zero.error(key, value, "a whole number, or auto")
     return int(number)
 

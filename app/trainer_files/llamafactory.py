@@ -159,7 +159,7 @@ def _batches(keys: Keys, attention: str | None, *, pretrains: bool) -> None:
     packs = keys.flag("packing", default=pretrains) or neat
     length = keys.integer("cutoff_len", _DEFAULT_LENGTH) or _DEFAULT_LENGTH
     batch = keys.found.value("training.per_device_train_batch_size")
-    several = batch is None or batch > 1  # TrainingArguments has 8
+    several = not isinstance(batch, int) or batch > 1  # TrainingArguments has 8
     if pretrains:
         keys.put("training.max_length", length, "cutoff_len")
         keys.put("padded", several and not packs, "packing")

@@ -52,12 +52,19 @@ class Translation:
             RequestError: if another file, or another key, says otherwise.
         """
         *sections, name = path.split(".")
-        target = self.payload
+        target: Any = self.payload
         for section in sections:
             target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise self._contradiction(path, origin, value, target)
         if target.setdefault(name, value) != value:
-            raise RequestError(f"{origin}: {_shown(value)} contradicts {_shown(target[name])} of {self.origins[path]}", field=origin)
+            raise self._contradiction(path, origin, value, target[name])
         self.origins.setdefault(path, origin)
+
+    def _contradiction(self, path: str, origin: str, value: object, other: object) -> RequestError:
+        """Of what a field, or one that it lies within or that lies within it, has been set to already."""
+        of = next((key for field, key in self.origins.items() if f"{path}.".startswith(f"{field}.") or field.startswith(f"{path}.")), path)
+        return RequestError(f"{origin}: {_shown(value)} contradicts {_shown(other)} of {of}", field=origin)
 
     def value(self, path: str) -> Any:
         """A field of the request so far; None when it is not set."""
