@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from app.card import Card
 from app.request import Request
@@ -10,8 +11,10 @@ from estimator.estimate import Estimate
 from estimator.inventory import Inventory
 from estimator.phases import Item
 from estimator.recipe import Recipe
-from estimator.sources.checkpoint import Checkpoint
 from estimator.storage import StoredTensor
+
+if TYPE_CHECKING:
+    from estimator.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Answered:
     """Fields of an evaluation during training; empty without one."""
     has_own_code: bool
     """Whether the model's repository brings code, which is never run."""
-    checkpoint: Checkpoint | None
+    checkpoint: "Checkpoint | None"
     """What the files of a model on the Hub store, where they were looked at."""
     is_stale: bool
     """Whether the config was kept from before, since the Hub does not answer."""

@@ -1,32 +1,24 @@
 """The command line: one question, one answer, and an exit code that scripts can read."""
 
+import atexit
+import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import orjson
 import typer
+from typer.core import TyperGroup
 
-from app.answer import Json
-from app.options import OPTIONS, PLAN_OPTIONS, merged, model_argument, with_options
-from app.redaction import redacted
-from app.request_file import read_request
 from estimator.errors import RequestError, VramplanError
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_DOES_NOT_FIT = 3
 
-cli = typer.Typer(
-    name="vramplan",
-    help="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
+Json = dict[str, Any]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -142,6 +134,7 @@ def sweep(
     svg: Annotated[Path | None, typer.Option(help="write a picture, with the largest batch that fits at each length")] = None,
 ) -> None:
     """Memory over micro-batches, lengths and ranks."""
+    from app.options import merged
     from app.sweep import answer_sweep, csv_of, svg_of
     from app.sweep import sweep as run_sweep
 
@@ -194,15 +187,6 @@ def _write(path: Path, content: bytes) -> None:
         raise RequestError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-cli.command("estimate")(with_options(estimate, OPTIONS))
-cli.command("plan")(with_options(plan, PLAN_OPTIONS, OPTIONS))
-cli.command("which")(with_options(which, PLAN_OPTIONS, OPTIONS))
-cli.command("check")(with_options(check, OPTIONS))
-cli.command("sweep")(with_options(sweep, OPTIONS))
-cli.command("trace")(with_options(trace, OPTIONS))
-
-
-@cli.command()
 def models(text: Annotated[str | None, typer.Argument(help="part of an id or type")] = None, as_json: AsJson = False) -> None:
     """The models that are answered for without a network."""
     from app.catalogue import list_models
@@ -216,7 +200,6 @@ def models(text: Annotated[str | None, typer.Argument(help="part of an id or typ
         print_models(_console(), found)
 
 
-@cli.command()
 def gpus(
     text: Annotated[str, typer.Option("--filter", help="24GB..80GB, 1..8, bf16, sm80, ..$2, a provider, a card: any of it")] = "",
     bf16: Annotated[bool, typer.Option(help="native bfloat16 only")] = False,
@@ -244,7 +227,6 @@ def gpus(
         print_gpus(_console(), found)
 
 
-@cli.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="catalogue or Hub id, or path of a config.json")],
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
@@ -252,6 +234,7 @@ def inspect(
 ) -> None:
     """Every tensor of a model, as transformers creates it."""
     from app.catalogue import inspect_model
+    from app.options import model_argument
 
     found = inspect_model(model_argument(model), revision)
     if as_json:
@@ -262,7 +245,6 @@ def inspect(
         print_inspection(_console(), found)
 
 
-@cli.command()
 def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on", min=0, max=65535)] = 8000,
@@ -271,36 +253,91 @@ def serve(
     """Serve the page and the HTTP API."""
     from app.serving import serve_on
 
+    _lasts()
     serve_on(host, port, workers)
 
 
-@cli.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
 def calibrate(context: typer.Context) -> None:
     """Measure a run on this machine's GPU."""
     from app.calibrate import app as calibration
 
+    _lasts()
     calibration(args=context.args, prog_name="vramplan calibrate")
 
 
-@cli.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
 def state(context: typer.Context) -> None:
     """Keys, measurements and corrections of a service."""
     from app.administer import app as administration
 
+    _lasts()
     administration(args=context.args, prog_name="vramplan state")
+
+
+_COMMANDS: Mapping[str, Callable[..., None]] = {
+    command.__name__: command for command in (estimate, plan, which, check, sweep, trace, models, gpus, inspect, serve, calibrate, state)
+}
+_ASK = (estimate, plan, which, check, sweep, trace)
+_PLAN = (plan, which)
+_PASS_ON = (calibrate, state)
+
+
+class _Commands(TyperGroup):
+    """Builds a command when it is asked for: the dozens of options of all of them take longer than many an answer."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # Of an unknown name the group looks among all of them for what was meant.
+        for name in (cmd_name,) if cmd_name in _COMMANDS else _COMMANDS:
+            if name not in self.commands:
+                self.commands[name] = _built(name)
+        return self.commands.get(cmd_name)
+
+
+def _built(name: str) -> Any:
+    command = _COMMANDS[name]
+    alone = typer.Typer(add_completion=False)
+    if command in _PASS_ON:
+        settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+        alone.command(name, context_settings=settings, add_help_option=False)(command)
+    elif command in _ASK:
+        from app.options import OPTIONS, PLAN_OPTIONS, with_options
+
+        alone.command(name)(with_options(command, *((PLAN_OPTIONS, OPTIONS) if command in _PLAN else (OPTIONS,))))
+    else:
+        alone.command(name)(command)
+    return typer.main.get_command(alone)
+
+
+cli = typer.Typer(
+    name="vramplan",
+    cls=_Commands,
+    help="How much GPU memory a model needs to load, run or fine-tune, phase by phase.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@cli.callback()
+def vramplan() -> None:
+    """A group is one that has commands or this; its commands are those of `_Commands`."""
 
 
 def main() -> None:
     """The console script."""
+    # Most commands are over before the collector, which goes through all that was imported, would find what is worth it; nor has the
+    # end of the process anything to take apart.
+    gc.disable()
+    atexit.register(gc.freeze)
+    # pydantic looks through the metadata of every installed package for plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         cli()
     except VramplanError as error:
+        from app.redaction import redacted
+
         print(f"error: {redacted(error.message)}", file=sys.stderr)
         for field in error.errors:
             if field.message not in error.message:
@@ -308,8 +345,17 @@ def main() -> None:
         sys.exit(EXIT_ERROR)
 
 
+def _lasts() -> None:
+    """For what goes on for long: the collector runs, and at the end everything is taken apart."""
+    gc.enable()
+    atexit.unregister(gc.freeze)
+
+
 def _payload(model: str | None, request: str | None, options: Json) -> Json:
     """The request of a file, if one is given, with the options set on top."""
+    from app.options import merged, model_argument
+    from app.request_file import read_request
+
     payload = merged(read_request(request) if request is not None else {}, options)
     if "files" in payload:
         from app.trainer_files.opening import opened
@@ -325,10 +371,12 @@ def _payload(model: str | None, request: str | None, options: Json) -> Json:
 
 
 def _print_json(value: Any) -> None:
+    import orjson
+
     sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() + "\n")
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(emoji=False)

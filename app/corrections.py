@@ -11,28 +11,31 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.answer import Json, is_modelled
-from app.logs import LOGGER
 from estimator.correction import ResidualClass
 from estimator.errors import RequestError, SourceUnavailableError
 from estimator.estimate import Estimate, Notice
-from estimator.fitted import Corrections, Term, corrected, group_of, parsed
 from estimator.phases import Basis
 from estimator.recipe import ObjectiveKind, Recipe
 from estimator.units import gib
 
+# Imported where there are corrections, which mostly there are none.
+if TYPE_CHECKING:
+    from estimator.fitted import Corrections, Term
+
 VARIABLE = "VRAMPLAN_CORRECTIONS"
 _MAX_FILE_BYTES = 4 * 2**20
 
-_OF_A_COMMAND: ContextVar[Corrections | None] = ContextVar("corrections of a command", default=None)
-_OF_A_SERVICE: ContextVar[Corrections | None] = ContextVar("corrections in force in a service", default=None)
+_OF_A_COMMAND: ContextVar["Corrections | None"] = ContextVar("corrections of a command", default=None)
+_OF_A_SERVICE: ContextVar["Corrections | None"] = ContextVar("corrections in force in a service", default=None)
 _IN_A_SERVICE: ContextVar[bool] = ContextVar("whether a service answers", default=False)
 _LOGGED: dict[str, str] = {}
 """What was last logged of a file that cannot be read, by its path."""
 
 
-def current() -> Corrections | None:
+def current() -> "Corrections | None":
     """The corrections to apply: a command's own, else those of the setting, else those of the service that answers.
 
     Raises:
@@ -51,6 +54,8 @@ def current() -> Corrections | None:
         if not _IN_A_SERVICE.get():
             raise
         if _LOGGED.get(named) != error.message:  # once, not for every request, until it can be read or fails otherwise
+            from app.logs import LOGGER
+
             _LOGGED[named] = error.message
             LOGGER.error("%s: %s", VARIABLE, error.message)
         raise SourceUnavailableError("the corrections that this service answers by cannot be read; try again later") from None
@@ -73,7 +78,7 @@ def using(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_force(corrections: Corrections | None) -> Iterator[None]:
+def in_force(corrections: "Corrections | None") -> Iterator[None]:
     """Applies the corrections of a service to what is answered inside: one request is answered by the same ones throughout."""
     token, served = _OF_A_SERVICE.set(corrections), _IN_A_SERVICE.set(True)
     try:
@@ -83,7 +88,7 @@ def in_force(corrections: Corrections | None) -> Iterator[None]:
         _IN_A_SERVICE.reset(served)
 
 
-def read(path: Path) -> Corrections:
+def read(path: Path) -> "Corrections":
     """The corrections of a file; a file that has not changed is read once.
 
     Raises:
@@ -97,19 +102,23 @@ def read(path: Path) -> Corrections:
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _changed: int, size: int) -> Corrections:
+def _read(path: Path, _changed: int, size: int) -> "Corrections":
+    from estimator.fitted import parsed
+
     if size > _MAX_FILE_BYTES:
         raise RequestError(f"corrections: {str(path)!r} has more than {_MAX_FILE_BYTES:,} bytes", field="corrections")
     return parsed(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def applied(estimate: Estimate, recipe: Recipe, corrections: Corrections | None) -> Estimate:
+def applied(estimate: Estimate, recipe: Recipe, corrections: "Corrections | None") -> Estimate:
     """The estimate with its correctable terms scaled, and a notice where it lies outside what was measured.
 
     Several cards, objectives beside next tokens, and steps that are not modelled stay as they are: nothing of them was measured.
     """
     if corrections is None or _why_not(estimate, recipe) is not None:
         return estimate
+    from estimator.fitted import corrected
+
     found, outside = corrected(estimate, recipe, corrections)
     if not outside:
         return found
@@ -122,7 +131,9 @@ def applied(estimate: Estimate, recipe: Recipe, corrections: Corrections | None)
     return replace(found, notices=(*found.notices, notice))
 
 
-def _range(term: Term, recipe: Recipe, corrections: Corrections) -> str:
+def _range(term: "Term", recipe: Recipe, corrections: "Corrections") -> str:
+    from estimator.fitted import group_of
+
     seen = corrections.find(group_of(recipe), term)
     assert seen is not None  # it was applied
     return f"{term.value.replace('_', ' ')} was seen on {gib(seen.smallest_bytes)} to {gib(seen.largest_bytes)}"
@@ -138,7 +149,7 @@ def _why_not(estimate: Estimate, recipe: Recipe) -> str | None:
     return None
 
 
-def residual_classes(corrections: Corrections) -> dict[str, ResidualClass]:
+def residual_classes(corrections: "Corrections") -> dict[str, ResidualClass]:
     """What intervals around corrected estimates are made of: errors on models that had no say in the fit that judged them."""
     evidence = f"{corrections.evidence}, {corrections.date}, each model left out of the fit that it judges"
     return {
@@ -147,8 +158,10 @@ def residual_classes(corrections: Corrections) -> dict[str, ResidualClass]:
     }
 
 
-def described(estimate: Estimate, recipe: Recipe, corrections: Corrections) -> Json:
+def described(estimate: Estimate, recipe: Recipe, corrections: "Corrections") -> Json:
     """What an answer says of the corrections behind it."""
+    from estimator.fitted import group_of
+
     reason = _why_not(estimate, recipe)
     terms = () if reason is not None else tuple(_terms(estimate, recipe))
     group = group_of(recipe)
@@ -173,8 +186,10 @@ def described(estimate: Estimate, recipe: Recipe, corrections: Corrections) -> J
     }
 
 
-def _terms(estimate: Estimate, recipe: Recipe) -> Iterator[Term]:
+def _terms(estimate: Estimate, recipe: Recipe) -> Iterator["Term"]:
     """The terms that a run shows."""
+    from estimator.fitted import Term
+
     for term in Term:
         if term is Term.SLACK and recipe.training is None:
             continue

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from app.corrections import applied
 from app.versions import installed, shown
-from estimator.engine import UNLIMITED, Device, loaded, why_not_modelled
+from estimator.engine import UNLIMITED, Device, has_closed_forms, loaded, why_not_modelled
 from estimator.engine import estimate as analytic
 from estimator.errors import InspectionError, RequestError, SourceUnavailableError, TraceError, VramplanError
 from estimator.estimate import Estimate, Notice
-from estimator.fitted import Corrections
 from estimator.inventory import Inventory
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.recipe import Loss, ObjectiveKind, Recipe
 from estimator.sources.tracing import Subject, TracedStep, Tracer, default_tracer
 from estimator.stack import Stack
 from estimator.units import gib
+
+if TYPE_CHECKING:
+    from estimator.fitted import Corrections
 
 _TRACED_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _ENCODER_DECODER = ("seq2seq_lm", "speech_seq2seq")
@@ -31,7 +34,7 @@ class Answerer:
     subject: Subject
     device: Device = UNLIMITED
     tracer: Callable[[], Tracer] = default_tracer
-    corrections: Corrections | None = None
+    corrections: "Corrections | None" = None
     """Scale what is not exact."""
 
     @property
@@ -61,6 +64,14 @@ class Answerer:
         if all(notice.code != _NOT_MODELLED for notice in found.notices):
             return replace(found, engine_reason=f"closed forms of {self.inventory.model_type}, held to the trace by tests")
         return self._traced_instead(recipe, found)
+
+    def has_closed_forms(self, recipe: Recipe) -> bool:
+        """Whether `estimate` answers for a training step from closed forms.
+
+        Raises:
+            RequestError: if the libraries would refuse the combination.
+        """
+        return self.engine != "trace" and has_closed_forms(self.inventory, recipe)
 
     def has_to_trace(self, recipe: Recipe) -> bool:
         """Whether `estimate` would have to trace the step first, which takes seconds."""

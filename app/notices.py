@@ -34,6 +34,9 @@ NOTEWORTHY_SHARE = 0.10
 # Source: bitsandbytes, optim/optimizer.py, get_state_buffer.
 MIN_PAGED_ELEMENTS = 100_000
 
+# Source: bitsandbytes 0.50, cuda_specs.py, CUDASpecs.has_imma.
+_INT8_TENSOR_CORES = (7, 5)
+
 
 def notices(answered: Answered) -> tuple[Notice, ...]:
     """The estimator's own notices, then those of the border, each code once unless it names different fields."""
@@ -134,6 +137,22 @@ def _int8_inputs(a: Answered) -> Iterable[str]:
             "layers of LLM.int8 keep their inputs where non-reentrant checkpointing cannot drop them, through the whole step: "
             f'gradient_checkpointing_kwargs={{"use_reentrant": True}} peaks {gib(saved)} lower.'
         )
+
+
+def _int8_without_tensor_cores(a: Answered) -> Iterable[str]:
+    """Source: bitsandbytes 0.50, diagnostics/cuda.py, _print_cuda_diagnostics ("Only slow 8-bit matmul
+    is supported for your GPU"); README (compute capability 6.0 at least, 7.5 recommended); backends/cuda/ops.py, _int8_linear_matmul_impl
+    (float32 where cuBLASLt has no algorithm)."""
+    quantization = a.recipe.quantization
+    capability = a.card.compute_capability if a.card is not None else None
+    if quantization is None or quantization.kind.is_4bit or a.card is None or capability is None or capability >= _INT8_TENSOR_CORES:
+        return
+    largest = max((t.num_elements for t in a.base if t.quantization is not None), default=0)
+    yield (
+        f"{a.card.name} has compute capability {capability[0]}.{capability[1]}, and tensor cores multiply int8 from 7.5 on: bitsandbytes "
+        "names its 8-bit product slow on such a card, and advises 4 bits where it fails. Where cuBLASLt has no algorithm for it, float32 "
+        f"copies of weight and input are multiplied instead, {gib(4 * largest)} for the largest weight alone, which is not counted here."
+    )
 
 
 def _compute_dtype(a: Answered) -> Iterable[str]:
@@ -417,6 +436,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_flash_attention, "flash_attention_unsupported"),
     (_written_out, "attention_written_out"),
     (_int8_inputs, "int8_keeps_inputs"),
+    (_int8_without_tensor_cores, "int8_without_tensor_cores"),
     (_compute_dtype, "compute_dtype_float32"),
     (_unquantized, "weights_not_quantized"),
     (_upcast, "float32_upcast"),

@@ -125,6 +125,9 @@ PLAN_OPTIONS: dict[str, tuple[Option, ...]] = {
     ),
 }
 
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+"""Of files with settings."""
+
 _TYPES: dict[Kind, type] = {"str": str, "int": int, "float": float, "flag": bool, "names": str, "file": str}
 
 
@@ -176,13 +179,16 @@ def with_options(
 
 
 def _models_and_files(arguments: list[str]) -> tuple[str | None, list[Json]]:
-    from app.trainer_files.disk import gathered, is_file
+    files: list[Json] = []
+    models = arguments
+    if any(Path(argument).suffix.lower() in FILE_SUFFIXES for argument in arguments):
+        from app.trainer_files.disk import gathered, is_file
 
-    files = [argument for argument in arguments if is_file(argument)]
-    models = [argument for argument in arguments if argument not in files]
+        models = [argument for argument in arguments if not is_file(argument)]
+        files = gathered(argument for argument in arguments if argument not in models)
     if len(models) > 1:
         raise typer.BadParameter(f"{models[1]!r} is a second model, or not a file that is read; accepted: one model, and files")
-    return models[0] if models else None, gathered(files) if files else []
+    return models[0] if models else None, files
 
 
 def _parameter(name: str, kind: type, declaration: Any, default: object = None) -> inspect.Parameter:

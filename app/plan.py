@@ -91,7 +91,7 @@ class _Plan:
         return self.search.goal
 
     def answer(self) -> Json:
-        evaluator = evaluator_of(self.case, self.case.recipe, self.case.answerer.estimate(self.case.recipe))
+        evaluator = evaluator_of(self.case, self.case.recipe)
         found = self.search.found(evaluator)
         if found is None:
             missing = shortfall(self.shortage(self.goal.smallest()))

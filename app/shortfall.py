@@ -182,7 +182,7 @@ class Shortage:
         assert training is not None
         if training.sequence_length <= 1:
             return None
-        evaluator = evaluator_of(self.case, self.case.recipe, self.estimate)
+        evaluator = evaluator_of(self.case, self.case.recipe)
         batch, steps = training.micro_batch_size, training.gradient_accumulation_steps
         modelled = int(evaluator.memory(Sizes.of(batch, training.sequence_length, steps)).required_bytes(context)[0])
         replayed = Outcome(recipe=self.case.recipe, card=self.card, estimate=self.estimate).required_unpressed_bytes()

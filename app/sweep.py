@@ -138,7 +138,7 @@ def _ranked(case: Case, ranks: list[int] | None) -> list[tuple[int | None, Recip
 
 
 def _grid(case: Case, recipe: Recipe, batches: list[int], lengths: list[int]) -> Sweep:
-    evaluator = evaluator_of(case, recipe, case.answerer.estimate(recipe))
+    evaluator = evaluator_of(case, recipe)
     if not evaluator.is_quick and len(batches) * len(lengths) > MAX_SLOW_POINTS:
         raise RequestError(f"sweep: at most {MAX_SLOW_POINTS:,} points are accepted of a model without closed forms", field="sweep")
     assert recipe.training is not None

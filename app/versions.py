@@ -1,8 +1,9 @@
 """The versions to answer for: those asked for, else those installed, else those the facts were read from."""
 
+import re
 from dataclasses import fields
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 from app.request import StackFields
 from estimator.errors import RequestError
@@ -41,7 +42,13 @@ def installed() -> dict[str, Version]:
     found: dict[str, Version] = {}
     for field in fields(Stack):
         try:
-            found[field.name] = parse_version(field.name, version(field.name))
+            found[field.name] = parse_version(field.name, _version(field.name))
         except PackageNotFoundError:
             continue
     return found
+
+
+def _version(name: str) -> str:
+    """As `importlib.metadata.version` has it, which parses all of the metadata for it: some is as long as a README."""
+    stated = re.search(r"^Version: (\S+)", distribution(name).read_text("METADATA") or "", re.MULTILINE)
+    return stated[1] if stated is not None else version(name)

@@ -13,7 +13,6 @@ from app.evaluation import evaluator_of
 from app.levers import NATIVE_BFLOAT16, computes_in_bfloat16
 from app.prices import current, price_json
 from app.request import PlanRequest
-from app.resolution import resolve_recipe
 from app.search import Search
 from app.service import Case
 from app.shortfall import required_bytes
@@ -68,11 +67,11 @@ def which(request: PlanRequest, case: Case, goal: Goal) -> Json:
     quick: set[tuple[object, ...]] = set()
 
     def answered(machine: Machine) -> tuple[Evaluator, Goal]:
-        recipe = resolve_recipe(case.question.request, case.inventory, card_for(machine.gpu, headroom))
         spread = strategy if machine.num_gpus > 1 else Strategy.SINGLE
+        recipe = _on(machine.gpu, case.recipe)
         recipe = replace(recipe, parallel=replace(recipe.parallel, strategy=spread, num_gpus=machine.num_gpus))
         recipes[machine.kind] = recipe
-        evaluator = evaluator_of(case, recipe, case.answerer.estimate(recipe))
+        evaluator = evaluator_of(case, recipe)
         if evaluator.is_quick:
             quick.add(machine.kind)
         return evaluator, replace(goal, num_gpus=machine.num_gpus)
@@ -112,7 +111,7 @@ def _confirmed(
     """What a plan for the card alone would find."""
     card = card_for(machine.gpu, headroom)
     search = Search(case=case.on(card, recipe), goal=replace(goal, num_gpus=1), replayed=searched)
-    sizes = search.found(evaluator_of(search.case, recipe, search.case.answerer.estimate(recipe)))
+    sizes = search.found(evaluator_of(search.case, recipe))
     asked = search.goal.smallest() if sizes is None else sizes
     outcome = search.outcome(asked)
     return Choice(
@@ -221,7 +220,7 @@ def _speed(choice: Choice, works: _Works, offer: Offer | None, epoch_tokens: int
         step = time_of(works.of(choice), choice.machine.gpu, choice.machine.num_gpus)
     except RequestError:  # the card's or the model's speed is not known
         return nothing
-    fastest, slowest = step.tokens / step.seconds_low, step.tokens / step.seconds_high
+    fastest, slowest = (step.tokens / seconds for seconds in step.seconds_range)
     speed = {
         "tokens_per_second": step.tokens_per_second,
         "tokens_per_second_low": slowest,

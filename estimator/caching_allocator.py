@@ -21,7 +21,7 @@ from estimator.units import ALLOCATION_GRANULARITY_BYTES, ceil_div
 _GRANULARITY = ALLOCATION_GRANULARITY_BYTES
 _FIRST_ADDRESS = 0x7000_0000_0000
 # A card without a limit: its expandable segments get this many addresses.
-_UNLIMITED_BYTES = 2**50
+UNLIMITED_BYTES = 2**50
 
 Taken = TypeVar("Taken")
 
@@ -36,6 +36,8 @@ class Allocator(Protocol[Taken]):
     def allocate(self, num_bytes: int, /) -> Taken | None: ...
 
     def free(self, block: Taken, /) -> None: ...
+
+    def empty_cache(self) -> None: ...
 
 
 class _Pool:
@@ -157,7 +159,7 @@ class CachingAllocator:
             capacity_bytes: what the driver can give in all: the card's memory less the context; None for a card without a limit [bytes].
         """
         self.settings = settings = settings if settings is not None else AllocatorSettings()
-        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else _UNLIMITED_BYTES
+        self.capacity_bytes = capacity_bytes if capacity_bytes is not None else UNLIMITED_BYTES
         fraction = settings.per_process_memory_fraction
         self._allowed_bytes = int(fraction * self.capacity_bytes) if fraction < 1 else None
         self._rounds_plainly = max(settings.roundup_power2_divisions) <= 1

@@ -86,17 +86,14 @@ def _quickly(group: list[Machine], evaluator: Evaluator, goal: Goal) -> Iterator
             return evaluator.memory(candidates.at(places)).required_bytes(smallest_context) - roomiest
 
         candidates = candidates.at(reachable(evaluator.programs(candidates), excess))
-    memory, smallest = evaluator.memory(candidates), goal.smallest()
-    of_smallest = evaluator.memory(smallest)
+    sizes = candidates.then(goal.smallest())
+    memory = evaluator.memory(sizes)
     usable, contexts = (np.array(column)[:, None] for column in zip(*((m.usable_bytes, m.context_bytes) for m in group), strict=True))
     device, required = memory.device_bytes(contexts), memory.required_bytes(contexts)
-    places = _best_places(device, required <= usable, goal)
-    smallest_device, smallest_required = of_smallest.device_bytes(contexts), of_smallest.required_bytes(contexts)
+    places = _best_places(device[:, :-1], (required <= usable)[:, :-1], goal)
     for row, (machine, place) in enumerate(zip(group, places.tolist(), strict=True)):
-        if place < 0:
-            yield _choice(machine, smallest, 0, smallest_device[row], smallest_required[row], fits=False)
-        else:
-            yield _choice(machine, candidates, place, device[row], required[row], fits=True)
+        # where none fits, the place is the last one: the smallest size
+        yield _choice(machine, sizes, place, device[row], required[row], fits=place >= 0)
 
 
 def _best_places(device: Ints, fits: NDArray[np.bool_], goal: Goal) -> Ints:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from estimator.allocator import Head, reserved_bytes, reserved_loaded_bytes
 from estimator.allocator_settings import AllocatorSettings
@@ -14,21 +14,22 @@ from estimator.estimate import Deferred, Engine, Estimate, Holding, LineItem, No
 from estimator.extent import Snapshot
 from estimator.inventory import Inventory
 from estimator.kv_cache import is_cache_modelled
-from estimator.loading import passing_bytes, unsplit_bytes
+from estimator.loading import transient_bytes, unsplit_bytes
 from estimator.parallelism import tensor
-from estimator.parallelism.cards import Card, cards
 from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
-from estimator.parallelism.shares import share_of
 from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
 from estimator.reservation import held_without_limit, reservation
 from estimator.schedule import Schedule
-from estimator.static_memory import Preparation, StaticMemory, static_memory
+from estimator.static_memory import StaticMemory, static_memory
 from estimator.step import Program, Regime, compiles_decoding, generation_regimes, regime_of, run_generation, run_step, schedule_step
 from estimator.storage import StoredTensor
 from estimator.units import allocated
+
+if TYPE_CHECKING:
+    from estimator.parallelism.cards import Card
 
 INDEX_BYTES = 8  # token ids, labels and masks are int64
 # input_ids and attention_mask as a tokenizer makes them, and the positions that `generate` makes of them and holds to its end.
@@ -120,11 +121,10 @@ def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, d
     try:
         if recipe.training is not None:
             regime = regime_of(recipe, inventory)
-            program = _shared_program(inventory, structure, prepared, regime)
-            keeping = _keeping_program(inventory, structure, prepared, regime)
-            schedule = partial(_step_schedule, inventory, _on_any_card(structure), regime) if replays else _no_schedule
+            found = _parts(inventory, structure, prepared, regime)
+            schedule = partial(_schedule, inventory, structure, regime) if replays else _no_schedule
             held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
-            return _training(held, program, _BASIS, keeping)
+            return _training(held, found.program, _BASIS, found.keeping)
         if recipe.inference is not None:
             return _inference(inventory, recipe, structure, prepared)
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
@@ -137,20 +137,44 @@ def loaded(inventory: Inventory, recipe: Recipe) -> Estimate:
     return _load_only(_prepared(inventory, recipe.without_sizes()), Notice(code="not_modelled", message=_LOAD_ONLY.format("The step")))
 
 
-def parts(inventory: Inventory, recipe: Recipe) -> tuple[Prepared, Program]:
-    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the estimate of a training step is put together from, the same for all batches and lengths of one regime."""
 
-    Only for recipes whose step is modelled (`why_not_modelled`).
+    prepared: Prepared
+    program: Program
+    """The step as one rank runs it."""
+    keeping: Program | None
+    """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`)."""
+
+
+def parts(inventory: Inventory, recipe: Recipe) -> Parts:
+    """The parts of a training step; only where `has_closed_forms`."""
+    structure = recipe.without_sizes()
+    return _parts(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+
+
+def _parts(inventory: Inventory, structure: Recipe, prepared: Prepared, regime: Regime) -> Parts:
+    return Parts(
+        prepared=prepared,
+        program=_shared_program(inventory, structure, prepared, regime),
+        keeping=_keeping_program(inventory, structure, prepared, regime),
+    )
+
+
+def has_closed_forms(inventory: Inventory, recipe: Recipe) -> bool:
+    """Whether closed forms know the training step of a recipe.
+
+    Raises:
+        RequestError: if the libraries would refuse the combination.
     """
-    structure = recipe.without_sizes()
-    prepared = _prepared(inventory, structure)
-    return prepared, _shared_program(inventory, structure, prepared, regime_of(recipe, inventory))
-
-
-def keeping_part(inventory: Inventory, recipe: Recipe) -> Program | None:
-    """The step with the gradients it has made so far, where a rank keeps a part of each (`Share.kept_gradients`); else None."""
-    structure = recipe.without_sizes()
-    return _keeping_program(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+    if recipe.training is None or why_not_modelled(inventory, recipe) is not None:
+        return False
+    try:
+        parts(inventory, recipe)
+    except NotImplementedError:  # a block met something of this recipe that it has no rule for
+        return False
+    return True
 
 
 def why_not_modelled(inventory: Inventory, recipe: Recipe) -> str | None:
@@ -193,6 +217,8 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
 
     Source: accelerate, big_modeling.py, dispatch_model; hooks.py, AlignDevicesHook.
     """
+    from estimator.parallelism.cards import cards  # as below: one card needs none of it
+
     if traced is not None:
         raise RequestError("engine: a trace runs on one card; accepted with 'device_map': 'analytic'", field="engine")
     alone = replace(recipe, parallel=Parallel())
@@ -208,7 +234,7 @@ def _over_cards(inventory: Inventory, recipe: Recipe, traced: Program | None, de
     return replace(largest_answer, ranks=ranks, parameters=parameters, notices=(*largest_answer.notices, *borrowed))
 
 
-def _rank(card: Card, answer: Estimate) -> RankEstimate:
+def _rank(card: "Card", answer: Estimate) -> RankEstimate:
     peak = answer.peak
     return RankEstimate(
         rank=card.number,
@@ -304,7 +330,7 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     static = static_memory(inventory, recipe)
     training = recipe.training
     accumulates = training is not None and training.gradient_accumulation_steps > 1
-    share = share_of(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
+    share = _part(recipe, static) if training is not None and recipe.parallel.is_spread else whole(static, accumulates=accumulates)
     stored = dict(share.stored)
     loaded = _loaded(inventory, static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
@@ -324,6 +350,12 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     )
 
 
+def _part(recipe: Recipe, static: StaticMemory) -> Share:
+    from estimator.parallelism.shares import share_of
+
+    return share_of(recipe, static)
+
+
 def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
     """The second model: loaded like the first, without its adapter.
 
@@ -341,7 +373,7 @@ def _loaded(inventory: Inventory, static: StaticMemory, recipe: Recipe) -> dict[
         Item.QUANTIZATION_STATE: static.quantization_state_bytes,
         Item.BUFFERS: static.buffers_bytes,
         Item.ADAPTER_WEIGHTS: static.adapter_weights_bytes,
-        Item.TEMPORARY: passing_bytes(static.tensors, inventory.model_type, Preparation.of(recipe)),
+        Item.TEMPORARY: transient_bytes(inventory, recipe, adapter_bytes=static.adapter_weights_bytes),
     }
 
 
@@ -366,7 +398,7 @@ _BASIS_DECODING = _bases(_EXACT_DECODING)
 
 
 def _phase(phase: Phase, held: Mapping[Item, int], basis_of: Mapping[Item, Basis] = _BASIS) -> PhaseEstimate:
-    items = tuple(LineItem(item=item, num_bytes=held[item], basis=basis) for item, basis in basis_of.items() if held.get(item))
+    items = tuple(LineItem(item, num_bytes, basis) for item, basis in basis_of.items() if (num_bytes := held.get(item)))
     return PhaseEstimate(phase=phase, items=items)
 
 
@@ -488,6 +520,10 @@ class _Held:
         return [INDEX_BYTES * n for n in input_sizes(training, *training.shape)]
 
 
+def _schedule(inventory: Inventory, structure: Recipe, regime: Regime) -> Schedule:
+    return _step_schedule(inventory, _on_any_card(structure), regime)
+
+
 def _no_schedule() -> Schedule | None:
     """What a rank allocates is not known one by one."""
     return None
@@ -501,7 +537,7 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
     inputs = training.gradient_accumulation_steps * sum(allocated(INDEX_BYTES * n) for n in input_sizes(training, batch, length))
     between = between_steps(prepared, program)
     between[Item.ACTIVATIONS] = inputs
-    phases = [prepared.load]
+    phases, peak = [prepared.load], prepared.load.allocated_bytes
     for phase in _STEP_PHASES:
         held = dict(between)
         held[Item.COMMUNICATION] = share.communication.get(phase, 0)
@@ -518,13 +554,13 @@ def _training(run: _Held, program: Program, basis_of: Mapping[Item, Basis], keep
             ending = {**between, Item.COMMUNICATION: share.ending_communication_bytes, Item.GRADIENTS: share.gradients_bytes}
             step = max(step, ending, key=lambda items: sum(items.values()))
         phases.append(_phase(phase, step, basis))
+        peak = max(peak, sum(step.values()))
     update = dict(between)
     update[Item.GRADIENTS] = share.gradients_bytes
     update[Item.TEMPORARY] = share.update_temporary_bytes
     update[Item.COMMUNICATION] = share.communication.get(Phase.OPTIMIZER_STEP, 0)
     phases.append(_phase(Phase.OPTIMIZER_STEP, update, _BASIS_BETWEEN_STEPS))
-    steady = sum(between.values())
-    peak = max(p.allocated_bytes for p in phases)
+    steady, peak = sum(between.values()), max(peak, sum(update.values()))
     return Estimate(
         parameters=static.parameters,
         phases=tuple(phases),
@@ -569,15 +605,7 @@ def worst_instants(inventory: Inventory, recipe: Recipe) -> Mapping[Phase, Insta
     structure = recipe.without_sizes()
     training = recipe.training
     if training is not None:
-        share = _prepared(inventory, structure).share
-        peaks = run_step(
-            inventory,
-            _as_run(structure, share),
-            share.tensors,
-            regime_of(recipe, inventory),
-            names=True,
-            keeps_layer_inputs=share.keeps_layer_inputs,
-        ).peaks
+        peaks = _named_step_program(*_shared_run(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))).peaks
         return {phase: largest(peaks[phase], *training.shape) for phase in _STEP_PHASES}
     if recipe.inference is not None:
         tensors = static_memory(inventory, structure).tensors
@@ -599,11 +627,19 @@ def largest(snapshots: tuple[Snapshot, ...], batch: int, sequence: int, keys: in
     return Instant(snapshot=worst, batch=batch, sequence=sequence, keys=keys)
 
 
+_Run = tuple[Inventory, Recipe, Regime, tuple[StoredTensor, ...] | None, bool]
+"""What `_step_program` takes."""
+
+
 def _shared_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program:
+    return _step_program(*_shared_run(inventory, recipe, prepared, regime))
+
+
+def _shared_run(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> _Run:
     """The step as one rank runs it; strategies that change nothing in it share the program of one card."""
     share = prepared.share
     tensors = None if share.tensors is prepared.static.tensors else share.tensors
-    return _step_program(inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs)
+    return inventory, _as_run(recipe, share), regime, tensors, share.keeps_layer_inputs
 
 
 def _keeping_program(inventory: Inventory, recipe: Recipe, prepared: Prepared, regime: Regime) -> Program | None:
@@ -637,10 +673,20 @@ def _as_run(recipe: Recipe, share: Share) -> Recipe:
 
 @lru_cache(maxsize=256)
 def _step_program(
-    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None = None, keeps_layer_inputs: bool = False
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
+) -> Program:
+    """The step without the names of its tensors: whoever asks for the one mostly asks to have it explained."""
+    named = _named_step_program(inventory, recipe, regime, tensors, keeps_layer_inputs)
+    return replace(named, peaks={phase: tuple(snapshot.unnamed() for snapshot in kept) for phase, kept in named.peaks.items()})
+
+
+# A few times larger than without names.
+@lru_cache(maxsize=32)
+def _named_step_program(
+    inventory: Inventory, recipe: Recipe, regime: Regime, tensors: tuple[StoredTensor, ...] | None, keeps_layer_inputs: bool
 ) -> Program:
     stored = static_memory(inventory, recipe).tensors if tensors is None else tensors
-    return run_step(inventory, recipe, stored, regime, keeps_layer_inputs=keeps_layer_inputs)
+    return run_step(inventory, recipe, stored, regime, names=True, keeps_layer_inputs=keeps_layer_inputs)
 
 
 @lru_cache(maxsize=64)
@@ -681,7 +727,10 @@ def _inference(inventory: Inventory, recipe: Recipe, structure: Recipe, prepared
 
 
 def _sum(between: Mapping[Item, int], held: Mapping[Item, int]) -> dict[Item, int]:
-    return {item: between.get(item, 0) + held.get(item, 0) for item in {**between, **held}}
+    together = dict(between)
+    for item, num_bytes in held.items():
+        together[item] = together.get(item, 0) + num_bytes
+    return together
 
 
 def _generation_instants(recipe: Recipe, inventory: Inventory, program: Callable[[Regime], Program]) -> Mapping[Phase, Instant]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from estimator.kernels import Kernel
 from estimator.phases import Basis, Item, Phase
@@ -18,8 +18,7 @@ class Engine(StrEnum):
     TRACE = "trace"  # the libraries' own step on tensors without content
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LineItem:
+class LineItem(NamedTuple):
     """What one item takes in one phase."""
 
     item: Item

@@ -184,7 +184,9 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
     """What a step adds that no tape is needed for."""
     if phase is Phase.LOAD:
         passing = "a quantized one in the type it is loaded in, or experts while they are merged"
-        return {Item.TEMPORARY: f"the largest weight that passes through: {passing}"}
+        prepared = recipe.prepare_for_kbit_training and recipe.quantization is not None
+        twice = "; or one that prepare_model_for_kbit_training has in 16 and in 32 bit for a moment" if prepared else ""
+        return {Item.TEMPORARY: f"the largest weight that passes through: {passing}{twice}; less the adapters, which are made later"}
     training = recipe.training
     if training is None:
         return {Item.WORKSPACE: "1 cuBLAS workspace"} | {

@@ -29,7 +29,7 @@ class Extent(NamedTuple):
         size = self.coefficient * int(batch**self.batch) * int((sequence + self.shift) ** self.sequence)
         return size * (keys + self.offset) if self.keys else size
 
-    def scaled(self, numerator: int, denominator: int = 1) -> "Extent":
+    def scaled(self, numerator: int, denominator: int = 1, label: str = "") -> "Extent":
         """The same with the coefficient multiplied by a fraction that leaves it whole.
 
         Raises:
@@ -38,7 +38,7 @@ class Extent(NamedTuple):
         if denominator == 0 or self.coefficient * numerator % denominator:
             raise NotImplementedError(f"{self.coefficient * numerator} elements a token, which {denominator} does not divide")
         scaled = self.coefficient * numerator // denominator
-        return Extent(scaled, self.batch, self.sequence, "", self.keys, self.offset, self.shift)
+        return Extent(scaled, self.batch, self.sequence, label, self.keys, self.offset, self.shift)
 
     def times(self, other: "Extent") -> "Extent":
         """The product of two extents, of which one at most knows K."""
@@ -94,6 +94,14 @@ class Snapshot:
         tokens = batch * sequence
         alone = c + b * batch + s * sequence + tokens * (bs + bss * sequence) + ss * sequence * sequence
         return alone + keys * (k + bk * batch + sk * sequence + bsk * tokens) if keys else alone
+
+    def unnamed(self) -> "Snapshot":
+        """The same without labels: what differs by them alone is counted together."""
+        held: dict[tuple[Item, Size], int] = {}
+        for (item, size), number in self.held:
+            key = item, size._replace(label="")
+            held[key] = held.get(key, 0) + number
+        return Snapshot(self.totals, tuple(held.items()))
 
     def items(self, batch: int, sequence: int, keys: int = 0) -> dict[Item, int]:
         """Bytes per item, each storage rounded up as the allocator does [bytes]."""

@@ -168,7 +168,7 @@ def _item(item: LineItem, phase: PhaseEstimate, scale: _Scale) -> LineItem:
     term = Term.WORKSPACE if item.item is Item.WORKSPACE else _PHASE_OF[phase.phase]
     if scale.corrections.find(scale.group, term) is None:
         return item
-    return replace(item, num_bytes=scale.bytes(term, item.num_bytes), basis=Basis.FITTED)
+    return LineItem(item.item, scale.bytes(term, item.num_bytes), Basis.FITTED)
 
 
 def is_correctable(item: LineItem, phase: PhaseEstimate) -> bool:

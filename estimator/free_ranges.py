@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from estimator.allocator import SMALL_REQUEST_BYTES, UNSPLIT_REMAINDER_BYTES, segment_bytes
-from estimator.caching_allocator import CachingAllocator
 from estimator.streams import Stream
 from estimator.units import ALLOCATION_GRANULARITY_BYTES
 
@@ -27,7 +26,7 @@ _ADDRESS = _SIZE - 1
 
 
 class FreeRanges:
-    """The allocator of one card from some state on. Names are those of `CachingAllocator`."""
+    """The allocator of one card. Names are those of `CachingAllocator`."""
 
     def __init__(self, capacity_bytes: int | None = None) -> None:
         """An allocator that holds nothing.
@@ -43,21 +42,6 @@ class FreeRanges:
         self._segments: dict[int, int] = {}  # start → end
         self._small = _Pool(self._from_driver, least_rest=_GRANULARITY)
         self._large = _Pool(self._from_driver, least_rest=UNSPLIT_REMAINDER_BYTES + 1)
-
-    @classmethod
-    def following(cls, allocator: CachingAllocator) -> "FreeRanges":
-        """From the state of an allocator on, with its capacity; what it has handed out stays for good."""
-        ranges = cls(allocator.capacity_bytes)
-        for segment in allocator.segments():
-            start = ranges._reserve(segment.num_bytes)
-            pool = ranges._small if segment.is_small else ranges._large
-            for block in segment.blocks:
-                if not block.is_allocated:
-                    pool.give(start, start + block.num_bytes)
-                start += block.num_bytes
-        ranges.max_reserved_bytes = allocator.max_reserved_bytes
-        ranges.num_alloc_retries = allocator.num_alloc_retries
-        return ranges
 
     def allocate(self, num_bytes: int) -> Range | None:
         """A block for a tensor of at least one byte; None where PyTorch would raise `OutOfMemoryError`."""
@@ -185,15 +169,16 @@ class _Pool:
             self._starts = {end: start for start, end in self._ends.items()}
             return list(known.handed_over)
         num_segments = self._num_segments
+        take, give = self.take, self.give
         made: list[Range] = []
         for event in stream.events:
             if event > 0:
-                block = self.take(event)
+                block = take(event)
                 if block is None:
                     return None
                 made.append(block)
             else:
-                self.give(*made[~event])
+                give(*made[~event])
         handed_over = [made[index] for index in stream.handed_over]
         if self._num_segments == num_segments:
             self._outcomes[state] = _Outcome(tuple(self._keys), tuple(handed_over))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from estimator.allocator import IDLE_SHARE, SEGMENT_GRANULARITY_BYTES
 from estimator.correction import margin_without_interval, radii
 from estimator.device import device_bytes
-from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, keeping_part, parts
+from estimator.engine import INDEX_BYTES, between_steps, head_of, input_sizes, parts
 from estimator.estimate import Estimate
 from estimator.extent import Snapshot
 from estimator.fused_loss import CHUNK_ROWS, TILE_ROWS
@@ -66,6 +66,12 @@ class Sizes:
     def at(self, members: Any) -> "Sizes":
         """Those at some places."""
         return Sizes(batch=self.batch[members], length=self.length[members], steps=self.steps[members])
+
+    def then(self, others: "Sizes") -> "Sizes":
+        """These and others behind them."""
+        pairs = ((self.batch, others.batch), (self.length, others.length), (self.steps, others.steps))
+        batch, length, steps = map(np.concatenate, pairs)
+        return Sizes(batch=batch, length=length, steps=steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -230,7 +236,8 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     """
     training = recipe.training
     assert training is not None
-    prepared, program = parts(inventory, recipe)
+    found = parts(inventory, recipe)
+    prepared, program, keeping = found.prepared, found.program, found.keeping
     share = prepared.share
     batch, length = (np.ones_like(sizes.batch), sizes.batch * sizes.length) if training.flattened else (sizes.batch, sizes.length)
     is_huge = _is_huge(program, batch, length, sizes.steps)
@@ -246,7 +253,6 @@ def _memory(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> tuple[Ints, I
     for phase in (Phase.FORWARD, Phase.LOSS, Phase.BACKWARD):
         waiting = share.waiting_gradients_bytes + share.communication.get(phase, 0)
         peak = np.maximum(peak, steady + waiting + _largest(program.peaks[phase], powers))
-    keeping = keeping_part(inventory, recipe)
     if keeping is not None:
         kept = _largest(keeping.peaks[Phase.BACKWARD], powers, share.kept_gradients)
         peak = np.maximum(peak, steady + share.waiting_gradients_bytes + share.communication.get(Phase.BACKWARD, 0) + kept)

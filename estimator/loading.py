@@ -32,6 +32,7 @@ REFERENCE = "ref_model."
 """Begins the names of an objective's second model."""
 
 _ABSMAX_BYTES = DType.FLOAT32.itemsize
+_HALF_BYTES = DType.FLOAT16.itemsize
 
 # Checkpoints of these hold the experts of a layer in one tensor, as the model does. Those of all others hold them one by one.
 # Source: transformers 5.23, conversion_mapping.py: model types without a MergeModulelist.
@@ -83,6 +84,37 @@ def passing_bytes(tensors: Iterable[StoredTensor], model_type: str, preparation:
         elif merges_experts(tensor, model_type, preparation.stack):
             most = max(most, tensor.num_elements * width)
     return allocated(most)
+
+
+def transient_bytes(inventory: Inventory, recipe: Recipe, *, adapter_bytes: int) -> int:
+    """The most that lies on the device while a model is loaded and prepared, above what it ends with, adapters included [bytes].
+
+    What passes through in loading is counted as if all weights were there then; float32 weights and adapters are not yet.
+
+    Args:
+        adapter_bytes: of the adapters, which are made last [bytes].
+    """
+    preparation = Preparation.of(recipe)
+    tensors = loaded_tensors(inventory, preparation)
+    passing, twice = passing_bytes(tensors, inventory.model_type, preparation), 0
+    if preparation.quantization is not None and preparation.prepare_for_kbit_training:
+        twice, grown = _raising_bytes(tensors)
+        passing -= grown
+    return max(0, max(passing, twice) - adapter_bytes)
+
+
+def _raising_bytes(tensors: Sequence[StoredTensor]) -> tuple[int, int]:
+    """16-bit weights that become float32 one after another: each lies there in both types for a moment, those after it in 16 bits yet.
+
+    Returns:
+        The most above all of them in float32, and how much they have grown in the end [bytes].
+    """
+    most = later = 0
+    for num_elements in reversed([t.num_elements for t, _ in _raised(tensors)]):
+        half = allocated(num_elements * _HALF_BYTES)
+        most = max(most, half - later)
+        later += allocated(num_elements * DType.FLOAT32.itemsize) - half
+    return most, later
 
 
 def unsplit_bytes(inventory: Inventory, recipe: Recipe) -> int:
@@ -165,7 +197,7 @@ def load(allocator: CachingAllocator, inventory: Inventory, preparation: Prepara
     return blocks
 
 
-def put(allocator: CachingAllocator, blocks: dict[str, Block], name: str, num_bytes: int) -> None:
+def put(allocator: Allocator[Taken], blocks: dict[str, Taken], name: str, num_bytes: int) -> None:
     """Carries out a `Placement` on an allocator.
 
     Raises:
@@ -286,6 +318,11 @@ def _raise(tensors: Sequence[StoredTensor]) -> Iterator[Placement]:
 
     Source: peft, utils/other.py, prepare_model_for_kbit_training.
     """
+    for tensor, name in _raised(tensors):
+        yield name, tensor.num_elements * DType.FLOAT32.itemsize
+
+
+def _raised(tensors: Sequence[StoredTensor]) -> Iterator[tuple[StoredTensor, str]]:
     for tensor, name in one_by_one(tensors):
         if tensor.quantization is None and tensor.item is Item.WEIGHTS and tensor.dtype.is_half:
-            yield name, tensor.num_elements * DType.FLOAT32.itemsize
+            yield tensor, name

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from estimator.extent import Extent
-from estimator.timeline import Segment
+from estimator.phases import Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

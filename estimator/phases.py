@@ -45,3 +45,14 @@ class Basis(StrEnum):
 
 LOADED = (Item.WEIGHTS, Item.QUANTIZATION_STATE, Item.BUFFERS, Item.ADAPTER_WEIGHTS)
 """What stays from loading on."""
+
+
+class Segment(StrEnum):
+    """Which part of a step an event belongs to."""
+
+    OUTSIDE = "outside"
+    """Embedding, final norm, head, loss, update."""
+    FORWARD = "forward"
+    """A layer's forward pass, until the next layer begins."""
+    BACKWARD = "backward"
+    """A layer's backward pass, until the one before begins."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from estimator.log import Log, Mark
-from estimator.timeline import Segment
+from estimator.phases import Segment
 
 _MAX_PERIOD = 8
 _NUM_RUN = 3

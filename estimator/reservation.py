@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any, Generic
 
 from estimator.allocator_settings import AllocatorSettings
-from estimator.caching_allocator import Allocator, Block, CachingAllocator, Taken
+from estimator.caching_allocator import UNLIMITED_BYTES, Allocator, CachingAllocator, Taken
 from estimator.device import workspace_bytes
 from estimator.free_ranges import FreeRanges, Range
 from estimator.inventory import Inventory
@@ -141,7 +141,7 @@ def _pause(run: _Unlimited) -> None:
 def _unlimited(
     inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...], settings: AllocatorSettings | None
 ) -> _Unlimited:
-    return _Unlimited(lambda: _stages(CachingAllocator(settings), inventory, recipe, schedule, inputs))
+    return _Unlimited(lambda: _stages(_allocator(settings), inventory, recipe, schedule, inputs))
 
 
 @lru_cache(maxsize=1024)
@@ -153,7 +153,7 @@ def _under_limit(
     settings: AllocatorSettings | None,
     capacity_bytes: int,
 ) -> Reserved | None:
-    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
+    allocator = _allocator(settings, capacity_bytes)
     try:
         _load(allocator, inventory, recipe)
         run = _run(allocator, inventory, recipe)
@@ -165,7 +165,7 @@ def _under_limit(
 
 
 def _stages(
-    allocator: CachingAllocator, inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...]
+    allocator: CachingAllocator | FreeRanges, inventory: Inventory, recipe: Recipe, schedule: Schedule, inputs: tuple[int, ...]
 ) -> Iterator[int]:
     """A run, which yields what was reserved at most so far: after loading, and after every part of a step [bytes]."""
     _load(allocator, inventory, recipe)
@@ -173,22 +173,27 @@ def _stages(
     yield from _run(allocator, inventory, recipe, by_pool=True).steps(schedule, inputs)
 
 
-def _load(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe) -> None:
-    blocks: dict[str, Block] = {}
+def _allocator(settings: AllocatorSettings | None, capacity_bytes: int = UNLIMITED_BYTES) -> CachingAllocator | FreeRanges:
+    """At PyTorch's defaults by its free ranges alone, which hold the same and take less time."""
+    if settings is None or settings == AllocatorSettings():
+        return FreeRanges(capacity_bytes)
+    return CachingAllocator(settings, capacity_bytes=capacity_bytes)
+
+
+def _load(allocator: Allocator[Any], inventory: Inventory, recipe: Recipe) -> None:
+    blocks: dict[str, Any] = {}
     for name, num_bytes in placements(inventory, recipe):
         put(allocator, blocks, name, num_bytes)
     # Source: transformers, trainer.py, Trainer._inner_training_loop; accelerate, accelerator.py, Accelerator.free_memory.
     allocator.empty_cache()
 
 
-def _run(allocator: CachingAllocator, inventory: Inventory, recipe: Recipe, *, by_pool: bool = False) -> "_Run[Any]":
+def _run(allocator: CachingAllocator | FreeRanges, inventory: Inventory, recipe: Recipe, *, by_pool: bool = False) -> "_Run[Any]":
     """The steps of a loaded model; where no limit matters, pool by pool."""
     static = static_memory(inventory, recipe)
-    if allocator.settings != AllocatorSettings():
-        return _Run(allocator, static, recipe)
-    # The model stays where it is, so that only what is free matters from here on.
-    ranges = FreeRanges.following(allocator)
-    return _PoolByPool(ranges, static, recipe) if by_pool else _Run(ranges, static, recipe)
+    if by_pool and isinstance(allocator, FreeRanges):
+        return _PoolByPool(allocator, static, recipe)
+    return _Run(allocator, static, recipe)
 
 
 class _Run(Generic[Taken]):
@@ -198,6 +203,7 @@ class _Run(Generic[Taken]):
         self.recipe = recipe
         self.training = recipe.training
         self.trained = tuple(t for t in static.tensors if t.trainable)
+        self.update = tuple(step_lists(self.training.optimizer, self.trained, decays=self.training.decays))
         self.unpacked: dict[MicroBatch, tuple[Sequence[int], Sequence[int]]] = {}
         self.has_states = False
         self.has_workspaces = False
@@ -278,7 +284,7 @@ class _Run(Generic[Taken]):
             self.has_states = True
             for state in states_in_order(self.training.optimizer, dict(self.training.optimizer_arguments), self.trained):
                 self._make(state.raw_bytes)
-        play(step_lists(self.training.optimizer, self.trained, decays=self.training.decays), self._make, self._free)
+        play(self.update, self._make, self._free)
 
     def _make(self, num_bytes: int) -> Taken | None:
         return place(self.allocator, num_bytes) if num_bytes else None

@@ -28,6 +28,12 @@ _CACHE_SETTING_REACHES_DECODER = frozenset(
 )
 """Models whose `use_cache` their text decoder is told; other decoders inside a model go by their own."""
 
+_CHECKPOINTED_WITHIN_SINCE_4_52 = frozenset(
+    ("cohere", "cohere2", "deepseek_v3", "gemma", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "starcoder2")
+)
+"""Source: transformers 4.52.4, models/*/modeling_*.py: decoder layers that are GradientCheckpointingLayers; falcon, gemma2, gemma3, gpt2,
+gpt_bigcode, gpt_neox, mixtral, opt, phi, qwen2_moe, qwen3_moe and stablelm are not yet."""
+
 _FIRST: dict[str, Version] = {
     "olmo2": (4, 47),
     "cohere2": (4, 48),
@@ -134,15 +140,13 @@ class Stack:
         """
         return self.transformers < (5,)
 
-    @property
-    def layers_are_checkpointed_from_outside(self) -> bool:
+    def checkpoints_layers_from_outside(self, model_type: str) -> bool:
         """Whether a checkpoint lies around the call of a decoder layer, and around whatever wraps it, and not within that call.
 
-        Source: transformers 4.51, models/llama/modeling_llama.py, LlamaModel.forward (`decoder_layer.__call__`); 4.53, modeling_layers.py,
-        GradientCheckpointingLayer.__call__, of every family. In 4.52 Llama, Mistral, Qwen2 and 13 others of the families have it already,
-        Gemma 2, Mixtral, GPT-2 and the rest do not: all of that version are taken for these, which hold more.
+        Source: transformers 4.51, models/llama/modeling_llama.py, LlamaModel.forward (`decoder_layer.__call__`); modeling_layers.py,
+        GradientCheckpointingLayer.__call__, of the named families' layers since 4.52 and of all since 4.53.
         """
-        return self.transformers < (4, 53)
+        return self.transformers < ((4, 52) if model_type in _CHECKPOINTED_WITHIN_SINCE_4_52 else (4, 53))
 
     @property
     def sft_checkpoints_without_reentry(self) -> bool:

@@ -64,6 +64,7 @@ class Preparation:
 class StaticMemory:
     """What lies on the device between steps, and what the optimizer's step adds, each rounded up per tensor."""
 
+    model_type: str
     tensors: tuple[StoredTensor, ...]
     parameters: ParameterCounts
     loaded_weights_bytes: int
@@ -146,6 +147,7 @@ def _static_memory(inventory: Inventory, preparation: Preparation) -> StaticMemo
         temporary = step_temporary_bytes(preparation.optimizer, trained, decays=preparation.decays)
     by_item = {item: sum(t.allocated_bytes for t in tensors if t.item is item) for item in Item}
     return StaticMemory(
+        model_type=inventory.model_type,
         tensors=tensors,
         parameters=parameter_counts(tensors),
         loaded_weights_bytes=sum(t.allocated_bytes for t in loaded if t.item is Item.WEIGHTS),

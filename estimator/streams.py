@@ -45,7 +45,8 @@ def apart(sizes: Sequence[int], events: Iterable[int], kept: Sequence[int], stay
         staying: by event, the size of a block that is made before it and stays for good [bytes].
     """
     small, large = _Part(), _Part()
-    rounded = [allocated(size) for size in sizes]
+    by_size = {size: allocated(size) for size in set(sizes)}  # few sizes, many storages
+    rounded = [by_size[size] for size in sizes]
     parts = [small if size <= SMALL_REQUEST_BYTES else large for size in rounded]
     for position, event in enumerate(events):
         if position in staying:

@@ -12,6 +12,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import ge, le
 from sys import _getframe, getrefcount
 from types import FrameType
 from weakref import ReferenceType, ref
@@ -299,9 +300,9 @@ class Tape:
         self._rising = False
         totals = tuple(self.totals)
         kept = self.peaks.setdefault(self.phase, [])
-        if any(all(a >= b for a, b in zip(other.totals, totals, strict=True)) for other in kept):
+        if any(all(map(ge, other.totals, totals)) for other in kept):
             return
-        kept[:] = [other for other in kept if not all(a <= b for a, b in zip(other.totals, totals, strict=True))]
+        kept[:] = [other for other in kept if not all(map(le, other.totals, totals))]
         kept.append(Snapshot(totals, tuple(self.live.items())))
 
     def enter(self, phase: Phase) -> None:
@@ -316,9 +317,7 @@ class Tape:
 
     def new(self, extent: Extent, dtype: DType, item: Item = Item.TEMPORARY) -> Value:
         """A fresh tensor."""
-        size = extent.scaled(dtype.itemsize)
-        if self.names:
-            size = size._replace(label=f"{self.scope} {_operator()}".strip())
+        size = extent.scaled(dtype.itemsize, label=f"{self.scope} {_operator()}".strip() if self.names else "")
         return Value(self, extent, dtype, Storage(self, size, item))
 
     def workspace(self, extent: Extent, dtype: DType) -> Value | None:

@@ -6,6 +6,7 @@ after the other. Nothing is known of the input pipeline, of the processor in fro
 Legend: T tokens of a micro-batch, h hidden size, V vocabulary, M × K × N a product.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,20 +41,39 @@ UNJUDGED_RANGE = (0.6, 2.0)
 class StepTime:
     """One optimizer step on so many cards."""
 
+    work: "StepWork"
+    gpu: Gpu
+    num_gpus: int
     seconds: float
-    seconds_low: float
-    seconds_high: float
-    """Range of the errors seen on published runs, where the card is that of such runs; else a plain factor [s]."""
-    tokens: int
-    """Of the whole step, on all cards."""
-    flops: int
-    """Executed by one card in the step, by torch's count [FLOP]."""
-    model_flops: int
-    """Of them without recomputation [FLOP]."""
     parts: Mapping[str, float]
     """`products`, `attention`, `dequantization`, `elementwise`, `loss`, `optimizer` [s]."""
     basis: str = BASIS
-    assumptions: tuple[str, ...] = ()
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """By the errors seen on published runs, where the card is that of such runs; else by a plain factor [s]."""
+        low, high = JUDGED_RANGE if self.gpu.id in JUDGED_GPUS and self.num_gpus == 1 else UNJUDGED_RANGE
+        return self.seconds * low, self.seconds * high
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole step, on all cards."""
+        return self.work.tokens * self.num_gpus
+
+    @property
+    def flops(self) -> int:
+        """Executed by one card in the step, by torch's count [FLOP]."""
+        return self.work.flops.total * self.work.accumulation
+
+    @property
+    def model_flops(self) -> int:
+        """Of them without recomputation [FLOP]."""
+        return self.work.flops.model * self.work.accumulation
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the time rests on, in words."""
+        return _assumptions(self.work, _Card.of(self.gpu), self.gpu, self.num_gpus)
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,7 +98,7 @@ class StepWork:
     """What one optimizer step has to do, whatever the card."""
 
     products: tuple[tuple[float, float, DType], ...]
-    """Of each product in all its runs: arithmetic [FLOP], traffic [bytes], type of its factors."""
+    """Of products of one shape together, in all their runs: arithmetic [FLOP], traffic [bytes], type of the factors."""
     kernels: tuple[tuple[float, DType], ...]
     """Attention in one kernel: arithmetic that is left of it under the causal mask [FLOP]."""
     written_out: tuple[tuple[float, float, DType], ...]
@@ -134,7 +154,7 @@ def _step_work(inventory: Inventory, recipe: Recipe) -> StepWork:
     runs = 4 if training.gradient_checkpointing else 3
     vocabulary = program.head[0].outer if program.head else 0
     return StepWork(
-        products=(*(_all_runs(p, tokens) for p in program.products), *(_all_runs(p, positions) for p in program.head)),
+        products=_together((*(_all_runs(p, tokens) for p in program.products), *(_all_runs(p, positions) for p in program.head))),
         kernels=tuple((_kernel_flops(core, batch, span), core.dtype) for core in program.attention if core.flash),
         written_out=tuple((*_written_out(core, batch, span), core.dtype) for core in program.attention if not core.flash),
         unpacked_bytes=sum(map(_unpacked_bytes, (*program.products, *program.head))),
@@ -167,18 +187,7 @@ def time_of(work: StepWork, gpu: Gpu, num_gpus: int = 1) -> StepTime:
     }
     parts = {name: seconds * work.accumulation for name, seconds in micro_batch.items()}
     parts["optimizer"] = work.optimizer_bytes / card.bandwidth
-    seconds = sum(parts.values())
-    low, high = JUDGED_RANGE if gpu.id in JUDGED_GPUS and num_gpus == 1 else UNJUDGED_RANGE
-    return StepTime(
-        seconds=seconds,
-        seconds_low=seconds * low,
-        seconds_high=seconds * high,
-        tokens=work.tokens * num_gpus,
-        flops=work.flops.total * work.accumulation,
-        model_flops=work.flops.model * work.accumulation,
-        parts=parts,
-        assumptions=_assumptions(work, card, gpu, num_gpus),
-    )
+    return StepTime(work=work, gpu=gpu, num_gpus=num_gpus, seconds=sum(parts.values()), parts=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +226,11 @@ def _all_runs(product: Product, tokens: int) -> tuple[float, float, DType]:
     runs, rows = sum(product.runs.values()), float(product.rows(tokens))
     moved = (rows * product.inner + product.num_weights * product.inner * product.outer + rows * product.outer) * product.dtype.itemsize
     return runs * 2 * rows * product.inner * product.outer, runs * moved, product.dtype
+
+
+def _together(products: Iterable[tuple[float, float, DType]]) -> tuple[tuple[float, float, DType], ...]:
+    """Products that are alike added up: on every card they are bound by the same."""
+    return tuple((flops * number, moved * number, dtype) for (flops, moved, dtype), number in Counter(products).items())
 
 
 def _unpacked_bytes(product: Product) -> float:

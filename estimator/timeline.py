@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
+from estimator.phases import Segment as Segment
 from estimator.units import allocated
 
 
@@ -33,17 +33,6 @@ class Allocation:
     def allocated_bytes(self) -> int:
         """As the allocator counts it [bytes]."""
         return allocated(self.num_bytes)
-
-
-class Segment(StrEnum):
-    """Which part of a step an event belongs to."""
-
-    OUTSIDE = "outside"
-    """Embedding, final norm, head, loss, update."""
-    FORWARD = "forward"
-    """A layer's forward pass, until the next layer begins."""
-    BACKWARD = "backward"
-    """A layer's backward pass, until the one before begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

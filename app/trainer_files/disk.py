@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from app.answer import Json
+from app.options import FILE_SUFFIXES
 from app.trainer_files.formats import Format, format_of
 from app.trainer_files.opening import MAX_FILES
 from app.yaml_text import MAX_CHARACTERS, parse
 from estimator.errors import RequestError
 
-_SUFFIXES = (".yaml", ".yml", ".json")
 # Keys under which a file may name another.
 _POINTERS = ("deepspeed", "fsdp_config", "deepspeed_config_file")
 
@@ -18,7 +18,7 @@ _POINTERS = ("deepspeed", "fsdp_config", "deepspeed_config_file")
 def is_file(argument: str) -> bool:
     """Whether an argument of the command line is a file with settings, and not a model."""
     path = Path(argument)
-    if path.suffix.lower() not in _SUFFIXES or not path.is_file():
+    if path.suffix.lower() not in FILE_SUFFIXES or not path.is_file():
         return False
     content = parse(argument, _text(path))
     return format_of(argument, content) is not Format.MODEL_CONFIG

@@ -52,9 +52,9 @@ def format_of(name: str, values: Mapping[str, Any], given: object = None) -> For
         RequestError: if it is none that is read.
     """
     if given is not None:
-        if given not in set(Format):
+        if not isinstance(given, str) or given not in set(Format):
             raise UnknownNameError.of(f"{name}: format", given, list(Format))
-        return Format(str(given))
+        return Format(given)
     keys = frozenset(values)
     if "peft_type" in keys:
         return Format.ADAPTER_CONFIG

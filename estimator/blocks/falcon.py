@@ -13,7 +13,7 @@ from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.parts import activated, rotated
 from estimator.dtypes import DType
 from estimator.extent import Extent
-from estimator.operators import add, add_in_place, contiguous_copy, dropout, gathered, part
+from estimator.operators import add, add_in_place, contiguous_copy, dropout, expanded_view, gathered, part
 from estimator.recipe import Attention
 from estimator.tape import Value
 
@@ -40,6 +40,8 @@ def _split_heads(layer: Layer, fused: Value, heads: Heads) -> tuple[Value, Value
     if not layer.config.get("new_decoder_architecture"):
         return query, key, value
     whole = query.extent
+    if heads.num_key_value_heads == 1:  # heads of one group are together as they lie, and seeing one of them many times copies nothing
+        return query, expanded_view(key, whole), expanded_view(value, whole)
     copies = [contiguous_copy(x, whole) for x in (query, key, value)]
     query, key, value = copies
     return query, key, value

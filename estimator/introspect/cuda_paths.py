@@ -20,7 +20,6 @@ import torch
 from bitsandbytes.autograd import _functions as bnb_autograd
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.other import transpose
 from torch.library import Library, fallthrough_kernel
 from transformers import GenerationMixin
@@ -346,13 +345,19 @@ def _delta_weight(layer: Any, adapter: str) -> torch.Tensor:
 
 
 def _unpacked_weight(module: torch.nn.Module) -> torch.Tensor:
-    """Source: peft 0.21, utils/integrations.py, dequantize_module_weight: on the CPU alone the parameter is made anew, which loses the
-    scales of LLM.int8."""
+    """On the CPU alone the parameter is made anew, which loses the scales of LLM.int8.
+
+    Source: peft 0.21, utils/integrations.py, dequantize_module_weight and dequantize_bnb_weight.
+    """
     weight: Any = module.weight
-    if not isinstance(weight, bitsandbytes.nn.Params4bit | bitsandbytes.nn.Int8Params):
-        return cast(torch.Tensor, weight)
-    unpacked: torch.Tensor = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
-    return unpacked
+    # by the layer and not by the parameter's class, which a parameter without content does not have
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        return cast(torch.Tensor, bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
+    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+        if module.state.SCB is None:
+            module.state.SCB = weight.SCB
+        return cast(torch.Tensor, bitsandbytes.functional.int8_vectorwise_dequant(weight.data, module.state.SCB))
+    return cast(torch.Tensor, weight)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -16,8 +17,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from estimator.dtypes import DType
 from estimator.recipe import Adapter, Quantization, QuantizationKind
+from estimator.units import ceil_div
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {dtype: getattr(torch, dtype.value) for dtype in DType}
+
+_BLOCK = 64
+_NESTED_BLOCK = 256
 
 
 def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None:
@@ -43,14 +48,46 @@ def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None
         replace_with_bnb_linear(model, skipped, config, pre_quantized=True)
     model.tie_weights(recompute_mapping=False)
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            # DoRA reads the scales, which loading would have made.
+        # DoRA unpacks the weights when it begins, with what loading would have made beside them.
+        if isinstance(module, bnb.nn.Linear4bit):
+            with torch.device("meta"):
+                module.weight.quant_state = quantization_state(module, quantization, dtype)
+        elif isinstance(module, bnb.nn.Linear8bitLt):
             module.weight.SCB = torch.empty(module.out_features, device="meta")
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = is_4bit, not is_4bit
     model.is_quantized, model.quantization_method = True, config.quant_method
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True  # models that use a weight outside its module ask for it
+
+
+def quantization_state(module: Any, quantization: Quantization, dtype: torch.dtype) -> QuantState:
+    """What is kept beside the packed weight of a 4-bit layer, on the device that is the default.
+
+    Args:
+        dtype: of the weight before it was packed.
+
+    Source: bitsandbytes 0.50, functional.py, quantize_4bit; backends/cuda/ops.py, quantize_4bit.
+    """
+    blocks = ceil_div(module.out_features * module.in_features, _BLOCK)
+    nested = None
+    if quantization.double_quant:
+        nested = QuantState(
+            absmax=torch.empty(ceil_div(blocks, _NESTED_BLOCK), dtype=torch.float32),
+            blocksize=_NESTED_BLOCK,
+            code=torch.empty(256, dtype=torch.float32),
+            dtype=torch.float32,
+        )
+    return QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+        shape=torch.Size((module.out_features, module.in_features)),
+        dtype=dtype,
+        blocksize=_BLOCK,
+        code=torch.empty(16, dtype=torch.float32),
+        quant_type=quantization.kind.value,
+        offset=torch.empty((), dtype=torch.float32) if nested else None,
+        state2=nested,
+    )
 
 
 @contextmanager

@@ -36,8 +36,8 @@ _TRAINS_FROZEN = Notice(
 _KEEPS_LAYER_INPUTS = Notice(
     code="fsdp1_keeps_layer_inputs",
     message="a hook of FSDP1 on frozen layers holds the input of every layer and its gradient until the backward pass ends, since "
-    "gradient_checkpointing is reentrant and transformers before 4.53 puts it around FSDP's units (4.52 does so for some families only, "
-    'and is taken for all); gradient_checkpointing_kwargs={"use_reentrant": False} holds neither.',
+    "gradient_checkpointing is reentrant and this version of transformers puts it around FSDP's units, as those before 4.52 or 4.53 do; "
+    'gradient_checkpointing_kwargs={"use_reentrant": False} holds neither.',
 )
 
 
@@ -206,7 +206,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     options = recipe.parallel.fsdp
     units = units_of(recipe, static.tensors)
     accumulates = training.gradient_accumulation_steps > 1
-    recomputes = _recomputes_units(recipe)
+    recomputes = _recomputes_units(recipe, static.model_type)
     keeps_layer_inputs = recomputes and any(not layer[0].trains for layer in units.layers)
     parameters = {item: sum(u.shard_bytes for u in units.all if _item(u) is item) for item in _PARAMETERS}
     sharded_gradients = sum(u.sharded_gradient_bytes for u in units.all)
@@ -251,7 +251,7 @@ def share(recipe: Recipe, static: StaticMemory) -> Share:
     )
 
 
-def _recomputes_units(recipe: Recipe) -> bool:
+def _recomputes_units(recipe: Recipe, model_type: str) -> bool:
     """Whether layers run without gradients first, and for the backward pass again, each as a unit of FSDP.
 
     In the second run torch hooks the input of a frozen unit, to know when its gradient is there. That input is a leaf, cut off by the
@@ -263,7 +263,7 @@ def _recomputes_units(recipe: Recipe) -> bool:
     """
     training = recipe.training
     assert training is not None
-    return training.gradient_checkpointing and training.use_reentrant and recipe.stack.layers_are_checkpointed_from_outside
+    return training.gradient_checkpointing and training.use_reentrant and recipe.stack.checkpoints_layers_from_outside(model_type)
 
 
 def _notices(recipe: Recipe, *, trains_frozen: bool, keeps_layer_inputs: bool) -> tuple[Notice, ...]:

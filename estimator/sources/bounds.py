@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from estimator.errors import ConfigError
@@ -46,30 +47,35 @@ def _bound(names: str, low: int, high: int, *, exact: bool = True) -> Bound:
 
 
 # The first that matches a field's whole name decides. Names are those of transformers' config classes, text, vision and audio parts alike.
-_BOUNDS = (
-    _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 512),
-    _bound(
-        r"num_key_value_heads|num_kv_heads|num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads", 1, 2**13
-    ),
-    _bound(r"vocab_size", 1, 2**24),
-    _bound(r"head_dim|kv_lora_rank|q_lora_rank|moe_intermediate_size|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17),
-    _bound(r"num_experts|num_local_experts|n_routed_experts|n_shared_experts|moe_num_experts|num_experts_per_tok", 0, 2**15),
-    _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31),
-    _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 512, exact=False),
-    _bound(r".*_vocab_size|vocab_size_.*", 0, 2**24, exact=False),
-    _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
-    _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13, exact=False),
-    _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**15, exact=False),
-    _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
-    _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16, exact=False),
-    _bound(r".*chunk_size", -1, 2**24, exact=False),  # of audio samples in some
-    _bound(r".*_position_embeddings|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31, exact=False),
-    _bound(r"block_sizes|block_repeats|attention_types|.*_per_block|num_blocks_.*", 0, 512, exact=False),
-    _bound(r"attn_layer_period|expert_layer_period|decoder_sparse_step", 1, 2**16, exact=False),
-    _bound(r"expand|expand_.*|.*_expand|.*_kernel|kernel_.*|.*_kernels", 0, 2**12, exact=False),
-    _bound(r"num_labels|num_classes|num_.*|n_.*", -1, 2**20, exact=False),
-    _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", -1, 2**20, exact=False),
-)
+@cache
+def _bounds() -> tuple[Bound, ...]:
+    return (
+        _bound(r"num_hidden_layers|n_layers?|num_layers|num_decoder_layers|encoder_layers|decoder_layers|num_blocks", 1, 512),
+        _bound(
+            r"num_key_value_heads|num_kv_heads|num_attention_heads|n_heads?|num_heads|encoder_attention_heads|decoder_attention_heads",
+            1,
+            2**13,
+        ),
+        _bound(r"vocab_size", 1, 2**24),
+        _bound(r"head_dim|kv_lora_rank|q_lora_rank|moe_intermediate_size|qk_nope_head_dim|qk_rope_head_dim|v_head_dim", 0, 2**17),
+        _bound(r"num_experts|num_local_experts|n_routed_experts|n_shared_experts|moe_num_experts|num_experts_per_tok", 0, 2**15),
+        _bound(r"max_position_embeddings|n_positions|n_ctx", 1, 2**31),
+        _bound(r".*_layers|depth|depths|layers_.*|.*_depth", 0, 512, exact=False),
+        _bound(r".*_vocab_size|vocab_size_.*", 0, 2**24, exact=False),
+        _bound(r"hidden_size|d_model|n_embd|dim|embed_dim|n_embed", 1, 2**17),
+        _bound(r".*_heads|n_head_.*|.*_groups|n_group|num_kv", 0, 2**13, exact=False),
+        _bound(r".*experts|.*_experts_.*|moe_topk|moe_k", 0, 2**15, exact=False),
+        _bound(r"intermediate_size|ffn_dim|ffn_hidden_size|n_inner|d_ff|.*_ffn_dim|.*_intermediate_size", 0, 2**20),
+        _bound(r"image_size|patch_size|.*_image_size|.*_patch_size|tile_size", 0, 2**16, exact=False),
+        _bound(r".*chunk_size", -1, 2**24, exact=False),  # of audio samples in some
+        _bound(r".*_position_embeddings|max_seq_len|seq_length|.*_length|sliding_window|.*_window", -1, 2**31, exact=False),
+        _bound(r"block_sizes|block_repeats|attention_types|.*_per_block|num_blocks_.*", 0, 512, exact=False),
+        _bound(r"attn_layer_period|expert_layer_period|decoder_sparse_step", 1, 2**16, exact=False),
+        _bound(r"expand|expand_.*|.*_expand|.*_kernel|kernel_.*|.*_kernels", 0, 2**12, exact=False),
+        _bound(r"num_labels|num_classes|num_.*|n_.*", -1, 2**20, exact=False),
+        _bound(r".*_dim|.*_dims|.*_size|.*_rank|.*_width|d_.*|.*channels", -1, 2**20, exact=False),
+    )
+
 
 # Sizes that are lists, one entry per layer or stage, and of which architectures; everywhere else they are one integer.
 # Source: the annotations of transformers 5.23's config classes; config.json of tencent/Hunyuan-A13B-Instruct and apple/OpenELM-3B.
@@ -249,7 +255,7 @@ def _check_part(path: str, part: Mapping[str, Any], model_type: str) -> Iterator
 
 
 def _check_field(path: str, name: str, value: object, model_type: str) -> Iterator[ConfigError]:
-    bound = next((b for b in _BOUNDS if b.names.fullmatch(name)), None)
+    bound = next((b for b in _bounds() if b.names.fullmatch(name)), None)
     if bound is None:
         return
     accepted = f"an integer from {bound.low} to {bound.high}"

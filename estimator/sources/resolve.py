@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estimator.errors import ConfigError, InspectionError, SourceError
 from estimator.inventory import Inventory
@@ -13,9 +13,11 @@ from estimator.inventory_codec import decode
 from estimator.sources import bounds, catalogue, configfile
 from estimator.sources.access import Access, current
 from estimator.sources.cache import InventoryCache, content_hash, default_cache
-from estimator.sources.checkpoint import Checkpoint, checkpoint_of, method_of
-from estimator.sources.lookup import default_lookup
-from estimator.sources.process import Inspector, default_inspector
+
+# What a bundled model does without is imported where it is used.
+if TYPE_CHECKING:
+    from estimator.sources.checkpoint import Checkpoint
+    from estimator.sources.process import Inspector
 
 
 class ModelSource(StrEnum):
@@ -42,7 +44,7 @@ class ResolvedModel:
     """Whether what is learnt of it may be kept on disk."""
     has_own_code: bool = False
     """Whether its repository brings code (`auto_map`), which was not run: transformers' own class stands for it."""
-    checkpoint: Checkpoint | None = None
+    checkpoint: "Checkpoint | None" = None
     """What its files store, where they were read: of quantized checkpoints on the Hub, and where transformers has no class."""
     num_parameters: int | None = None
     """Logical scalars, where the inventory in use is that of packed tensors."""
@@ -62,7 +64,7 @@ def resolve(
     model: str | Path | Mapping[str, Any],
     revision: str | None = None,
     *,
-    inspector: Inspector | None = None,
+    inspector: "Inspector | None" = None,
     cache: InventoryCache | None = None,
     access: Access | None = None,
 ) -> ResolvedModel:
@@ -116,6 +118,8 @@ def is_at_hand(model: str | Mapping[str, Any], revision: str | None = None) -> b
         return _cache().get(content_hash(_checked(model))) is not None
     if revision in (None, "main") and catalogue.find(model) is not None:
         return True
+    from estimator.sources.lookup import default_lookup
+
     lookup = current().lookup
     kept = (lookup if lookup is not None else default_lookup()).kept(model, revision)
     return kept is not None and _cache().get(content_hash(kept.config)) is not None
@@ -127,8 +131,11 @@ def _checked(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_hub(
-    model_id: str, revision: str | None, access: Access, inspector: Inspector | None, cache: InventoryCache | None
+    model_id: str, revision: str | None, access: Access, inspector: "Inspector | None", cache: InventoryCache | None
 ) -> ResolvedModel:
+    from estimator.sources.checkpoint import checkpoint_of, method_of
+    from estimator.sources.lookup import default_lookup
+
     lookup = access.lookup if access.lookup is not None else default_lookup()
     found = lookup.config(model_id, revision, access)
     has_own_code, checkpoint = "auto_map" in found.config, None
@@ -163,7 +170,7 @@ def _is_unknown(error: ConfigError) -> bool:
 def build(
     config: Mapping[str, Any],
     *,
-    inspector: Inspector | None = None,
+    inspector: "Inspector | None" = None,
     cache: InventoryCache | None = None,
     is_public: bool = True,
 ) -> Inventory:
@@ -187,13 +194,16 @@ def build(
     return inventory
 
 
-def _built(config: Mapping[str, Any], inspector: Inspector | None, cache: InventoryCache | None, *, is_public: bool) -> Inventory:
+def _built(config: Mapping[str, Any], inspector: "Inspector | None", cache: InventoryCache | None, *, is_public: bool) -> Inventory:
     key = content_hash(config)
     if cache is None:
         cache = _cache()
     if (found := cache.get(key)) is not None:
         return found
-    inspector = inspector if inspector is not None else default_inspector()
+    if inspector is None:
+        from estimator.sources.process import default_inspector
+
+        inspector = default_inspector()
     try:
         inventory = decode(inspector.run("inventory", {"config": dict(config), "content_hash": key}))
     except ConfigError as error:

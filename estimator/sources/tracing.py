@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estimator.errors import TraceError
 from estimator.inventory import Inventory
@@ -18,12 +18,14 @@ from estimator.recipe import Recipe
 from estimator.scoring import rows_of
 from estimator.sources.access import PUBLIC, current
 from estimator.sources.cache import default_directory, library_versions, read_json, write_json
-from estimator.sources.flight import SingleFlight
-from estimator.sources.process import Inspector, default_inspector
 from estimator.step import Program
-from estimator.timeline import Timeline, decode_timeline
 
-FORMAT = 7
+# Most answers need no trace: what runs and reads them is imported where it does.
+if TYPE_CHECKING:
+    from estimator.sources.process import Inspector
+    from estimator.timeline import Timeline
+
+FORMAT = 8
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
@@ -58,7 +60,7 @@ class TracedStep:
 class TracedTimeline:
     """A step's run at one size."""
 
-    timeline: Timeline
+    timeline: "Timeline"
     routing_matters: bool
     """As of `TracedStep`."""
 
@@ -107,11 +109,13 @@ class Tracer:
     def __init__(
         self,
         *,
-        inspector: Inspector | None = None,
+        inspector: "Inspector | None" = None,
         directory: Path | None = None,
         max_entries: int = 256,
         wall_seconds: float = _WALL_SECONDS,
     ) -> None:
+        from estimator.sources.flight import SingleFlight
+
         self._inspector = inspector
         self._directory = directory
         self._max_entries = max_entries
@@ -180,6 +184,8 @@ class Tracer:
         return found
 
     def _run(self, payload: Mapping[str, Any]) -> TracedTimeline:
+        from estimator.timeline import decode_timeline
+
         data = self._ask("timeline", payload)
         return TracedTimeline(timeline=decode_timeline(data["timeline"]), routing_matters=bool(data["routing_matters"]))
 
@@ -236,6 +242,8 @@ class Tracer:
         return found
 
     def _ask(self, task: str, payload: Mapping[str, Any]) -> Any:
+        from estimator.sources.process import default_inspector
+
         inspector = self._inspector if self._inspector is not None else default_inspector()
         return inspector.run(task, payload, wall_seconds=self._wall_seconds)
 
@@ -278,7 +286,7 @@ def _read(file: Path) -> _Found | None:
 
 
 def _decoded(data: Mapping[str, Any]) -> _Found:
-    from estimator.traced_step import decode_program  # numpy takes 0.1 s, and most answers need no trace
+    from estimator.traced_step import decode_program  # numpy takes 0.1 s
 
     if "program" not in data:
         return _Found(step=None, reason=str(data["reason"]))

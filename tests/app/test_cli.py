@@ -1,5 +1,6 @@
 """The command line, as a process: what it prints and how it ends."""
 
+import gc
 import io
 import json
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -155,11 +157,40 @@ def test_an_estimate_of_a_catalogue_model_imports_no_framework_and_no_web_server
     program = (
         "import sys; from app.cli import cli; "
         f"cli(['estimate', {MODEL!r}, *{QLORA!r}], standalone_mode=False); "
-        "assert not {'torch', 'transformers', 'numpy', 'fastapi', 'uvicorn'} & set(sys.modules), 'heavy import'"
+        "assert not {'torch', 'transformers', 'numpy', 'fastapi', 'uvicorn'} & set(sys.modules), 'heavy import'; "
+        "assert not {'yaml', 'logging', 'estimator.sources.hub', 'estimator.timeline', 'estimator.fitted', 'estimator.parallelism.fsdp'} "
+        "& set(sys.modules), 'heavy import'"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "heavy import" not in done.stderr
     assert "Error" not in done.stderr, done.stderr
+
+
+def test_a_command_is_built_without_the_others_and_all_of_them_are_listed() -> None:
+    group: Any = typer.main.get_command(cli)
+    context = group.make_context("vramplan", ["check"])
+    assert group.get_command(context, "check").name == "check"
+    assert set(group.commands) == {"check"}
+    listed = run("--help").stdout
+    assert all(f" {name} " in listed for name in group.list_commands(context))
+    assert group.list_commands(context)[0] == "estimate"
+
+
+def test_a_misspelt_command_is_told_what_was_meant() -> None:
+    assert "Did you mean 'estimate'" in " ".join(run("estimat").stderr.replace("│", " ").split())
+
+
+def test_a_service_collects_garbage_and_a_question_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr("app.serving.serve_on", lambda *_: seen.append(gc.isenabled()))
+    monkeypatch.setattr("app.catalogue.list_models", lambda _: seen.append(gc.isenabled()) or [])
+    gc.disable()
+    try:
+        for arguments in (["models", "--json"], ["serve"]):
+            assert CliRunner().invoke(cli, arguments).exit_code == 0
+    finally:
+        gc.enable()
+    assert seen == [False, True]
 
 
 def test_gpus_are_filtered_and_sorted() -> None:

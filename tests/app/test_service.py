@@ -373,6 +373,18 @@ def test_adapters_in_float32_train_under_a_gradient_scaler_and_trls_in_bfloat16_
     assert "BFloat16" in warning(trl, "fp16_gradients_refused")  # pytorch issue 127176
 
 
+def test_int8_on_a_card_without_its_tensor_cores_brings_a_warning() -> None:
+    def said(gpu: str, quantization: dict[str, Any]) -> dict[str, Any]:
+        asked = {"model": "meta-llama/Llama-3.2-1B", "dtype": "float16", "inference": {}, "quantization": quantization}
+        return answer({**asked, "hardware": {"gpu": gpu}})
+
+    message = warning(said("v100-16", {"load_in_8bit": True}), "int8_without_tensor_cores")
+    assert "7.0" in message
+    assert gib(4 * 8192 * 2048) in message  # gate, up and down: the largest weights of Llama-3.2-1B
+    for gpu, quantization in (("t4", {"load_in_8bit": True}), ("v100-16", {"load_in_4bit": True})):
+        assert "int8_without_tensor_cores" not in codes(said(gpu, quantization))
+
+
 def test_what_is_advised_on_a_card_without_bfloat16_does_not_fail_in_the_scaler() -> None:
     full = {"model": "openai-community/gpt2", "dtype": "bfloat16", "training": {"max_length": 64, "bf16": True}, "hardware": {"gpu": "t4"}}
     assert "loaded in float32" in warning(answer(full), "no_bfloat16")

@@ -71,11 +71,33 @@ print(imported - start, time.perf_counter() - imported)
 def main() -> None:
     """Prints one line per measurement."""
     rows: list[tuple[str, str, str]] = []
-    for measure in (warm_estimate, grids, all_cards, traces, replayed_events, command_line, web_process, new_inventories, reference):
+    for measure in (
+        machine,
+        warm_estimate,
+        grids,
+        all_cards,
+        traces,
+        replayed_events,
+        command_line,
+        web_process,
+        new_inventories,
+        reference,
+    ):
         rows += measure()
         while rows:
             name, value, goal = rows.pop(0)
             print(f"{name:<64}{value:>14}   {goal}", flush=True)
+
+
+def machine() -> list[tuple[str, str, str]]:
+    """How fast this machine runs Python at all, which every line below goes with."""
+
+    def loop() -> None:
+        total = 0
+        for number in range(10_000_000):
+            total += number
+
+    return [("reference: ten million additions in a loop", f"{min(_timed(loop) for _ in range(5)):.2f} s", "")]
 
 
 def warm_estimate() -> list[tuple[str, str, str]]:

@@ -48,7 +48,7 @@ def cells(case: Case, card: Gpu) -> Iterator[Cell]:
     question = read_plan({**payload_of(case), "training": training, "hardware": hardware})
     prepared: Any = prepare(question)
     free = Search(case=prepared, goal=goal_of(question.request, prepared))
-    evaluator = evaluator_of(prepared, prepared.recipe, prepared.answerer.estimate(prepared.recipe))
+    evaluator = evaluator_of(prepared, prepared.recipe)
     runs = _Runs(search=free, limit_bytes=card.capacity_bytes)
     for total in GLOBAL_BATCHES:
         search = replace(free, goal=replace(free.goal, global_batch_size=total))

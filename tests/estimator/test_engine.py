@@ -12,6 +12,8 @@ from estimator.phases import Basis, Item, Phase
 from estimator.recipe import Adapter, Attention, Loss, Recipe
 from estimator.sources.catalogue import entries
 from estimator.stack import Stack
+from estimator.static_memory import static_memory
+from estimator.step import regime_of, run_step
 from tests.estimator.recipes import inference, model, training
 
 LLAMA = "meta-llama/Llama-3.2-1B"
@@ -30,6 +32,19 @@ def basis(answered: Estimate, phase: Phase) -> dict[Item, Basis]:
 def test_training_has_five_phases_and_generation_three() -> None:
     assert [p.phase.value for p in estimate(model(LLAMA), training()).phases] == ["load", "forward", "loss", "backward", "optimizer_step"]
     assert [p.phase.value for p in estimate(model(LLAMA), inference()).phases] == ["load", "prefill", "decode"]
+
+
+@pytest.mark.parametrize("name", [LLAMA, "Qwen/Qwen3-30B-A3B", "google/gemma-2-9b"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_step_run_with_names_is_the_step_without_them(name: str, method: str) -> None:
+    inventory, recipe = model(name), training(method=method)
+    stored, regime = static_memory(inventory, recipe).tensors, regime_of(recipe, inventory)
+    plain, named = (run_step(inventory, recipe, stored, regime, names=names).peaks for names in (False, True))
+    assert plain.keys() == named.keys()
+    for phase, kept in plain.items():
+        without = [snapshot.unnamed() for snapshot in named[phase]]
+        assert [(s.totals, dict(s.held)) for s in kept] == [(s.totals, dict(s.held)) for s in without]
+        assert len(named[phase][0].held) > len(without[0].held)
 
 
 def test_accumulation_keeps_gradients_alive_from_the_first_phase_on() -> None:

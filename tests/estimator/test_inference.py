@@ -104,6 +104,7 @@ BY_MODE = [
 ] + [Case(family="llama", mode=mode, padded=True) for mode in (Mode(quant="int8"), "qlora_fp32", "lora_bf16_fp32")]
 OTHERS = [
     *(Case(family=family, cache="static", padded=True) for family in ("llama", "starcoder2", "deepseek_v3", "falcon")),
+    *(Case(family="falcon", cache=cache, config=(("num_kv_heads", 1),)) for cache in ("dynamic", "static")),
     # eager attention where keys and values are one per query head, and where they are not
     *(Case(family=family, cache=cache, attention="eager") for family in ("llama", "gpt2") for cache in ("dynamic", "static")),
     # two tokens: the first pass of one token is the last

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -18,7 +19,7 @@ from calibration.published_model import inventory_of as inventory_of_run
 from estimator.caching_allocator import CachingAllocator
 from estimator.introspect.errors import BuildError
 from estimator.inventory import Inventory
-from estimator.loading import load, merges_experts, passing_bytes, unsplit_bytes
+from estimator.loading import load, merges_experts, passing_bytes, transient_bytes, unsplit_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.phases import Item
 from estimator.recipe import Recipe, Training
@@ -28,7 +29,9 @@ from estimator.units import MIB
 from tests.coverage import architectures
 from tests.estimator.real_models import inventory_of
 from tests.estimator.recipes import training
+from tests.oracle import recipes
 from tests.oracle.live import LiveStorages
+from tests.oracle.models import Mode, build, stored_tensors
 
 
 def _case(row: str) -> tuple[Inventory, Recipe]:
@@ -80,6 +83,21 @@ def test_what_stays_unsplit_is_less_than_1_mib_per_tensor(double_quant: bool) ->
     recipe = replace(recipe, quantization=replace(recipe.quantization, double_quant=double_quant))
     tensors = loaded_tensors(inventory, Preparation.of(recipe))
     assert 0 <= unsplit_bytes(inventory, recipe) <= MIB * sum(t.num_copies for t in tensors)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mode", [Mode(quant="nf4", prepared=True), Mode(quant="int8", prepared=True)], ids=["nf4", "int8"])
+def test_weights_that_are_prepared_lie_there_twice_for_a_moment(mode: Mode, tied: bool) -> None:
+    """PEFT's own preparation of a quantized model, every storage watched."""
+    config = {"tie_word_embeddings": tied, "vocab_size": 2048}
+    loaded = build("llama", replace(mode, prepared=False), 2, config=config)
+    with LiveStorages(granularity_bytes=512) as live:
+        live.know(stored_tensors(loaded), "static")
+        peak = live.begin("load")
+        prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+        prepared = live.live_bytes
+    inventory, recipe = recipes.inventory("llama", 2, config), recipes.loaded("llama", mode)
+    assert peak.num_bytes - prepared == transient_bytes(inventory, recipe, adapter_bytes=0)
 
 
 # -- experts that are merged ------------------------------------------------------------------------------------------------------------

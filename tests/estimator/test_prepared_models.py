@@ -91,6 +91,7 @@ def recipes(inventory: Inventory) -> dict[str, Recipe]:
         ),
         "defaults": replace(plain, adapter=Adapter(r=8)),
         "dora on int8, prepared": replace(plain, quantization=INT8, adapter=replace(listed, use_dora=True), prepare_for_kbit_training=True),
+        "dora on nf4": replace(plain, quantization=NF4, adapter=replace(listed, use_dora=True)),
         "saved modules on fp4": replace(plain, quantization=FP4, adapter=replace(listed, modules_to_save=(embedding, head))),
         "chosen layers, all biases": replace(plain, adapter=replace(layers, bias="all")),
         "chosen layers, skipped modules": replace(plain, quantization=skip, adapter=layers),

@@ -216,6 +216,11 @@ def test_padding_is_masked_in_each_layout_of_queries_and_heads(family: str, gc: 
     check(family, "lora_bf16_fp32_autocast", gc, padded=True, config=config)
 
 
+@pytest.mark.parametrize(("mode", "gc"), [("full_bf16", None), ("full_fp32_autocast", False), ("qlora_prepared_autocast", None)])
+def test_the_only_key_head_of_falcons_new_layers_is_seen_by_all_queries_without_a_copy(mode: str, gc: bool | None) -> None:
+    check("falcon", mode, gc, config={"num_kv_heads": 1})
+
+
 _HALF = torch.float16
 FLOAT16 = {
     "lora": replace(MODES["lora_bf16_fp32_autocast"], load_dtype=_HALF, autocast_dtype=_HALF),

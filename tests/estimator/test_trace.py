@@ -54,6 +54,34 @@ def test_peaks_equal_those_of_a_real_run_in_every_mode(family: str, mode: str, g
     assert_equal(family, mode, gc)
 
 
+VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "dora on 4 bit": ("llama", "qlora_prepared_autocast", {"dora": True}, {"gc": False}),
+    "dora under dropout on 4 bit": ("gpt2", "qlora_bf16_autocast", {"dora": True, "dropout": 0.1}, {}),
+    "dora on int8": ("llama", "int8_fp32_autocast", {"dora": True, "dropout": 0.1}, {}),
+    "dora": ("gpt2", "lora_bf16_fp32_autocast", {"dora": True}, {"gc": False}),
+    "trained tokens": ("phi3", "qlora_prepared_autocast", {"trained_tokens": (("embed_tokens", 5),)}, {"gc": False}),
+    "trained tokens, tied": (
+        "phi3", "lora_bf16_fp32_autocast", {"trained_tokens": (("embed_tokens", 5),)}, {"config": {"tie_word_embeddings": True}},
+    ),
+    "balanced experts": (
+        "qwen3_moe", "lora_bf16_fp32_autocast", {"targets": ("q_proj", "v_proj")}, {"config": {"output_router_logits": True}},
+    ),
+    "balanced experts, padded": (
+        "qwen3_moe", "qlora_prepared_autocast", {"targets": ("q_proj",)},
+        {"config": {"output_router_logits": True}, "padded": True, "gc": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peaks_of_other_adapters_and_losses_equal_those_of_a_real_run(variant: str) -> None:
+    family, name, changes, options = VARIANTS[variant]
+    mode = oracle.mode_of(name).with_adapter(**changes)
+    real = oracle.step(family, mode, BATCH, LENGTH, LAYERS, **options).first
+    traced = traces.live_bytes(traces.timeline(family, mode, BATCH, LENGTH, LAYERS, **options))
+    assert {phase: traced[phase] for phase in STEP} == {phase: real[phase].live_bytes for phase in STEP}
+
+
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit")
 UPDATES = product(OPTIMIZERS, (0.0,), ("full_bf16", "qlora_prepared_autocast"))
 

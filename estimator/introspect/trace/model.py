@@ -7,18 +7,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from estimator.introspect.prepared import TORCH_DTYPES, quantize, with_adapter
+from estimator.introspect.prepared import TORCH_DTYPES, quantization_state, quantize, with_adapter
 from estimator.introspect.trace.errors import RefusedError
 from estimator.precision import kept_in_float32_names
 from estimator.recipe import Recipe, Trainer
 from estimator.units import ceil_div
-
-_BLOCK = 64
-_NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,45 +190,21 @@ def _materialize(model: nn.Module, recipe: Recipe, mode: FakeTensorMode) -> None
 
 
 def _pack_4bit(module: Any, recipe: Recipe, mode: FakeTensorMode) -> None:
-    """The packed weight and its quantization state.
-
-    Source: bitsandbytes 0.50, functional.py, quantize_4bit; backends/cuda/ops.py, quantize_4bit.
-    """
+    """The packed weight and its quantization state. Source: bitsandbytes 0.50, backends/cuda/ops.py, quantize_4bit."""
     quantization = recipe.quantization
     assert quantization is not None
-    shape = (module.out_features, module.in_features)
     count = module.out_features * module.in_features
-    blocks = ceil_div(count, _BLOCK)
     storage = TORCH_DTYPES[quantization.storage_dtype]
     with mode:
         packed = torch.empty((ceil_div(count, 2 * storage.itemsize), 1), dtype=storage)
-        code = torch.empty(16, dtype=torch.float32)
-        nested = None
-        if quantization.double_quant:
-            nested = QuantState(
-                absmax=torch.empty(ceil_div(blocks, _NESTED_BLOCK), dtype=torch.float32),
-                blocksize=_NESTED_BLOCK,
-                code=torch.empty(256, dtype=torch.float32),
-                dtype=torch.float32,
-            )
-        state = QuantState(
-            absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
-            shape=torch.Size(shape),
-            dtype=TORCH_DTYPES[recipe.dtype],
-            blocksize=_BLOCK,
-            code=code,
-            quant_type=quantization.kind.value,
-            offset=torch.empty((), dtype=torch.float32) if nested else None,
-            state2=nested,
-        )
+        module.quant_state = quantization_state(module, quantization, TORCH_DTYPES[recipe.dtype])
         weight: Any = nn.Parameter(packed, requires_grad=False)
-    weight.quant_state = state
+    weight.quant_state = module.quant_state
     weight.quant_type = quantization.kind.value
     weight.compress_statistics = quantization.double_quant
     weight.quant_storage = storage
     weight.bnb_quantized = True
     module._parameters["weight"] = weight
-    module.quant_state = state
 
 
 def _pack_8bit(module: Any, mode: FakeTensorMode) -> None:
