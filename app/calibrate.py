@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from app import caps as capped
 from app.calibrate_terminal import method_of, named, show, show_comparison, show_proofs
 from app.prediction import predict
 from app.request_file import read_request
+from app.terminal import escape
 from calibration import campaign as campaigns
 from calibration import on_ray, on_slurm, schedule
 from calibration.accuracy import compare_all

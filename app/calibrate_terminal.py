@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from app.terminal import escape
 from calibration.caps import Proof
 from calibration.caps import sentences as caps_sentences
 from calibration.case import Case

@@ -175,13 +175,11 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, p
 def _need(form: Form, patience: Patience) -> Need:
     """What an answer to the form may have to wait for."""
     need = need_of(form.values)
-    match patience:
-        case Patience.NONE:  # what is kept of models that are not bundled, the one compared with included, is asked of the state
-            return need if need is Need.NOTHING and not form[AGAINST] else Need.DATABASE
-        case Patience.MODEL:  # of a bundled model: the one it is compared with
-            return Need.HUB if need is Need.NOTHING else need
-        case Patience.STEP:
-            return Need.BUILDER
+    if need is Need.NOTHING and not form[AGAINST]:
+        return need
+    if patience is Patience.NONE:  # what is kept of models that are not bundled is asked of the state
+        return Need.DATABASE
+    return Need.HUB if need is Need.NOTHING else need  # a bundled model may be compared with one that is not
 
 
 async def _section(request: Request, name: str, form: Form) -> Json:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
+from app.redaction import redacted
 from app.wording import corrections_sentence, engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
@@ -19,6 +20,11 @@ _SHOWN_PROVIDERS = 3
 _STORED = ("weights", "quantization_state", "buffers", "adapter_weights")
 _EIGHTHS_UP = " ▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def escape(text: str) -> str:
+    """What others may have named, as it stands: neither rich's markup nor commands of the terminal, which rich lets through."""
+    return without_markup(redacted(text))
 
 
 def print_estimate(console: Console, answer: Json) -> None:

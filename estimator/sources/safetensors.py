@@ -189,7 +189,7 @@ def _header(read_file: Read, name: str) -> Iterator[Stored]:
 
 
 def _stored(name: str, value: object) -> Stored:
-    if not isinstance(value, dict) or not name or len(name) > _MAX_NAME:
+    if not isinstance(value, dict) or not name or len(name) > _MAX_NAME or not name.isprintable():
         raise _malformed("an entry that is no tensor")
     shape, offsets, kind = value.get("shape"), value.get("data_offsets"), value.get("dtype")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1] or not isinstance(kind, str):

@@ -1,5 +1,6 @@
 """`/v1/calibrations`: what is posted, by whom, and what becomes of it."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_without_a_key_nothing_is_taken(client: TestClient, headers: dict[str, s
     assert response.status_code == 401
     assert response.headers["content-type"] == "application/problem+json"
     assert "www-authenticate" in response.headers
+
+
+@pytest.mark.parametrize("headers", [{"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}])
+def test_a_page_of_another_site_changes_nothing(client: TestClient, key: dict[str, str], headers: dict[str, str]) -> None:
+    body = json.dumps(measured())
+    assert client.post("/v1/calibrations", content=body, headers={**key, **headers, "content-type": "text/plain"}).status_code == 403
+    assert client.post("/v1/calibrations", json=measured(), headers=key).status_code == 201  # it was not there
 
 
 def test_what_is_no_record_is_refused_field_by_field(client: TestClient, key: dict[str, str]) -> None:

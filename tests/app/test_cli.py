@@ -1,6 +1,7 @@
 """The command line, as a process: what it prints and how it ends."""
 
 import gc
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from app import examples
+from app.catalogue import inspect_model
 from app.cli import cli
+from app.configuration import Configuration
 from app.options import all_options
 from app.request import HardwareFields, InferenceFields, PeftFields, PlanRequest, QuantizationFields, TrainingFields
+from app.terminal import print_inspection
 from estimator.errors import RequestError
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -263,3 +268,27 @@ def test_what_files_of_strangers_are_called_is_shown_and_not_obeyed(tmp_path: Pa
     assert "[red]x[/red][link=http://evil.example]y[/link]?]0;title?" in "".join(result.output.split())
     assert "\x1b]" not in result.output
     assert "\x07" not in result.output
+
+
+def test_names_of_strangers_in_tables_are_shown_and_not_obeyed() -> None:
+    found = inspect_model("openai-community/gpt2")
+    found["model_class"] = "\x1b]0;title\x07[red]x[/red]"
+    found["tensors"] = [{**found["tensors"][0], "name": "\x1b[31mweight[/bold]", "module_class": "\x9b2J"}]
+    out = io.StringIO()
+    print_inspection(Console(file=out, color_system=None, width=200), found)
+    assert "?]0;title?[red]x[/red]" in out.getvalue()
+    assert "?[31mweight[/bold]" in out.getvalue()
+    assert not {"\x1b", "\x07", "\x9b"} & set(out.getvalue())
+
+
+def test_a_service_on_a_loopback_address_answers_under_its_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a stranger whose name is made to point to this machine asks under that name."""
+    served: list[tuple[str, int]] = []
+    monkeypatch.setattr("uvicorn.run", lambda _, *, host, port, **__: served.append((host, port)))
+    monkeypatch.setattr("app.serving.configure", lambda *_: None)
+    monkeypatch.setenv("VRAMPLAN_ALLOWED_HOSTS", "")  # put back afterwards
+    monkeypatch.delenv("VRAMPLAN_ALLOWED_HOSTS")
+    result = CliRunner().invoke(cli, ["serve"])
+    assert result.exit_code == 0, result.output
+    assert served == [("127.0.0.1", 8000)]
+    assert Configuration.of_environment().allowed_hosts == ("127.0.0.1", "[::1]", "localhost")

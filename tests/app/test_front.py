@@ -190,7 +190,7 @@ def test_what_waits_or_takes_long_holds_up_nothing_of_another_kind(monkeypatch: 
         for other, (asked, of) in FLOODS.items():
             if other != flood:
                 assert client.post(asked, json=of).status_code == 200, other
-        for asked in ("/accuracy", "/methods", "/?model=gpt2", "/v1/models/gpt2", "/openapi.json", "/readyz"):
+        for asked in ("/accuracy", "/methods", "/?model=gpt2", "/?model=gpt2&show=files", "/v1/models/gpt2", "/openapi.json", "/readyz"):
             assert client.get(asked).status_code == 200, asked
         assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
         leave.set()

@@ -247,6 +247,7 @@ def headed(header: bytes, length: int | None = None) -> bytes:
         headed(b'{"a": {"dtype": "F32", "shape": [1e3], "data_offsets": [0, 4000]}}'),
         headed(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}'),
         headed(b'{"a": {"dtype": 4, "shape": [1], "data_offsets": [0, 4]}}'),
+        headed(b'{"\\u001b]0;a\\u0007": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'),
     ],
 )
 def test_a_malformed_header_is_refused(content: bytes) -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from estimator.errors import ConfigError, InspectionError, InspectionLimitError, SourceUnavailableError
@@ -75,6 +76,7 @@ def test_code_named_by_a_config_is_not_run(inspector: Inspector, tmp_path: Path)
     assert built["model_class"] == "LlamaForCausalLM"
     assert built["default_attention"] == "sdpa"
     assert not (tmp_path / "ran").exists()
+    assert [one for process in inspector._idle for one in psutil.Process(process.pid).children(recursive=True)] == []
 
 
 def test_the_process_has_no_secrets_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
