@@ -159,7 +159,7 @@ def _trained_tokens_of_head(a: Answered) -> Iterable[str]:
     if training.loss is not Loss.TRL_TILED and training.objective.kind not in (ObjectiveKind.DPO, ObjectiveKind.GRPO):
         return
     is_tied = f"{head}.weight" in a.inventory.tied_names
-    holders = [head, *([a.inventory.input_embedding] if is_tied else [])]
+    holders = [name for name in (head, a.inventory.input_embedding if is_tied else None) if name is not None]
     if any(t.pattern.startswith(f"{holder}.trainable_tokens_") for t in a.stored for holder in holders):
         instead = "" if training.objective.kind is not ObjectiveKind.SFT else ", and so does trainer 'transformers'"
         yield (
