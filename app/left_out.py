@@ -10,7 +10,7 @@ from app.versions import shown
 from estimator.estimate import Engine
 from estimator.kernels import Kernel
 from estimator.liger import fuses_loss, patches
-from estimator.recipe import Loss, Trainer
+from estimator.recipe import Loss, ObjectiveKind, Trainer
 from estimator.step import needs_mask
 from estimator.units import gib
 
@@ -150,6 +150,25 @@ def _adapted_head(a: Answered) -> Iterable[str]:
         yield f"SFTTrainer of TRL {shown(a.recipe.stack.trl)} refuses an adapter on {head}: leave it out of target_modules."
 
 
+def _trained_tokens_of_head(a: Answered) -> Iterable[str]:
+    """Source: trl 1.16, trainer/utils.py, add_fused_lm_head, which reads the bias; peft 0.21, utils/other.py, TrainableTokensWrapper, which
+    hands on the weight alone."""
+    training, stack, head = a.recipe.training, a.recipe.stack, a.inventory.output_embedding
+    if training is None or head is None or a.recipe.trainer is not Trainer.TRL or not stack.sft_tiles_loss:
+        return
+    if training.loss is not Loss.TRL_TILED and training.objective.kind not in (ObjectiveKind.DPO, ObjectiveKind.GRPO):
+        return
+    is_tied = f"{head}.weight" in a.inventory.tied_names
+    holders = [name for name in (head, a.inventory.input_embedding if is_tied else None) if name is not None]
+    if any(t.pattern.startswith(f"{holder}.trainable_tokens_") for t in a.stored for holder in holders):
+        instead = "" if training.objective.kind is not ObjectiveKind.SFT else ", and so does trainer 'transformers'"
+        yield (
+            f"the trainers of TRL {shown(stack.trl)} read the bias of {head}, which PEFT's wrapper of trained tokens does not have"
+            f"{' (a tied head is wrapped with its embedding)' if is_tied else ''}: the first step fails with AttributeError. Training "
+            f"{' and '.join(holders)} whole, by modules_to_save, runs{instead}."
+        )
+
+
 def _text_only(a: Answered) -> Iterable[str]:
     has_towers = any(word in row.pattern for row in a.inventory.rows for word in ("vision", "audio"))
     if is_modelled(a.estimate) and (has_towers or a.inventory.config.get("auto_class") in _WITH_IMAGES):
@@ -189,6 +208,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_flash_padding, "flash_padding_not_modelled"),
     (_refused_padding_free, "padding_free_refused"),
     (_adapted_head, "adapter_on_head_refused"),
+    (_trained_tokens_of_head, "trained_tokens_of_head_refused"),
     (_text_only, "text_only"),
     (_unpatched, "liger_does_not_patch"),
     (_liger_layers, "liger_layers_not_modelled"),

@@ -27,6 +27,7 @@ REFUSALS = frozenset(
         "outside_cuda",
         "own_code_not_run",
         "padding_free_refused",
+        "trained_tokens_of_head_refused",
     }
 )
 # Share of the base weights that must stay unquantized before it is worth a sentence.

@@ -605,6 +605,24 @@ def test_an_adapter_on_the_head_is_said_to_be_refused_by_trl() -> None:
         assert ("adapter_on_head_refused" in codes) == expected, (targets, trainer)
 
 
+@pytest.mark.parametrize(
+    ("model", "tokens", "more", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", [1, 2], {}, True),  # tied
+        ("Qwen/Qwen3-0.6B", [1, 2], {"trainer": "transformers"}, False),
+        ("Qwen/Qwen3-0.6B", [1, 2], {"stack": {"trl": "1.15.0"}}, False),
+        ("microsoft/Phi-3-mini-4k-instruct", [1, 2], {}, False),  # not tied
+        ("microsoft/Phi-3-mini-4k-instruct", {"lm_head": [1, 2]}, {}, True),
+        ("Qwen/Qwen3-0.6B", None, {}, False),
+    ],
+)
+def test_trained_tokens_of_the_head_are_said_to_stop_trl(model: str, tokens: object, more: dict[str, Any], expected: bool) -> None:
+    asked = {"dtype": "bfloat16", "training": {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True}, "trainer": "trl"}
+    peft = {"r": 8, "target_modules": "all-linear", "trainable_token_indices": tokens}
+    codes = _codes(model=model, peft=peft, engine="analytic", **(asked | more))
+    assert ("trained_tokens_of_head_refused" in codes) == expected
+
+
 def test_a_model_that_takes_images_is_answered_for_text_and_says_so() -> None:
     asked = {"dtype": "bfloat16", "training": {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True}}
     assert "text_only" in _codes(model="google/gemma-3-4b-it", **asked)

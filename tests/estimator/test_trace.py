@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from transformers.integrations.flash_attention import get_target_dtype
+from trl.trainer.utils import add_fused_lm_head
 
 from estimator.introspect.trace.attention import half_precision
+from estimator.introspect.trace.errors import RefusedError
 from estimator.phases import Phase
+from estimator.recipe import Loss
 from estimator.static_memory import static_memory
 from tests.oracle import estimates, recipes, traces
 from tests.oracle import run as oracle
-from tests.oracle.models import FAMILIES
+from tests.oracle.models import FAMILIES, build
 
 MODES = (
     "full_bf16",
@@ -80,6 +83,24 @@ def test_peaks_of_other_adapters_and_losses_equal_those_of_a_real_run(variant: s
     real = oracle.step(family, mode, BATCH, LENGTH, LAYERS, **options).first
     traced = traces.live_bytes(traces.timeline(family, mode, BATCH, LENGTH, LAYERS, **options))
     assert {phase: traced[phase] for phase in STEP} == {phase: real[phase].live_bytes for phase in STEP}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_of_a_tied_head_stop_the_trace_where_trl_stops_on_real_tensors(tied: bool) -> None:
+    mode = oracle.mode_of("lora_bf16_fp32_autocast").with_adapter(targets=("q_proj",), trained_tokens=(("embed_tokens", 5),))
+    config = {"tie_word_embeddings": tied}
+    real: Any = build("llama", mode, LAYERS, config=config)
+    ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    options: Mapping[str, Any] = {"config": config, "loss": Loss.TRL_TILED}
+    add_fused_lm_head(real.get_base_model())
+    if not tied:
+        assert real(input_ids=ids, labels=ids, fused_lm_head=True).loss.requires_grad
+        assert traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, **options).peaks()
+        return
+    with pytest.raises(AttributeError, match=r"'TrainableTokensWrapper' object has no attribute 'bias'"):
+        real(input_ids=ids, labels=ids, fused_lm_head=True)
+    with pytest.raises(RefusedError, match=r"^TRL reads the head's bias"):
+        traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, **options)
 
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit")

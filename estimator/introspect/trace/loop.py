@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.trace import masks
 from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
-from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError
+from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError, RefusedError
 from estimator.introspect.trace.experts import EXPERT_KERNELS
 from estimator.introspect.trace.known import Values
 from estimator.introspect.trace.model import TracedModel
@@ -129,7 +129,7 @@ class _Loop:
         """Whatever ends the program is told with the module that was running."""
         try:
             yield
-        except MemoryError:
+        except (MemoryError, RefusedError):
             raise
         except NotTraceableError as error:
             raise type(error)(f"{self._where()}: {error.args[0]}") from error

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from estimator.introspect.prepared import TORCH_DTYPES
 from estimator.introspect.trace import known
-from estimator.introspect.trace.errors import NotTraceableError
+from estimator.introspect.trace.errors import NotTraceableError, RefusedError
 from estimator.introspect.trace.heads import chunked_forward, forward_replaced, liger_forward, trl_head
 from estimator.introspect.trace.model import TracedModel, traced_model
 from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Training
@@ -260,9 +260,20 @@ def _trl_task(model: TracedModel, training: Training, rows: Rows, reference: Tra
             if one is not None:
                 stack.enter_context(forward_replaced(one.base, type(one.base).forward))
                 if fields is not None:
+                    _check_head(one.base)
                     add_fused_lm_head(one.base, outputs=fields)
                 stack.enter_context(_installed(one, training))
         yield _task_of(kind, model, training, reference)
+
+
+def _check_head(base: Any) -> None:
+    """Refuses what TRL's head stops at. Source: peft 0.21, utils/other.py, TrainableTokensWrapper, which hands on the weight alone."""
+    if not hasattr(base.get_output_embeddings(), "bias"):
+        raise RefusedError(
+            "TRL reads the head's bias (trl/trainer/utils.py, add_fused_lm_head), which PEFT's wrapper of trained tokens does not have "
+            "(peft/utils/other.py, TrainableTokensWrapper): the first step fails with AttributeError. A tied head is wrapped with its "
+            "embedding; without trainable_token_indices of both, or with modules_to_save, the step runs"
+        )
 
 
 # Source: trl 1.16, the trainers' __init__.
