@@ -63,9 +63,9 @@ test: lint pytest
 slow: $(TEST_STAMP)
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
-# cases for each of fourteen operations, of traces, which take seconds, fewer; then requests and configs
+# cases for each of fourteen operations, of traces, which take seconds, fewer; then requests, configs and trainers' files
 fuzz: $(TEST_STAMP)
-	VRAMPLAN_FUZZ_CASES=1800 VRAMPLAN_FUZZ_REQUESTS=20000 VRAMPLAN_FUZZ_CONFIGS=20000 \
+	VRAMPLAN_FUZZ_CASES=1800 VRAMPLAN_FUZZ_REQUESTS=20000 VRAMPLAN_FUZZ_CONFIGS=20000 VRAMPLAN_FUZZ_FILES=20000 \
 		$(PY) -m pytest -m 'slow or not slow' tests/app/test_openapi.py tests/app/test_robustness.py $(PYTEST_ARGS)
 
 bench: $(TEST_STAMP)

@@ -1,9 +1,11 @@
 """Whatever is asked, the answer is an answer or a refusal, and takes no memory for good. `make fuzz` asks as often as it says there."""
 
+import ast
 import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -23,11 +25,14 @@ from app.request import (
     Request,
     TrainingFields,
 )
+from app.trainer_files import opening
 from estimator.units import MIB
+from tests.app.trainer_files import test_axolotl, test_launchers, test_llamafactory, test_trl
 from tests.served import Process, Watch
 
 REQUESTS = int(os.environ.get("VRAMPLAN_FUZZ_REQUESTS", "150"))
 CONFIGS = int(os.environ.get("VRAMPLAN_FUZZ_CONFIGS", "40"))
+FILES = int(os.environ.get("VRAMPLAN_FUZZ_FILES", "150"))
 
 MAX_GROWTH_BYTES = 16 * MIB
 """In the second half of a run. Answers and the steps of recipes are kept, so many and no more, and not all places are taken by then: one
@@ -42,6 +47,7 @@ class Service:
     client: httpx2.Client
     requests: Watch
     configs: Watch
+    files: Watch
 
     def estimate(self, request: dict[str, Any]) -> httpx2.Response:
         return self.client.post("/v1/estimate", json=request)
@@ -50,9 +56,9 @@ class Service:
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with Process(rate_limit="none") as process, httpx2.Client(base_url=process.address, timeout=150) as client:
-        requests, configs = (Watch(process, MAX_GROWTH_BYTES) for _ in range(2))
-        yield Service(process=process, client=client, requests=requests, configs=configs)
-        assert (requests.complaint, configs.complaint) == (None, None)
+        requests, configs, files = (Watch(process, MAX_GROWTH_BYTES) for _ in range(3))
+        yield Service(process=process, client=client, requests=requests, configs=configs, files=files)
+        assert (requests.complaint, configs.complaint, files.complaint) == (None, None, None)
 
 
 SECTIONS: dict[str, list[str]] = {
@@ -142,3 +148,45 @@ def test_a_config_with_any_values_gets_200_or_422(service: Service, changes: lis
     assert response.status_code in (200, 422), (config, response.text)
     refused_by_bounds = "accepted: " in response.text
     assert seconds < 2 or not refused_by_bounds, (config, seconds, response.text)
+
+
+def _words() -> list[str]:
+    """Every name in the source of those who read trainers' files: keys, and values that mean something."""
+    constants = (
+        node.value for path in TRANSLATORS.glob("*.py") for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+    )
+    return sorted({text.strip(".") for text in constants if isinstance(text, str) and 1 < len(text) < 45 and " " not in text})
+
+
+TRANSLATORS = Path(opening.__file__).parent
+WORDS = _words()
+TRAINERS = [
+    test_axolotl.QLORA,
+    test_llamafactory.QLORA,
+    test_trl.QLORA,
+    test_launchers.FSDP,
+    test_launchers.ZERO3,
+    {"peft_type": "LORA", "r": 8},
+]
+MEANT = VALUES | st.sampled_from(WORDS) | st.dictionaries(st.sampled_from(WORDS), SCALARS, max_size=3)
+
+
+@settings(max_examples=FILES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(TRAINERS), min_size=1, max_size=2),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 40), st.none() | st.sampled_from(WORDS), MEANT), min_size=1, max_size=4),
+)
+def test_trainers_files_with_any_values_get_200_or_422(
+    service: Service, files: list[dict[str, Any]], changes: list[tuple[int, int, str | None, Any]]
+) -> None:
+    """Each change sets a key that is there, in the file or in a mapping of it, or one of the words."""
+    contents = copy.deepcopy(files)
+    for file, place, word, value in changes:
+        content = contents[file % len(contents)]
+        places = [content, *(inner for inner in content.values() if isinstance(inner, dict))]
+        target = places[place % len(places)]
+        target[word or [*target, "r"][place % (len(target) + 1)]] = value
+    named = [{"name": f"file{number}", "content": content} for number, content in enumerate(contents)]
+    response = service.client.post("/v1/convert", json={"files": named})
+    service.files.note()
+    assert response.status_code in (200, 422), (named, response.text)
