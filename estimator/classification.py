@@ -5,7 +5,7 @@ from typing import Any
 
 from estimator.recipe import Objective
 
-_CAUSAL, _CLASSIFYING = "ForCausalLM", "ForSequenceClassification"
+_CLASSIFYING = "AutoModelForSequenceClassification"
 
 
 def with_head(config: Mapping[str, Any], objective: Objective) -> Mapping[str, Any]:
@@ -17,9 +17,8 @@ def with_head(config: Mapping[str, Any], objective: Objective) -> Mapping[str, A
     """
     if not objective.kind.is_classification:
         return config
-    named = [str(name) for name in config.get("architectures") or ()]
     changed = dict(config)
-    changed["architectures"] = [name.replace(_CAUSAL, _CLASSIFYING).replace("LMHeadModel", _CLASSIFYING) for name in named]
+    changed["architectures"] = [_CLASSIFYING]  # whatever the checkpoint names, the type of the config decides
     changed["num_labels"] = objective.num_labels
     if not isinstance(changed.get("pad_token_id"), int):
         changed["pad_token_id"] = 0

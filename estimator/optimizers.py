@@ -3,7 +3,7 @@
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -383,8 +383,11 @@ def _lists_by_type(name: str, ordered: Iterable[StoredTensor], *, decays: bool) 
 
 
 def _adafactor_lists(ordered: Iterable[StoredTensor]) -> Iterator[StepList]:
+    """Per tensor its copies in float32 where it is not, and the squared gradient; then the update, until which the former one is held."""
     for number, tensor in enumerate(ordered):
-        yield StepList(sizes=(tensor.num_elements * 4,) * (4 if tensor.dtype.is_half else 2), freed_after=int(number > 0))
+        size, is_later = tensor.num_elements * 4, int(number > 0)
+        yield StepList(sizes=(size,) * (3 if tensor.dtype.is_half else 1), freed_before=is_later)
+        yield StepList(sizes=(size,), freed_after=is_later)
 
 
 def _program(name: str, *, decays: bool) -> tuple[tuple[int, int], ...]:
@@ -447,14 +450,14 @@ def _peak_of_lists(name: str, group: Iterable[StoredTensor], *, decays: bool) ->
     return peak
 
 
-def _adafactor_peak(group: Iterable[StoredTensor]) -> int:
+def _adafactor_peak(group: Sequence[StoredTensor]) -> int:
     """Peak over the tensors of a group: two float32 updates, two float32 copies of 16-bit tensors, the factors or the former update."""
     peak = former = 0
-    for tensor in group:
+    for position, _ in in_order((t.pattern, t.indices) for t in group):
+        tensor = group[position]
         update = allocated(tensor.num_elements * 4)
         raised = 2 * update if tensor.dtype.is_half else 0
         factors = sum(allocated(n * 4) for n in _factors(tensor.shape)) if len(tensor.shape) >= 2 else 0
-        before = max(former, update if tensor.num_copies > 1 else 0)
-        peak = max(peak, raised + 2 * update + max(factors, before))
+        peak = max(peak, raised + 2 * update + max(factors, former))
         former = update
     return peak

@@ -73,7 +73,7 @@ def read_config(data: Mapping[str, Any]) -> Any:
 
 
 def choose_class(config: Any) -> tuple[str, Any]:
-    """The auto class for a config: the one that yields the class named in `architectures`, else the first that knows the config.
+    """The auto class for a config: one that is named in `architectures`, or yields a class that is, else the first that knows the config.
 
     Returns:
         its key in the table above, and the auto class.
@@ -83,7 +83,7 @@ def choose_class(config: Any) -> tuple[str, Any]:
     """
     known = {name: auto for name, auto in _AUTO_CLASSES.items() if type(config) in auto._model_mapping}
     for name, auto in known.items():
-        if set(_class_names(auto, config)) & set(config.architectures or ()):
+        if {auto.__name__, *_class_names(auto, config)} & set(config.architectures or ()):
             return name, auto
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     encoder = "masked_lm" in known and not encoder_decoder and not getattr(config, "is_decoder", False)

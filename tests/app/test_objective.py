@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from app.objective import resolve_objective, sequence_length
+from app.objective import resolve_objective, sequence_length, with_classes
 from app.pasted import canonical
 from app.reading import read_estimate
 from app.resolution import resolve_recipe
+from app.service import find_model
 from app.versions import stack_of
 from estimator.engine import estimate
 from estimator.errors import RequestError
@@ -80,6 +81,30 @@ def test_a_classification_head_has_as_many_rows_as_labels() -> None:
     assert objective({"kind": "classification"}, **plain).num_labels == 2
     assert objective({"kind": "classification", "num_labels": 7}, **plain).num_labels == 7
     assert objective({"kind": "reward"}).num_labels == 1
+
+
+_SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"config": {"model_type": "seed_oss", "num_key_value_heads": 2, **_SMALL}}, "SeedOssForSequenceClassification"),  # names no class
+        ("mosaicml/mpt-7b", "MptForSequenceClassification"),  # names a class of another spelling
+        ("openai-community/gpt2", "GPT2ForSequenceClassification"),
+    ],
+)
+def test_the_type_of_the_config_decides_which_class_classifies(model: Any, expected: str) -> None:
+    request = read_estimate({"model": model, "training": {"max_length": 64}, "task": {"kind": "classification"}}).request
+    found = with_classes(find_model(request), request, stack_of(request.stack))
+    assert found.inventory.model_class == expected
+
+
+def test_a_model_that_transformers_classifies_nothing_with_is_refused() -> None:
+    config = {"model_type": "codegen", "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "vocab_size": 512}
+    request = read_estimate({"model": {"config": config}, "training": {"max_length": 64}, "task": {"kind": "classification"}}).request
+    with pytest.raises(RequestError, match="classifies no sequences with CodeGenForCausalLM"):
+        with_classes(find_model(request), request, stack_of(request.stack))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ paged is asked of bitsandbytes' `init_state` on the meta device, with its alloca
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -268,6 +269,17 @@ def test_weight_decay_adds_to_a_step_what_we_say(name: str, arguments: str | Non
 def test_two_types_follow_each_other_as_in_the_real_step(name: str, make: Any) -> None:
     model, optimizer = make(name, torch.bfloat16, mixed=True)
     assert real_step_bytes(model, optimizer) == step_temporary_bytes(name, stored(model))
+
+
+def test_the_former_update_that_adafactor_holds_is_that_of_the_module_before() -> None:
+    """Not that of a layer's like: between two large tensors of layers that repeat lies a small one."""
+    layers = [nn.ModuleDict({"wide": nn.Linear(64, 512, bias=False), "narrow": nn.Linear(64, 16, bias=False)}) for _ in range(3)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    rows = {row.pattern: row for row in stored(model)}
+    names = ("wide", "narrow")
+    repeated = [replace(rows[f"layers.0.{name}.weight"], pattern=f"layers.{{}}.{name}.weight", indices=((0, 1, 2),)) for name in names]
+    said = step_temporary_bytes("adafactor", repeated)
+    assert said == real_step_bytes(model, made_by_trainer(model, "adafactor")) == step_temporary_bytes("adafactor", stored(model))
 
 
 def test_weight_decay_among_the_arguments_has_no_effect(make: Any) -> None:

@@ -13,7 +13,7 @@ from estimator.engine import Device, estimate, largest
 from estimator.estimate import Estimate
 from estimator.introspect.trace.tasks import Session
 from estimator.loading import load
-from estimator.optimizers import step_lists, step_temporary_bytes
+from estimator.optimizers import play, step_lists, step_temporary_bytes
 from estimator.patterns import copies
 from estimator.phases import Basis, Item
 from estimator.recipe import Loss, QuantizationKind, Recipe
@@ -215,6 +215,22 @@ def test_lists_of_an_update_peak_at_its_temporaries(name: str, method: str, opti
         for _ in range(each.freed_after):
             held.popleft()
     assert peak == step_temporary_bytes(optimizer, trained, decays=decays)
+
+
+def test_lists_of_adafactor_peak_at_its_temporaries_but_for_rows_and_columns() -> None:
+    trained = [t for t in static_memory(model(LLAMA), training(method="full")).tensors if t.trainable]
+    held: list[int] = []
+    made: list[int] = []
+
+    def make(num_bytes: int) -> int:
+        held.append(allocated(num_bytes))
+        made.append(sum(held))
+        return held[-1]
+
+    play(step_lists("adafactor", trained), make, held.remove)
+    rows_and_columns = allocated(4 * 128_256) + allocated(4 * 2048)  # of the embedding, which is the first and the largest
+    assert max(made) + rows_and_columns == step_temporary_bytes("adafactor", trained)
+    assert not held
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -295,7 +295,7 @@ def _task_of(kind: ObjectiveKind, model: TracedModel, training: Training, refere
 
             def sft_loss(batch: Batch) -> Tensor:
                 inputs = dict(batch)
-                number = inputs.pop("num_items_in_batch")
+                number = inputs.pop("num_items_in_batch", None)  # no model that refuses loss arguments is counted for
                 loss: Tensor = sft.compute_loss(whole, inputs, num_items_in_batch=number)
                 return loss
 
