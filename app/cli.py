@@ -253,7 +253,6 @@ def serve(
     """Serve the page and the HTTP API."""
     from app.serving import serve_on
 
-    _lasts()
     serve_on(host, port, workers)
 
 
@@ -261,7 +260,6 @@ def calibrate(context: typer.Context) -> None:
     """Measure a run on this machine's GPU."""
     from app.calibrate import app as calibration
 
-    _lasts()
     calibration(args=context.args, prog_name="vramplan calibrate")
 
 
@@ -269,7 +267,6 @@ def state(context: typer.Context) -> None:
     """Keys, measurements and corrections of a service."""
     from app.administer import app as administration
 
-    _lasts()
     administration(args=context.args, prog_name="vramplan state")
 
 
@@ -279,6 +276,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
 _ASK = (estimate, plan, which, check, sweep, trace)
 _PLAN = (plan, which)
 _PASS_ON = (calibrate, state)
+_LASTING = frozenset(("serve", "calibrate", "state"))
 
 
 class _Commands(TyperGroup):
@@ -327,12 +325,8 @@ def vramplan() -> None:
 
 def main() -> None:
     """The console script."""
-    # Most commands are over before the collector, which goes through all that was imported, would find what is worth it; nor has the
-    # end of the process anything to take apart.
-    gc.disable()
-    atexit.register(gc.freeze)
-    # pydantic looks through the metadata of every installed package for plugins.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if sys.argv[1:2] and sys.argv[1] not in _LASTING:
+        _hurry()
     try:
         cli()
     except VramplanError as error:
@@ -345,10 +339,12 @@ def main() -> None:
         sys.exit(EXIT_ERROR)
 
 
-def _lasts() -> None:
-    """For what goes on for long: the collector runs, and at the end everything is taken apart."""
-    gc.enable()
-    atexit.unregister(gc.freeze)
+def _hurry() -> None:
+    """For what is over before it would be worth it: no garbage is collected, nothing is taken apart at the end, no plugins are looked for."""
+    gc.disable()  # the collector would go through all that was imported
+    atexit.register(gc.freeze)
+    # pydantic goes through the metadata of every installed package for plugins.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
 def _payload(model: str | None, request: str | None, options: Json) -> Json:

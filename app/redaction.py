@@ -14,6 +14,11 @@ def redacted(text: str) -> str:
     return _CONTROL.sub("?", _SECRET.sub(r"\1_…", text))
 
 
+def printable(text: str) -> str:
+    """The text with control characters replaced, and what is a token or a key for sure: names and paths stay as they are."""
+    return _CONTROL.sub("?", _TOKEN.sub(lambda found: f"{found[0].partition('_')[0]}_…", text))
+
+
 def holds_token(text: str) -> bool:
     """Whether a text holds a token or a key, for sure: `redacted` takes more for one."""
     return _TOKEN.search(text) is not None

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.answer import Json
-from app.redaction import redacted
+from app.redaction import printable
 from app.wording import corrections_sentence, engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
 from estimator.units import gib
 
@@ -24,7 +24,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def escape(text: str) -> str:
     """What others may have named, as it stands: neither rich's markup nor commands of the terminal, which rich lets through."""
-    return without_markup(redacted(text))
+    return without_markup(printable(text))
 
 
 def print_estimate(console: Console, answer: Json) -> None:

@@ -1,6 +1,5 @@
 """The command line, as a process: what it prints and how it ends."""
 
-import gc
 import io
 import json
 import subprocess
@@ -19,7 +18,7 @@ from app.cli import cli
 from app.configuration import Configuration
 from app.options import all_options
 from app.request import HardwareFields, InferenceFields, PeftFields, PlanRequest, QuantizationFields, TrainingFields
-from app.terminal import print_inspection
+from app.terminal import escape, print_inspection
 from estimator.errors import RequestError
 
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -180,17 +179,18 @@ def test_a_misspelt_command_is_told_what_was_meant() -> None:
     assert "Did you mean 'estimate'" in " ".join(run("estimat").stderr.replace("│", " ").split())
 
 
-def test_a_service_collects_garbage_and_a_question_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    monkeypatch.setattr("app.serving.serve_on", lambda *_: seen.append(gc.isenabled()))
-    monkeypatch.setattr("app.catalogue.list_models", lambda _: seen.append(gc.isenabled()) or [])
-    gc.disable()
-    try:
-        for arguments in (["models", "--json"], ["serve"]):
-            assert CliRunner().invoke(cli, arguments).exit_code == 0
-    finally:
-        gc.enable()
-    assert seen == [False, True]
+@pytest.mark.parametrize(("arguments", "seen"), [(["models", "--json"], "False __all__"), (["serve"], "True None")])
+def test_a_question_hurries_and_a_service_collects_garbage_and_has_plugins(arguments: list[str], seen: str) -> None:
+    program = """if True:
+        import gc, os, app.catalogue, app.cli, app.serving
+        def tell(*_):
+            print(gc.isenabled(), os.environ.get("PYDANTIC_DISABLE_PLUGINS"))
+            return []
+        app.catalogue.list_models = app.serving.serve_on = tell
+        app.cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == seen
 
 
 def test_gpus_are_filtered_and_sorted() -> None:
@@ -278,6 +278,8 @@ def test_names_of_strangers_in_tables_are_shown_and_not_obeyed() -> None:
     print_inspection(Console(file=out, color_system=None, width=200), found)
     assert "?]0;title?[red]x[/red]" in out.getvalue()
     assert "?[31mweight[/bold]" in out.getvalue()
+    assert escape("/data/hf_cache/someone/hf_llama-7b") == "/data/hf_cache/someone/hf_llama-7b"
+    assert "a1B2c3D4" not in escape("hf_a1B2c3D4e5F6g7H8i9J0")
     assert not {"\x1b", "\x07", "\x9b"} & set(out.getvalue())
 
 
