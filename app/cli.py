@@ -340,7 +340,7 @@ def main() -> None:
 
 
 def _hurry() -> None:
-    """For what is over before it would be worth it: no garbage is collected, nothing is taken apart at the end, no plugins are looked for."""
+    """For what is soon over: no garbage is collected, nothing is taken apart at the end, no plugins are looked for."""
     gc.disable()  # the collector would go through all that was imported
     atexit.register(gc.freeze)
     # pydantic goes through the metadata of every installed package for plugins.
