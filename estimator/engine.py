@@ -110,26 +110,27 @@ def estimate(inventory: Inventory, recipe: Recipe, traced: Program | None = None
 
 def _on_one_card(inventory: Inventory, recipe: Recipe, traced: Program | None, device: Device, *, replays: bool) -> Estimate:
     structure = recipe.without_sizes()
-    prepared = _prepared(inventory, structure)
     if traced is not None:
         seen = traced.schedule if replays else None
+        prepared = _prepared(inventory, structure)
         held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=lambda: seen)
         return replace(_training(held, traced, _BASIS_TRACED), engine=Engine.TRACE)
     reason = why_not_modelled(inventory, recipe)
     if reason is not None:
-        return _load_only(prepared, Notice(code="not_modelled", message=reason))
+        return _load_only(_prepared(inventory, structure), Notice(code="not_modelled", message=reason))
     try:
         if recipe.training is not None:
             regime = regime_of(recipe, inventory)
-            found = _parts(inventory, structure, prepared, regime)
+            found = _parts(inventory, structure, regime)
             schedule = partial(_schedule, inventory, structure, regime) if replays else _no_schedule
-            held = _Held(inventory=inventory, recipe=recipe, prepared=prepared, device=device, schedule=schedule)
+            held = _Held(inventory=inventory, recipe=recipe, prepared=found.prepared, device=device, schedule=schedule)
             return _training(held, found.program, _BASIS, found.keeping)
         if recipe.inference is not None:
-            return _inference(inventory, recipe, structure, prepared)
+            return _inference(inventory, recipe, structure, _prepared(inventory, structure))
     except NotImplementedError as missing:  # a block met something of this recipe that it has no rule for
-        return _load_only(prepared, Notice(code="not_modelled", message=_LOAD_ONLY.format(f"The step with {missing}")))
-    return _load_only(prepared)
+        reason = _LOAD_ONLY.format(f"The step with {missing}")
+        return _load_only(_prepared(inventory, structure), Notice(code="not_modelled", message=reason))
+    return _load_only(_prepared(inventory, structure))
 
 
 def loaded(inventory: Inventory, recipe: Recipe) -> Estimate:
@@ -150,11 +151,12 @@ class Parts:
 
 def parts(inventory: Inventory, recipe: Recipe) -> Parts:
     """The parts of a training step; only where `has_closed_forms`."""
-    structure = recipe.without_sizes()
-    return _parts(inventory, structure, _prepared(inventory, structure), regime_of(recipe, inventory))
+    return _parts(inventory, recipe.without_sizes(), regime_of(recipe, inventory))
 
 
-def _parts(inventory: Inventory, structure: Recipe, prepared: Prepared, regime: Regime) -> Parts:
+@lru_cache(maxsize=256)
+def _parts(inventory: Inventory, structure: Recipe, regime: Regime) -> Parts:
+    prepared = _prepared(inventory, structure)
     return Parts(
         prepared=prepared,
         program=_shared_program(inventory, structure, prepared, regime),
