@@ -7,7 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any, assert_never
 from unittest import mock
@@ -63,19 +63,14 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
 def reference_model(
     base: Callable[[], Any], recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None, mode: FakeTensorMode
 ) -> TracedModel | None:
-    """The second model of an objective that has one: loaded like the first, without adapter, not trained.
+    """The second model of an objective that has one (`Recipe.of_reference`).
 
     Args:
         base: builds it on meta.
         layers_prefix, kept_layers, mode: as for `traced_model`.
-
-    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__: create_model_from_path with the policy's type.
     """
-    training = recipe.training
-    if training is None or training.objective.reference is not Reference.MODEL:
-        return None
-    alone = replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None)
-    return traced_model(base(), alone, layers_prefix, kept_layers, mode)
+    alone = recipe.of_reference
+    return None if alone is None else traced_model(base(), alone, layers_prefix, kept_layers, mode)
 
 
 _FORWARDS: Mapping[Loss, Callable[[Rows], Any]] = {Loss.TRL_CHUNKED: chunked_forward, Loss.LIGER: liger_forward}
