@@ -18,7 +18,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_DOES_NOT_FIT = 3
 
-Json = dict[str, Any]
+Json = dict[str, Any]  # as in app.answer, which imports what no `--help` should wait for
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

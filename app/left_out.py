@@ -18,6 +18,8 @@ from estimator.units import gib
 DEFAULT_EVALUATION_BATCH = 8
 # Models that take images or sound beside text, by the auto class that builds them.
 _WITH_IMAGES = ("image_text_to_text", "multimodal_lm")
+# Source: trl 1.16, the trainers' __init__: those of rewards and of classes score no tokens.
+_WITH_FUSED_HEAD = (ObjectiveKind.SFT, ObjectiveKind.DPO, ObjectiveKind.GRPO)
 # Source: trl 1.7–1.13, trainer/sft_config.py, SFTConfig.router_aux_loss_coef.
 DEFAULT_ROUTER_COEFFICIENT = 0.001
 
@@ -151,12 +153,15 @@ def _adapted_head(a: Answered) -> Iterable[str]:
 
 
 def _trained_tokens_of_head(a: Answered) -> Iterable[str]:
-    """Source: trl 1.16, trainer/utils.py, add_fused_lm_head, which reads the bias; peft 0.21, utils/other.py, TrainableTokensWrapper, which
-    hands on the weight alone."""
+    """Smoothed labels spare no run: SFTTrainer then takes the loss from full logits, and its metrics from the fused head.
+
+    Source: trl 1.16, trainer/utils.py, add_fused_lm_head, which reads the bias; trainer/sft_trainer.py, SFTTrainer.compute_loss; peft 0.21,
+    utils/other.py, TrainableTokensWrapper, which hands on the weight alone.
+    """
     training, stack, head = a.recipe.training, a.recipe.stack, a.inventory.output_embedding
     if training is None or head is None or a.recipe.trainer is not Trainer.TRL or not stack.sft_tiles_loss:
         return
-    if training.loss is not Loss.TRL_TILED and training.objective.kind not in (ObjectiveKind.DPO, ObjectiveKind.GRPO):
+    if training.objective.kind not in _WITH_FUSED_HEAD:
         return
     is_tied = f"{head}.weight" in a.inventory.tied_names
     holders = [name for name in (head, a.inventory.input_embedding if is_tied else None) if name is not None]

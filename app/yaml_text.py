@@ -36,11 +36,9 @@ def parse(name: str, text: str, max_characters: int = MAX_CHARACTERS) -> dict[st
         raise RequestError(f"{name}: longer than {max_characters:,} characters", field=name)
     try:
         content = _content(name, text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:  # PyYAML's scanner believes escapes: `"\UFFFFFFFF"`
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RequestError(f"{name}: neither JSON nor YAML: {redacted(reason)}", field=name) from None
-    except (LookupError, AttributeError, TypeError, OverflowError):  # PyYAML's constructors believe tags: `!!int ''`, `!!bool x`
-        raise RequestError(f"{name}: a value is not what its tag says", field=name) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise RequestError(f"{name}: expected a mapping of names to values", field=name)
     return content
@@ -52,9 +50,16 @@ def _content(name: str, text: str) -> Any:
         node = loader.get_single_node()
         if node is not None and _size(node, {}, ()) > MAX_NODES:
             raise RequestError(f"{name}: holds more than {MAX_NODES:,} values", field=name)
-        return loader.construct_document(node) if node is not None else None
+        return _constructed(name, loader, node) if node is not None else None
     finally:
         loader.dispose()
+
+
+def _constructed(name: str, loader: _Loader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (LookupError, AttributeError, TypeError, OverflowError):  # PyYAML's constructors believe tags: `!!int ''`, `!!bool x`
+        raise RequestError(f"{name}: a value is not what its tag says", field=name) from None
 
 
 def _size(node: yaml.Node, known: dict[int, int], above: tuple[int, ...]) -> int:

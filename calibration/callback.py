@@ -98,8 +98,12 @@ def uuid_of(device: torch.device) -> str:
     In MIG mode it is the slice's own, which has a prefix of its own. By the whole card's the processes of all its slices would be told, and
     those of neighbours be taken for users of this slice.
 
-    Source: torch 2.13, _C/__init__.pyi, _CudaDeviceProperties.uuid; without the prefix. CUDA Driver API, cuDeviceGetUuid: in MIG mode the
-    UUID of the slice. NVML API, nvmlDeviceGetComputeRunningProcesses: of a slice by its handle, of all slices by the card's.
+    That in MIG mode torch has the slice's own was not seen on a card. The runtime's documentation does not say whose it is there; the
+    driver's does, of a call of its own.
+
+    Source: torch 2.13, _C/__init__.pyi, _CudaDeviceProperties.uuid, which csrc/cuda/Module.cpp, registerCudaDeviceProperties, binds to
+    `cudaDeviceProp.uuid` of CUDA's runtime; without the prefix. CUDA Driver API, cuDeviceGetUuid_v2, since CUDA 13 cuDeviceGetUuid: in MIG
+    mode the UUID of the slice. NVML API, nvmlDeviceGetComputeRunningProcesses: of a slice by its handle, of all slices by the card's.
     """
     card = torch.cuda.get_device_properties(device)
     found = str(card.uuid)

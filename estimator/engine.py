@@ -20,7 +20,7 @@ from estimator.parallelism.nccl import communicator_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.parallelism.share import Share, whole
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Reference, Training
+from estimator.recipe import Attention, Loss, ObjectiveKind, Recipe, Training
 from estimator.reservation import held_without_limit, reservation
 from estimator.schedule import Schedule
 from estimator.static_memory import StaticMemory, static_memory
@@ -337,9 +337,10 @@ def _prepared(inventory: Inventory, recipe: Recipe) -> Prepared:
     loaded = _loaded(inventory, static, recipe) | dict(share.loaded)
     if share.loaded_communication_bytes > loaded[Item.TEMPORARY]:  # weights are quantized before models are made equal
         loaded |= {Item.TEMPORARY: 0, Item.COMMUNICATION: share.loaded_communication_bytes}
-    if training is not None and training.objective.reference is Reference.MODEL:
-        for held in (stored, loaded):
-            _add_reference(held, inventory, recipe)
+    if recipe.of_reference is not None:
+        second = static_memory(inventory, recipe.of_reference)
+        _add_reference(stored, second, second.weights_bytes)
+        _add_reference(loaded, second, second.loaded_weights_bytes)
     return Prepared(
         static=static,
         stored=stored,
@@ -358,13 +359,9 @@ def _part(recipe: Recipe, static: StaticMemory) -> Share:
     return share_of(recipe, static)
 
 
-def _add_reference(held: dict[Item, int], inventory: Inventory, recipe: Recipe) -> None:
-    """The second model: loaded like the first, without its adapter.
-
-    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__ (create_model_from_path with the policy's type).
-    """
-    second = static_memory(inventory, replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None))
-    held[Item.WEIGHTS] += second.weights_bytes
+def _add_reference(held: dict[Item, int], second: StaticMemory, weights_bytes: int) -> None:
+    """An objective's second model, its weights as they are by then; what passes while it is loaded is in `transient_bytes`."""
+    held[Item.WEIGHTS] += weights_bytes
     held[Item.QUANTIZATION_STATE] += second.quantization_state_bytes
     held[Item.BUFFERS] += second.buffers_bytes
 

@@ -186,7 +186,10 @@ def _step(static: StaticMemory, recipe: Recipe, phase: Phase) -> dict[Item, str]
         passing = "a quantized one in the type it is loaded in, or experts while they are merged"
         prepared = recipe.prepare_for_kbit_training and recipe.quantization is not None
         twice = "; or one that prepare_model_for_kbit_training has in 16 and in 32 bit for a moment" if prepared else ""
-        return {Item.TEMPORARY: f"the largest weight that passes through: {passing}{twice}; less the adapters, which are made later"}
+        later = "; less the adapters, which are made later" if static.adapter_weights_bytes else ""
+        if recipe.of_reference is not None:
+            later = "; of the second model, or of the first less all that is made later: its adapters and the second model"
+        return {Item.TEMPORARY: f"the largest weight that passes through: {passing}{twice}{later}"}
     training = recipe.training
     if training is None:
         return {Item.WORKSPACE: "1 cuBLAS workspace"} | {

@@ -18,7 +18,7 @@ from estimator.parallelism.options import Strategy
 from estimator.patterns import copies, in_order
 from estimator.phases import Item
 from estimator.quantization import BLOCK_SIZE
-from estimator.recipe import Recipe, Reference
+from estimator.recipe import Recipe
 from estimator.stack import Stack
 from estimator.static_memory import Preparation, loaded_tensors, static_memory
 from estimator.storage import StoredTensor
@@ -87,20 +87,29 @@ def passing_bytes(tensors: Iterable[StoredTensor], model_type: str, preparation:
 
 
 def transient_bytes(inventory: Inventory, recipe: Recipe, *, adapter_bytes: int) -> int:
-    """The most that lies on the device while a model is loaded and prepared, above what it ends with, adapters included [bytes].
+    """The most that lies on the device while models are loaded and prepared, above what that ends with, adapters included [bytes].
 
-    What passes through in loading is counted as if all weights were there then; float32 weights and adapters are not yet.
+    What passes through in loading is counted as if all weights of that model were there then; float32 weights and adapters are not yet.
+    An objective's second model is loaded when the first one has its adapters.
 
     Args:
-        adapter_bytes: of the adapters, which are made last [bytes].
+        adapter_bytes: of the adapters, which are made once the first model is loaded and prepared [bytes].
     """
+    second, first = recipe.of_reference, _above_own_end(inventory, recipe)
+    if second is None:
+        return max(0, first - adapter_bytes)
+    return max(first - adapter_bytes - static_memory(inventory, second).loaded_bytes, _above_own_end(inventory, second))
+
+
+def _above_own_end(inventory: Inventory, recipe: Recipe) -> int:
+    """The most that one model takes while it is loaded and prepared, above what it ends with [bytes]."""
     preparation = Preparation.of(recipe)
     tensors = loaded_tensors(inventory, preparation)
     passing, twice = passing_bytes(tensors, inventory.model_type, preparation), 0
     if preparation.quantization is not None and preparation.prepare_for_kbit_training:
         twice, grown = _raising_bytes(tensors)
         passing -= grown
-    return max(0, max(passing, twice) - adapter_bytes)
+    return max(0, passing, twice)
 
 
 def _raising_bytes(tensors: Sequence[StoredTensor]) -> tuple[int, int]:
@@ -223,8 +232,8 @@ def placements(inventory: Inventory, recipe: Recipe) -> Iterator[Placement]:
     model trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__.
     """
     yield from _placements(inventory, recipe)
-    if recipe.training is not None and recipe.training.objective.reference is Reference.MODEL:
-        second = replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None)
+    second = recipe.of_reference
+    if second is not None:
         yield from ((f"{REFERENCE}{name}", num_bytes) for name, num_bytes in _placements(inventory, second))
 
 

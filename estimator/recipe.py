@@ -214,6 +214,16 @@ class Recipe:
     """How the run is spread over cards; batches are those of one rank."""
     stack: Stack
 
+    @property
+    def of_reference(self) -> "Recipe | None":
+        """The objective's second model, where it has one: loaded like the first, with no adapter, not prepared and not trained.
+
+        Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__ (create_model_from_path with the policy's type).
+        """
+        if self.training is None or self.training.objective.reference is not Reference.MODEL:
+            return None
+        return replace(self, adapter=None, prepare_for_kbit_training=False, training=None)
+
     def without_sizes(self) -> "Recipe":
         """With batch and lengths struck out: what is kept for all of them is kept under this."""
         training, inference = self.training, self.inference

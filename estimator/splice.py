@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from estimator.timeline import Allocation, Mark, Segment, Timeline
+from estimator.phases import Segment
+from estimator.timeline import Allocation, Mark, Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

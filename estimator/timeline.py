@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from estimator.phases import Segment as Segment
+from estimator.phases import Segment
 from estimator.units import allocated
 
 

@@ -11,11 +11,11 @@ from estimator.device import workspace_bytes
 from estimator.inventory import Inventory
 from estimator.loading import IN_FULL, REFERENCE, one_by_one, placements
 from estimator.optimizers import play, states_in_order, step_lists
-from estimator.phases import LOADED, Item, Phase
+from estimator.phases import LOADED, Item, Phase, Segment
 from estimator.recipe import Recipe
 from estimator.static_memory import StaticMemory, static_memory
 from estimator.storage import StoredTensor
-from estimator.timeline import Allocation, Mark, Segment, Timeline
+from estimator.timeline import Allocation, Mark, Timeline
 
 NUM_STEPS = 2
 """Optimizer states exist from the second step on."""

@@ -605,6 +605,9 @@ def test_an_adapter_on_the_head_is_said_to_be_refused_by_trl() -> None:
         assert ("adapter_on_head_refused" in codes) == expected, (targets, trainer)
 
 
+SHORT = {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True}
+
+
 @pytest.mark.parametrize(
     ("model", "tokens", "more", "expected"),
     [
@@ -614,10 +617,12 @@ def test_an_adapter_on_the_head_is_said_to_be_refused_by_trl() -> None:
         ("microsoft/Phi-3-mini-4k-instruct", [1, 2], {}, False),  # not tied
         ("microsoft/Phi-3-mini-4k-instruct", {"lm_head": [1, 2]}, {}, True),
         ("Qwen/Qwen3-0.6B", None, {}, False),
+        ("Qwen/Qwen3-0.6B", [1, 2], {"training": {**SHORT, "label_smoothing_factor": 0.1}}, True),  # for the metrics alone
+        ("Qwen/Qwen3-0.6B", [1, 2], {"training": {**SHORT, "label_smoothing_factor": 0.1}, "stack": {"trl": "1.15.0"}}, False),
     ],
 )
 def test_trained_tokens_of_the_head_are_said_to_stop_trl(model: str, tokens: object, more: dict[str, Any], expected: bool) -> None:
-    asked = {"dtype": "bfloat16", "training": {"per_device_train_batch_size": 1, "max_length": 64, "bf16": True}, "trainer": "trl"}
+    asked = {"dtype": "bfloat16", "training": SHORT, "trainer": "trl"}
     peft = {"r": 8, "target_modules": "all-linear", "trainable_token_indices": tokens}
     codes = _codes(model=model, peft=peft, engine="analytic", **(asked | more))
     assert ("trained_tokens_of_head_refused" in codes) == expected

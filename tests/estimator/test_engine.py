@@ -9,7 +9,7 @@ from estimator.estimate import Estimate
 from estimator.explain import explain
 from estimator.loading import unsplit_bytes
 from estimator.phases import Basis, Item, Phase
-from estimator.recipe import Adapter, Attention, Loss, Recipe
+from estimator.recipe import Adapter, Attention, Loss, Objective, ObjectiveKind, Recipe, Reference
 from estimator.sources.catalogue import entries
 from estimator.stack import Stack
 from estimator.static_memory import static_memory
@@ -178,6 +178,19 @@ def test_every_bundled_model_is_answered_for(name: str) -> None:
         answered = estimate(model(name), asked)
         assert answered.phases[0].phase is Phase.LOAD
         assert (len(answered.phases) == 1) == any(n.code == "not_modelled" for n in answered.notices)
+
+
+def test_an_explanation_of_the_load_takes_off_what_is_made_later_where_it_is() -> None:
+    def later(asked: Recipe) -> str:
+        return explain(model(LLAMA), asked)[Phase.LOAD, Item.TEMPORARY].formula
+
+    adapted = training()
+    assert adapted.training is not None
+    second = Objective(kind=ObjectiveKind.DPO, reference=Reference.MODEL)
+    assert "less the adapters" in later(adapted)
+    assert "less" not in later(training(method="full"))
+    assert "less" not in later(inference())
+    assert "less all that is made later" in later(replace(adapted, training=replace(adapted.training, objective=second)))
 
 
 def test_an_explanation_names_what_loading_left_unsplit_and_what_biases_gained() -> None:

@@ -17,18 +17,19 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 from calibration.published import Run, rows, translate
 from calibration.published_model import inventory_of as inventory_of_run
 from estimator.caching_allocator import CachingAllocator
+from estimator.engine import estimate
 from estimator.introspect.errors import BuildError
 from estimator.inventory import Inventory
-from estimator.loading import load, merges_experts, passing_bytes, transient_bytes, unsplit_bytes
+from estimator.loading import load, merges_experts, passing_bytes, placements, transient_bytes, unsplit_bytes
 from estimator.parallelism.options import Parallel, Strategy
 from estimator.phases import Item
-from estimator.recipe import Recipe, Training
+from estimator.recipe import Adapter, Objective, ObjectiveKind, QuantizationKind, Recipe, Reference, Trainer, Training
 from estimator.stack import Stack
 from estimator.static_memory import Preparation, loaded_tensors
-from estimator.units import MIB
+from estimator.units import MIB, allocated
 from tests.coverage import architectures
 from tests.estimator.real_models import inventory_of
-from tests.estimator.recipes import training
+from tests.estimator.recipes import NF4, model, training
 from tests.oracle import recipes
 from tests.oracle.live import LiveStorages
 from tests.oracle.models import Mode, build, stored_tensors
@@ -98,6 +99,41 @@ def test_weights_that_are_prepared_lie_there_twice_for_a_moment(mode: Mode, tied
         prepared = live.live_bytes
     inventory, recipe = recipes.inventory("llama", 2, config), recipes.loaded("llama", mode)
     assert peak.num_bytes - prepared == transient_bytes(inventory, recipe, adapter_bytes=0)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("rank", [16, 128])
+@pytest.mark.parametrize("kind", [QuantizationKind.NF4, QuantizationKind.INT8])
+def test_a_second_model_is_loaded_beside_the_first_with_its_adapters(kind: QuantizationKind, rank: int, prepared: bool) -> None:
+    """What is made before the first step, one tensor after another, beside the load of the answer."""
+    asked = training(adapter=Adapter(r=rank, target_modules="all-linear"))
+    assert asked.training is not None
+    objective = Objective(kind=ObjectiveKind.DPO, reference=Reference.MODEL)
+    recipe = replace(
+        asked,
+        trainer=Trainer.TRL,
+        quantization=replace(NF4, kind=kind),
+        prepare_for_kbit_training=prepared,
+        training=replace(asked.training, objective=objective),
+    )
+    inventory = model("meta-llama/Llama-3.1-8B")
+    held: dict[str, int] = {}
+    live = peak = 0
+    at_peak: frozenset[str] = frozenset()
+    for name, num_bytes in placements(inventory, recipe):
+        live += allocated(num_bytes)
+        if live > peak:
+            peak, at_peak = live, frozenset((*held, name))
+        live -= held.pop(name, 0)
+        if num_bytes:
+            held[name] = allocated(num_bytes)
+    (load_phase,) = estimate(inventory, recipe).phases
+    temporary = sum(item.num_bytes for item in load_phase.items if item.item is Item.TEMPORARY)
+    assert load_phase.allocated_bytes - temporary == live
+    # what passes is counted as if all weights were there: too high by no more than what comes after the worst instant
+    later = sum(num_bytes for name, num_bytes in held.items() if name not in at_peak)
+    assert later < 64 * MIB
+    assert peak <= load_phase.allocated_bytes <= peak + later
 
 
 # -- experts that are merged ------------------------------------------------------------------------------------------------------------

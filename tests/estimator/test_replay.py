@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from estimator.allocator_settings import parse_settings
 from estimator.memory_snapshot import segments_of
+from estimator.phases import Segment
 from estimator.replay import Replay, replay, replay_events
-from estimator.timeline import Allocation, Mark, Segment, Timeline
+from estimator.timeline import Allocation, Mark, Timeline
 from estimator.units import MIB
 
 

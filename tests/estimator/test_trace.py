@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from transformers.integrations.flash_attention import get_target_dtype
+from transformers.trainer_pt_utils import LabelSmoother
+from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from estimator.introspect.trace.attention import half_precision
@@ -101,6 +103,32 @@ def test_trained_tokens_of_a_tied_head_stop_the_trace_where_trl_stops_on_real_te
         real(input_ids=ids, labels=ids, fused_lm_head=True)
     with pytest.raises(RefusedError, match=r"^TRL reads the head's bias"):
         traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, **options)
+
+
+@pytest.mark.parametrize("name", ["qlora_bf16_autocast", "lora_bf16_fp32_autocast"])
+def test_trained_tokens_of_a_tied_head_stop_trl_with_smoothed_labels_too(name: str) -> None:
+    """The loss is that of the full logits; TRL's head serves the metrics alone. The Trainer, which the second mode is of, has none."""
+    mode = oracle.mode_of(name).with_adapter(targets=("q_proj",), trained_tokens=(("embed_tokens", 5),))
+    config = {"tie_word_embeddings": True}
+    if not mode.is_cast_by_trl:
+        assert traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, config=config).peaks()
+        return
+    real: Any = build("llama", mode, LAYERS, config=config)
+    add_fused_lm_head(real.get_base_model())
+    trainer: Any = SFTTrainer.__new__(SFTTrainer)
+    trainer.__dict__.update(
+        model=real,
+        accelerator=SimpleNamespace(parallelism_config=None),
+        args=SimpleNamespace(loss_type="nll"),
+        aux_loss_enabled=False,
+        compute_loss_func=None,
+        label_smoother=LabelSmoother(epsilon=0.1),
+    )
+    ids = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    with pytest.raises(AttributeError, match=r"'TrainableTokensWrapper' object has no attribute 'bias'"):
+        trainer.compute_loss(real, {"input_ids": ids, "labels": ids})
+    with pytest.raises(RefusedError, match=r"^TRL reads the head's bias"):
+        traces.timeline("llama", mode, BATCH, LENGTH, LAYERS, config=config)
 
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "paged_adamw_32bit")

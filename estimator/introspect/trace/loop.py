@@ -24,10 +24,10 @@ from estimator.introspect.trace.objectives import Batch, Task, accelerated, task
 from estimator.introspect.trace.routing import Routing
 from estimator.introspect.trace.update import UPDATE_KERNELS, cuda_update, make_optimizer, tensors_of
 from estimator.introspect.trace.watch import Watch
-from estimator.phases import Item, Phase
+from estimator.phases import Item, Phase, Segment
 from estimator.recipe import Loss, ObjectiveKind, Recipe
 from estimator.scoring import Rows, rows_of
-from estimator.timeline import Segment, Timeline
+from estimator.timeline import Timeline
 
 _REFERENCE = "ref_model."
 _FLASH = ("flash_attention_2", "flash_attention_3")

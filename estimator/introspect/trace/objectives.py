@@ -7,7 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 from typing import Any, assert_never
 from unittest import mock
@@ -23,7 +23,7 @@ from estimator.introspect.trace import known
 from estimator.introspect.trace.errors import NotTraceableError, RefusedError
 from estimator.introspect.trace.heads import chunked_forward, forward_replaced, liger_forward, trl_head
 from estimator.introspect.trace.model import TracedModel, traced_model
-from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Training
+from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Trainer, Training
 from estimator.scoring import Rows
 
 Batch = dict[str, Tensor]
@@ -48,9 +48,12 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
 
     Raises:
         NotTraceableError: if TRL is needed and not at hand.
+        RefusedError: if TRL's fused head stops at the model's own.
     """
     training = recipe.training
     assert training is not None
+    if _fuses_head(recipe):
+        _check_head(model.base)
     with ExitStack() as stack:
         if not _is_trl(training):
             if training.loss in _FORWARDS:
@@ -63,19 +66,14 @@ def task(model: TracedModel, recipe: Recipe, rows: Rows, *, reference: TracedMod
 def reference_model(
     base: Callable[[], Any], recipe: Recipe, layers_prefix: str | None, kept_layers: Sequence[int] | None, mode: FakeTensorMode
 ) -> TracedModel | None:
-    """The second model of an objective that has one: loaded like the first, without adapter, not trained.
+    """The second model of an objective that has one (`Recipe.of_reference`).
 
     Args:
         base: builds it on meta.
         layers_prefix, kept_layers, mode: as for `traced_model`.
-
-    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__: create_model_from_path with the policy's type.
     """
-    training = recipe.training
-    if training is None or training.objective.reference is not Reference.MODEL:
-        return None
-    alone = replace(recipe, adapter=None, prepare_for_kbit_training=False, training=None)
-    return traced_model(base(), alone, layers_prefix, kept_layers, mode)
+    alone = recipe.of_reference
+    return None if alone is None else traced_model(base(), alone, layers_prefix, kept_layers, mode)
 
 
 _FORWARDS: Mapping[Loss, Callable[[Rows], Any]] = {Loss.TRL_CHUNKED: chunked_forward, Loss.LIGER: liger_forward}
@@ -85,6 +83,17 @@ def _is_trl(training: Training) -> bool:
     """Whether one of TRL's trainers makes the loss; SFTTrainer, where it does what the Trainer does, is left out."""
     kind = training.objective.kind
     return training.loss is Loss.TRL_TILED if kind is ObjectiveKind.SFT else kind is not ObjectiveKind.CLASSIFICATION
+
+
+def _fuses_head(recipe: Recipe) -> bool:
+    """Whether the step runs TRL's fused head: for its loss, or where labels are smoothed for SFTTrainer's metrics alone.
+
+    Source: trl 1.16, trainer/sft_trainer.py, SFTTrainer.__init__ and compute_loss.
+    """
+    training = recipe.training
+    assert training is not None
+    is_patched = recipe.trainer is Trainer.TRL and recipe.stack.sft_tiles_loss
+    return training.objective.kind in _HEADS and (is_patched or _is_trl(training))
 
 
 def accelerated(plain: Callable[..., Any], training: Training) -> Callable[..., Any]:
@@ -260,7 +269,6 @@ def _trl_task(model: TracedModel, training: Training, rows: Rows, reference: Tra
             if one is not None:
                 stack.enter_context(forward_replaced(one.base, type(one.base).forward))
                 if fields is not None:
-                    _check_head(one.base)
                     add_fused_lm_head(one.base, outputs=fields)
                 stack.enter_context(_installed(one, training))
         yield _task_of(kind, model, training, reference)

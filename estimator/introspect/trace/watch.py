@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from estimator.introspect.gradient_sums import ADD_IN_PLACE, sums_in_place
 from estimator.introspect.trace.errors import LoopOverTokensError
 from estimator.introspect.trace.known import Values
-from estimator.phases import Item, Phase
-from estimator.timeline import Allocation, Mark, Segment, Timeline
+from estimator.phases import Item, Phase, Segment
+from estimator.timeline import Allocation, Mark, Timeline
 
 Kernel = Callable[..., Any]
 

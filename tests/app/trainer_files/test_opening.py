@@ -139,12 +139,19 @@ def test_convert_needs_files_or_a_kind_to_write() -> None:
         "a: !!int ''",
         "a: !!bool x",
         "a: !!timestamp x",
+        'a: "\\UFFFFFFFF"',
     ],
-    ids=["self", "bomb", "deep", "list", "numbers", "object", "broken", "long", "control", "surrogate", "int", "bool", "timestamp"],
+    ids=["self", "bomb", "deep", "list", "numbers", "object", "broken", "long", "control", "surrogate", "int", "bool", "timestamp", "chr"],
 )
 def test_hostile_text_is_refused(text: str) -> None:
     with pytest.raises(RequestError):
         parse("train.yaml", text)
+
+
+def test_a_fault_of_ones_own_is_not_blamed_on_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.yaml_text._size", lambda node: 0)  # one argument where three are given
+    with pytest.raises(TypeError):
+        parse("train.yaml", "a: 1")
 
 
 def test_aliases_and_merge_keys_are_read() -> None:
