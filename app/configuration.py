@@ -39,17 +39,17 @@ class Configuration(BaseSettings):
         Field(
             ge=1,
             le=10000,
-            description="requests worked on or waiting in one process, and half as many of those that wait for the Hub, and of those for "
-            "a build or a trace; more get 503",
+            description="requests worked on or waiting in one process; more get 503. An eighth is the most of each kind that may wait: for "
+            "the Hub, for a build or a trace, for the database, for a parser of files, and three kinds of plans; the last is for the rest",
         ),
-    ] = 64
+    ] = 128
     threads: Annotated[
         int,
         Field(
             ge=1,
             le=256,
-            description="threads for estimates of bundled models, as many for those that wait for the Hub, and for those that wait for "
-            "a build or a trace, and beside each half as many for plans and sweeps",
+            description="threads for estimates of bundled models, as many for what waits for the Hub, for a build or a trace, for the "
+            "database, and for a parser of files, and beside the first three half as many for plans and sweeps: 6.5 times this in all",
         ),
     ] = 8
     max_plans: Annotated[
@@ -58,7 +58,8 @@ class Configuration(BaseSettings):
             ge=1,
             le=1000,
             description="plans, checks, lists of cards and sweeps of bundled models worked on or waiting in one process, and as many of "
-            "those that wait for the Hub, and of those for a build or a trace; more get 503",
+            "those that wait for the Hub, and of those for a build or a trace, but an eighth of `VRAMPLAN_MAX_CONCURRENT` at most; more "
+            "get 503",
         ),
     ] = 16
     max_waiting_inspections: Annotated[
@@ -116,6 +117,18 @@ class Configuration(BaseSettings):
         if not found.hub_endpoint:
             hub.endpoint_in_use()
         return found
+
+    @property
+    def long_threads(self) -> int:
+        """Threads for plans and sweeps of one need."""
+        return max(1, self.threads // 2)
+
+    @property
+    def max_waiting(self) -> int:
+        """Calls of one need that are under way or waiting. Seven sets of threads have that limit: from 8 requests on, all of them together
+        leave places at the door for what needs nothing.
+        """
+        return max(1, self.max_concurrent // 8)
 
     @property
     def database(self) -> str | None:
