@@ -14,6 +14,8 @@ from estimator.sources import cache, hub, lookup
 
 PREFIX = "VRAMPLAN_"
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+# Share of the letters of two names that agree, from which one may be meant for the other: a letter or a word too few, not another word.
+_NEAR = 0.7
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -112,7 +114,7 @@ class Configuration(BaseSettings):
             found = cls()
         except ValidationError as error:
             names = [(f"{PREFIX}{str(one['loc'][0]).upper()}", one) for one in error.errors()]
-            errors = [FieldError(field=name, message=f"{name}: {one['input']!r}: {one['msg']}") for name, one in names]
+            errors = [FieldError(field=name, message=f"{name}: {_told(one['input'])!r}: {one['msg']}") for name, one in names]
             raise RequestError("; ".join(one.message for one in errors), errors=errors) from None
         if not found.hub_endpoint:
             hub.endpoint_in_use()
@@ -138,14 +140,19 @@ class Configuration(BaseSettings):
         return self.database_url or f"sqlite:///{cache.default_directory() / 'vramplan.sqlite3'}"
 
 
+def _told(value: object) -> object:
+    return hub.without_credentials(value) if isinstance(value, str) else value
+
+
 def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each variable that is named like a setting and is none. Its value may be somebody's secret, and is not told."""
-    known = {f"{PREFIX}{name.upper()}" for name in Configuration.model_fields} | {cache.VARIABLE, corrections.VARIABLE, prices.VARIABLE}
-    short = [name.removeprefix(PREFIX) for name in sorted(known)]  # what all begin with makes none of them nearer
+    settings = {f"{PREFIX}{name.upper()}" for name in Configuration.model_fields}  # are read whatever the case
+    exact = {cache.VARIABLE, corrections.VARIABLE, prices.VARIABLE}
+    short = [name.removeprefix(PREFIX) for name in sorted(settings | exact)]  # what all begin with makes none of them nearer
     for name in sorted(environment):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            (nearest,) = get_close_matches(name.upper().removeprefix(PREFIX), short, n=1, cutoff=0.0)
-            yield f"{name} is set and is no setting; the nearest that is one: {PREFIX}{nearest}"
+        if name.upper().startswith(PREFIX) and name.upper() not in settings and name not in exact:
+            nearest = get_close_matches(name.upper().removeprefix(PREFIX), short, n=1, cutoff=_NEAR)
+            yield f"{name} is set and is no setting" + "".join(f"; the nearest that is one: {PREFIX}{one}" for one in nearest)
 
 
 def documented() -> str:
