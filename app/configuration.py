@@ -126,6 +126,13 @@ class Configuration(BaseSettings):
         return max(1, self.threads // 2)
 
     @property
+    def connections(self) -> int:
+        """To the database at most: of its own threads, of those that wait for the Hub and the builder, for single runs and for plans, whose
+        caches it holds, and of two that follow the corrections and tell whether it answers.
+        """
+        return 3 * self.threads + 2 * self.long_threads + 2
+
+    @property
     def max_waiting(self) -> int:
         """Calls of one need that are under way or waiting. Seven sets of threads have that limit: from 8 requests on, all of them together
         leave places at the door for what needs nothing.

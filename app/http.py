@@ -213,7 +213,7 @@ def _state_of(configuration: Configuration) -> "State | None":
         return None
     from app.state.opening import State  # SQLAlchemy takes a third of a second
 
-    return State(url)
+    return State(url, connections=configuration.connections)
 
 
 def _caches(state: "State | None", configuration: Configuration) -> "tuple[PublicStore | None, InventoryCache | None]":

@@ -358,7 +358,7 @@ def test_the_process_that_starts_others_keeps_open_nothing_of_the_application_it
     monkeypatch.setattr("uvicorn.run", lambda *_, **__: served.append({*threading.enumerate()}))
     monkeypatch.setattr("app.serving.configure", lambda *_: None)
     opened, closed = [], []
-    monkeypatch.setattr(State, "__init__", lambda self, url: opened.append(url) or vars(self).update(database=None))
+    monkeypatch.setattr(State, "__init__", lambda self, url, **_: opened.append(url) or vars(self).update(database=None))
     monkeypatch.setattr(State, "close", lambda _: closed.append(1))
     for name, value in {"ALLOWED_HOSTS": "*", "DATABASE_URL": f"sqlite:///{tmp_path / 'state.sqlite3'}", "TRACES": "true"}.items():
         monkeypatch.setenv(f"VRAMPLAN_{name}", value)
