@@ -1,8 +1,9 @@
 """`/v1/calibrations`: measurements come in, and what follows from them goes out."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -15,13 +16,16 @@ from app.prediction import predict
 from app.reading import check_depth, read_json
 from app.redaction import redacted
 from app.transfer import body_of
-from app.work import Need
+from app.work import Need, in_thread
 from calibration import gate
 from calibration.comparison import rows_of
 from calibration.record import Record
 from estimator.errors import FieldError, RequestError, SourceUnavailableError
 from estimator.fitted import dumped
 from estimator.sources import bounds
+
+if TYPE_CHECKING:
+    from app.state.measurements import Posted
 
 MAX_REASONS = 10
 Result = TypeVar("Result")
@@ -34,9 +38,13 @@ async def post(request: Request) -> Response:
     """One line of the file that `vramplan calibrate run` writes. Posting it again changes nothing. Needs a key: `X-API-Key`."""
     payload = read_json(await body_of(request))
     secret = request.headers.get(KEY_HEADER, "").strip()
-    answer, is_new = await _in_state(request, partial(receive, secret=secret, payload=payload))
-    request.app.state.metrics.measurements.labels(answer["status"] if is_new else "known").inc()
-    return Response(orjson.dumps(answer), status_code=201 if is_new else 200, media_type="application/json")
+    admitted = await _in_state(request, partial(admit, secret=secret, payload=payload))
+    if (found := admitted.found) is None:  # what is predicted may have to be built and traced, and holds up no other use of the state
+        reasons = await in_thread(request, Need.BUILDER, partial(reasons_against, admitted.record))
+        found = await _in_state(request, partial(keep, admitted=admitted, reasons=reasons))
+    request.app.state.metrics.measurements.labels(found.status.value if found.is_new else "known").inc()
+    shown = {"schema_version": SCHEMA_VERSION, **_shown(found)}
+    return Response(orjson.dumps(shown), status_code=201 if found.is_new else 200, media_type="application/json")
 
 
 @router.get("/v1/calibrations/current", summary="The corrections in force")
@@ -57,11 +65,18 @@ async def posted(request: Request, record_hash: str) -> Response:
     return _json(await _in_state(request, partial(status_of, record_hash=record_hash)))
 
 
-def receive(database: Any, *, secret: str, payload: Mapping[str, Any]) -> tuple[Json, bool]:
-    """Checks and keeps one record.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A record that may be kept."""
 
-    Returns:
-        The answer, and whether the record is new.
+    record: Record
+    key_id: str
+    found: "Posted | None"
+    """What became of it, if it was posted before."""
+
+
+def admit(database: Any, *, secret: str, payload: Mapping[str, Any]) -> Admitted:
+    """The record of a payload, and what is known of it.
 
     Raises:
         HTTPException: without a key that is known.
@@ -74,12 +89,21 @@ def receive(database: Any, *, secret: str, payload: Mapping[str, Any]) -> tuple[
     if key is None:
         raise HTTPException(401, "X-API-Key: a key of this service is needed to post measurements", {"www-authenticate": "X-API-Key"})
     record = read_record(payload)
-    found = measurements.find(database, measurements.hash_of(record))
-    if found is None:
-        rows, _ = rows_of([record], predict)
-        reasons = gate.reasons(record, rows[0] if rows else None)[:MAX_REASONS]
-        found = measurements.keep(database, record, key.id, tuple(redacted(reason)[:300] for reason in reasons))
-    return {"schema_version": SCHEMA_VERSION, **_shown(found)}, found.is_new
+    return Admitted(record=record, key_id=key.id, found=measurements.find(database, measurements.hash_of(record)))
+
+
+def reasons_against(record: Record) -> tuple[str, ...]:
+    """Why a record is set aside; empty if it is not. It is predicted for this."""
+    rows, _ = rows_of([record], predict)
+    reasons = gate.reasons(record, rows[0] if rows else None)[:MAX_REASONS]
+    return tuple(redacted(reason)[:300] for reason in reasons)
+
+
+def keep(database: Any, *, admitted: Admitted, reasons: tuple[str, ...]) -> "Posted":
+    """What becomes of a record."""
+    from app.state import measurements
+
+    return measurements.keep(database, admitted.record, admitted.key_id, reasons)
 
 
 def read_record(payload: Mapping[str, Any]) -> Record:

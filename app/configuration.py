@@ -14,6 +14,8 @@ from estimator.sources import cache, hub, lookup
 
 PREFIX = "VRAMPLAN_"
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+# Share of the letters of two names that agree, from which one may be meant for the other: a letter or a word too few, not another word.
+_NEAR = 0.7
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -39,17 +41,17 @@ class Configuration(BaseSettings):
         Field(
             ge=1,
             le=10000,
-            description="requests worked on or waiting in one process, and half as many of those that wait for the Hub, and of those for "
-            "a build or a trace; more get 503",
+            description="requests worked on or waiting in one process; more get 503. An eighth is the most of each kind that may wait: for "
+            "the Hub, for a build or a trace, for the database, for a parser of files, and three kinds of plans; the last is for the rest",
         ),
-    ] = 64
+    ] = 128
     threads: Annotated[
         int,
         Field(
             ge=1,
             le=256,
-            description="threads for estimates of bundled models, as many for those that wait for the Hub, and for those that wait for "
-            "a build or a trace, and beside each half as many for plans and sweeps",
+            description="threads for estimates of bundled models, as many for what waits for the Hub, for a build or a trace, for the "
+            "database, and for a parser of files, and beside the first three half as many for plans and sweeps: 6.5 times this in all",
         ),
     ] = 8
     max_plans: Annotated[
@@ -58,7 +60,8 @@ class Configuration(BaseSettings):
             ge=1,
             le=1000,
             description="plans, checks, lists of cards and sweeps of bundled models worked on or waiting in one process, and as many of "
-            "those that wait for the Hub, and of those for a build or a trace; more get 503",
+            "those that wait for the Hub, and of those for a build or a trace, but an eighth of `VRAMPLAN_MAX_CONCURRENT` at most; more "
+            "get 503",
         ),
     ] = 16
     max_waiting_inspections: Annotated[
@@ -111,11 +114,30 @@ class Configuration(BaseSettings):
             found = cls()
         except ValidationError as error:
             names = [(f"{PREFIX}{str(one['loc'][0]).upper()}", one) for one in error.errors()]
-            errors = [FieldError(field=name, message=f"{name}: {one['input']!r}: {one['msg']}") for name, one in names]
+            errors = [FieldError(field=name, message=f"{name}: {_told(one['input'])!r}: {one['msg']}") for name, one in names]
             raise RequestError("; ".join(one.message for one in errors), errors=errors) from None
         if not found.hub_endpoint:
             hub.endpoint_in_use()
         return found
+
+    @property
+    def long_threads(self) -> int:
+        """Threads for plans and sweeps of one need."""
+        return max(1, self.threads // 2)
+
+    @property
+    def connections(self) -> int:
+        """To the database at most: of its own threads, of those that wait for the Hub and the builder, for single runs and for plans, whose
+        caches it holds, and of two that follow the corrections and tell whether it answers.
+        """
+        return 3 * self.threads + 2 * self.long_threads + 2
+
+    @property
+    def max_waiting(self) -> int:
+        """Calls of one need that are under way or waiting. Seven sets of threads have that limit: from 8 requests on, all of them together
+        leave places at the door for what needs nothing.
+        """
+        return max(1, self.max_concurrent // 8)
 
     @property
     def database(self) -> str | None:
@@ -125,14 +147,19 @@ class Configuration(BaseSettings):
         return self.database_url or f"sqlite:///{cache.default_directory() / 'vramplan.sqlite3'}"
 
 
+def _told(value: object) -> object:
+    return hub.without_credentials(value) if isinstance(value, str) else value
+
+
 def unknown_names(environment: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each variable that is named like a setting and is none. Its value may be somebody's secret, and is not told."""
-    known = {f"{PREFIX}{name.upper()}" for name in Configuration.model_fields} | {cache.VARIABLE, corrections.VARIABLE, prices.VARIABLE}
-    short = [name.removeprefix(PREFIX) for name in sorted(known)]  # what all begin with makes none of them nearer
+    settings = {f"{PREFIX}{name.upper()}" for name in Configuration.model_fields}  # are read whatever the case
+    exact = {cache.VARIABLE, corrections.VARIABLE, prices.VARIABLE}
+    short = [name.removeprefix(PREFIX) for name in sorted(settings | exact)]  # what all begin with makes none of them nearer
     for name in sorted(environment):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            (nearest,) = get_close_matches(name.upper().removeprefix(PREFIX), short, n=1, cutoff=0.0)
-            yield f"{name} is set and is no setting; the nearest that is one: {PREFIX}{nearest}"
+        if name.upper().startswith(PREFIX) and name.upper() not in settings and name not in exact:
+            nearest = get_close_matches(name.upper().removeprefix(PREFIX), short, n=1, cutoff=_NEAR)
+            yield f"{name} is set and is no setting" + "".join(f"; the nearest that is one: {PREFIX}{one}" for one in nearest)
 
 
 def documented() -> str:

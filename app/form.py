@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import orjson
 
@@ -197,6 +197,14 @@ class Form:
 
     def __getitem__(self, name: str) -> str:
         return self.values.get(name, "")
+
+    @property
+    def beside(self) -> "Form | None":
+        """The form of the recipe to compare with; None where there is none, or it cannot be read."""
+        try:
+            return Form.submitted(dict(parse_qsl(self[AGAINST], max_num_fields=200))) if self[AGAINST] else None
+        except (RequestError, ValueError):
+            return None
 
     def request(self) -> Json:
         """The request to `estimate` that the form stands for.

@@ -98,9 +98,9 @@ def create_app(configuration: Configuration | None = None) -> FastAPI:
     app.state.answers = Answers()
     app.state.workers = Workers(
         threads=configuration.threads,
-        long_threads=max(1, configuration.threads // 2),
-        max_long=configuration.max_plans,
-        max_waiting=max(1, configuration.max_concurrent // 2),
+        long_threads=configuration.long_threads,
+        max_long=min(configuration.max_plans, configuration.max_waiting),
+        max_waiting=configuration.max_waiting,
         timeout_seconds=configuration.request_timeout_seconds,
     )
     app.state.spans = spans_of_environment() if configuration.traces else None
@@ -200,11 +200,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def close(app: FastAPI) -> None:
     """Ends the threads, connections and counts of an application that serves no more, or never did."""
     app.state.workers.close()
-    app.state.metrics.close()
-    if app.state.spans is not None:
-        app.state.spans.close()
     if app.state.state is not None:
         app.state.state.close()
+    app.state.metrics.close()
+    if app.state.spans is not None:
+        app.state.spans.close()  # last: where nobody takes them it waits for half a minute
 
 
 def _state_of(configuration: Configuration) -> "State | None":
@@ -213,7 +213,7 @@ def _state_of(configuration: Configuration) -> "State | None":
         return None
     from app.state.opening import State  # SQLAlchemy takes a third of a second
 
-    return State(url)
+    return State(url, connections=configuration.connections)
 
 
 def _caches(state: "State | None", configuration: Configuration) -> "tuple[PublicStore | None, InventoryCache | None]":

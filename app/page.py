@@ -173,13 +173,13 @@ async def _answered(request: Request, form: Form, error: VramplanError | None, p
 
 
 def _need(form: Form, patience: Patience) -> Need:
-    """What an answer to the form may have to wait for."""
-    need = need_of(form.values)
-    if need is Need.NOTHING and not form[AGAINST]:
-        return need
+    """What an answer to the form may have to wait for, and the recipe that it is compared with."""
+    needs = {need_of(one.values) for one in (form, form.beside) if one is not None}
+    if needs == {Need.NOTHING}:
+        return Need.NOTHING
     if patience is Patience.NONE:  # what is kept of models that are not bundled is asked of the state
         return Need.DATABASE
-    return Need.HUB if need is Need.NOTHING else need  # a bundled model may be compared with one that is not
+    return Need.BUILDER if Need.BUILDER in needs else Need.HUB
 
 
 async def _section(request: Request, name: str, form: Form) -> Json:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
-from urllib.parse import parse_qsl
 
 from markupsafe import Markup
 
@@ -10,7 +9,7 @@ from app import copies
 from app.answer import NOT_MODELLED, Json, is_modelled
 from app.card import Card, card_of
 from app.chart import chart_of, largest_bytes, usable_bytes
-from app.form import AGAINST, Form
+from app.form import Form
 from app.holding import cards_that_hold
 from app.plan import plan
 from app.reading import Question, read_estimate
@@ -105,11 +104,11 @@ def _view(card: Card | None, found: Json, *, at_least: int) -> Json:
 
 def _asked_beside(form: Form) -> Question[Request] | None:
     """The recipe to compare with; None where there is none, or it cannot be read."""
-    if not form[AGAINST]:
+    if (beside := form.beside) is None:
         return None
     try:
-        return read_estimate(Form.submitted(dict(parse_qsl(form[AGAINST], max_num_fields=200))).request())
-    except (VramplanError, ValueError):
+        return read_estimate(beside.request())
+    except VramplanError:
         return None
 
 

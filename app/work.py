@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from estimator.errors import SourceUnavailableError
 from estimator.sources import catalogue
-from estimator.sources.tracing import NotAtHandError, only_at_hand
+from estimator.sources.at_hand import NotAtHandError, only_at_hand
 
 Result = TypeVar("Result")
 
@@ -76,7 +76,8 @@ class Workers:
         threads: of a set for single runs. Estimates are arithmetic that holds the interpreter's lock: more would only queue.
         long_threads: of a set for calls that evaluate many runs: plans, lists of cards, sweeps.
         max_long: calls of such a set under way or waiting; more are told to come back.
-        max_waiting: the same of each set for single runs that may have to wait; those that need nothing are not counted.
+        max_waiting: the same of each set for single runs that may have to wait; those that need nothing are not counted. Four such sets and
+            the three of plans (for nothing, the Hub, the builder) together have to stay below what the door lets in, see `Front`.
         timeout_seconds: after which a caller is told to come back; the thread ends by its own limits.
     """
 
@@ -122,7 +123,7 @@ class Workers:
 async def in_thread(request: Request, need: Need, call: Callable[[], Result], *, is_long: bool = False) -> Result:
     """The result of a blocking call, in the threads of the application that the request came to; see `Workers.run`.
 
-    What was thought to need nothing, and turns out to need a trace, is begun anew where others wait for traces.
+    What was thought to need nothing, and turns out to need a trace or a model with another head, is begun anew where others wait for those.
     """
     workers: Workers = request.app.state.workers
     if need is Need.NOTHING:

@@ -110,7 +110,8 @@ def growth(before_bytes: int, after_bytes: int, num_requests: int, limit_bytes: 
 
 
 class Watch:
-    """Resident memory of a process over a long run, whose first half is the warm-up.
+    """Resident memory of a process over a long run, whose first half is the warm-up. A run of fewer than 1,000 requests is noted and never
+    complained of, so that a test which asks so seldom tells nothing about memory.
 
     Args:
         process: that serves.
@@ -130,7 +131,7 @@ class Watch:
 
     @property
     def complaint(self) -> str | None:
-        """See `growth`."""
+        """See `growth`; None too where there were too few requests to judge."""
         number, half = len(self._samples), len(self._samples) // 2
         if number < self._FEWEST:
             return None

@@ -17,6 +17,7 @@ HEAD = "0001"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_SECONDS = 10
 _STATEMENT_SECONDS = 10
+_KEPT_CONNECTIONS = 5
 # Any number, the same for all processes of this program.
 _MIGRATION_LOCK = 7_305_518
 _WRITES = "vramplan_writes"
@@ -30,12 +31,13 @@ class Database:
 
     Args:
         url: of SQLAlchemy; `sqlite:///PATH` or `postgresql://…`.
+        connections: to Postgres at most, as many as there are threads that may want one; those beyond a few are closed after use.
 
     Raises:
         RequestError: if the URL cannot be read, or is of another database.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, connections: int = 15) -> None:
         parsed = _url(url)
         self._is_sqlite = parsed.get_backend_name() == "sqlite"
         if self._is_sqlite:
@@ -46,8 +48,15 @@ class Database:
             event.listen(self._engine, "begin", _begin_sqlite)
         else:
             options = f"-c statement_timeout={_STATEMENT_SECONDS * 1000} -c lock_timeout={_STATEMENT_SECONDS * 1000}"
+            kept = min(connections, _KEPT_CONNECTIONS)
             self._engine = create_engine(
-                parsed, pool_pre_ping=True, pool_timeout=5, connect_args={"connect_timeout": 5, "options": options}, hide_parameters=True
+                parsed,
+                pool_pre_ping=True,
+                pool_size=kept,
+                max_overflow=connections - kept,
+                pool_timeout=5,
+                connect_args={"connect_timeout": 5, "options": options},
+                hide_parameters=True,
             )
         self._writer: Engine = self._engine.execution_options(**{_WRITES: True})
 

@@ -15,10 +15,11 @@ class State:
 
     Args:
         url: of SQLAlchemy.
+        connections: see `Database`.
     """
 
-    def __init__(self, url: str) -> None:
-        self.database = Database(url)
+    def __init__(self, url: str, *, connections: int = 15) -> None:
+        self.database = Database(url, connections=connections)
         """For caches, which do without what fails."""
         self._lock = threading.Lock()
         self._is_ready = False

@@ -73,13 +73,18 @@ class InventoryCache:
 
     def get(self, key: str) -> Inventory | None:
         """The inventory of a content hash, or None. A file that cannot be read is no entry, and is removed."""
-        with self._lock:
-            if found := self._entries.get(key):
-                self._entries.move_to_end(key)
-                return found
+        if (found := self.held(key)) is not None:
+            return found
         if (found := self._read(key)) is not None:
             self._remember(found)
         return found
+
+    def held(self, key: str) -> Inventory | None:
+        """The same as far as it is in memory."""
+        with self._lock:
+            if (found := self._entries.get(key)) is not None:
+                self._entries.move_to_end(key)
+            return found
 
     def put(self, inventory: Inventory) -> None:
         """Keeps an inventory under its content hash; never that of a private model."""

@@ -22,6 +22,8 @@ DEFAULT_REVISION = "main"
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?:{_NAME}/)?{_NAME}")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]{0,126}[A-Za-z0-9_])?")
+# Up to the last @: in what is malformed, a password may hold any of the signs that end one.
+_CREDENTIALS = re.compile(r"(\A[A-Za-z][A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -56,7 +58,7 @@ def endpoint_in_use() -> str:
     """
     stated = os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
     if not is_address(stated):
-        raise RequestError(f"{ENDPOINT_VARIABLE}: {stated!r}: {ACCEPTED_ADDRESSES}", field=ENDPOINT_VARIABLE)
+        raise RequestError(f"{ENDPOINT_VARIABLE}: {without_credentials(stated)!r}: {ACCEPTED_ADDRESSES}", field=ENDPOINT_VARIABLE)
     return stated.rstrip("/")
 
 
@@ -68,6 +70,11 @@ def is_address(text: str) -> bool:
     except ValueError:
         return False
     return has_place and parts.scheme in ("http", "https") and not (parts.query or parts.fragment) and text.split() == [text]
+
+
+def without_credentials(text: str) -> str:
+    """What may be told of an address, which need not be one: a name and a password before its host are left out."""
+    return _CREDENTIALS.sub(r"\1…@", text)
 
 
 def is_offline() -> bool:

@@ -12,6 +12,7 @@ from estimator.inventory import Inventory
 from estimator.inventory_codec import decode
 from estimator.sources import bounds, catalogue, configfile
 from estimator.sources.access import Access, current
+from estimator.sources.at_hand import NotAtHandError, is_only_at_hand
 from estimator.sources.cache import InventoryCache, content_hash, default_cache
 
 # What a bundled model does without is imported where it is used.
@@ -184,6 +185,7 @@ def build(
         ConfigError: if transformers knows no such model; the message says so where the repository would bring code of its own. If the
             model that the config makes, defaults included, could not run.
         InspectionError: if the model cannot be built, or not within the limits.
+        NotAtHandError: see `at_hand.only_at_hand`.
     """
     try:
         inventory = _built(config, inspector, cache, is_public=is_public)
@@ -198,6 +200,10 @@ def _built(config: Mapping[str, Any], inspector: "Inspector | None", cache: Inve
     key = content_hash(config)
     if cache is None:
         cache = _cache()
+    if is_only_at_hand():  # what is on a disk or in a database may have to be waited for too
+        if (held := cache.held(key)) is None:
+            raise NotAtHandError
+        return held
     if (found := cache.get(key)) is not None:
         return found
     if inspector is None:

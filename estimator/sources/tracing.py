@@ -4,9 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +15,7 @@ from estimator.inventory import Inventory
 from estimator.recipe import Recipe
 from estimator.scoring import rows_of
 from estimator.sources.access import PUBLIC, current
+from estimator.sources.at_hand import NotAtHandError, is_only_at_hand
 from estimator.sources.cache import default_directory, library_versions, read_json, write_json
 from estimator.step import Program
 
@@ -76,23 +75,6 @@ class _Found:
     any_batch: bool = True
 
 
-class NotAtHandError(Exception):
-    """Something would have to be traced. No `VramplanError`: no user sees it, and nothing that does without a trace catches it."""
-
-
-_ONLY_AT_HAND: ContextVar[bool] = ContextVar("whether nothing is traced anew", default=False)
-
-
-@contextmanager
-def only_at_hand() -> Iterator[None]:
-    """Within it tracers give what was traced before, and raise `NotAtHandError` for all else."""
-    token = _ONLY_AT_HAND.set(True)
-    try:
-        yield
-    finally:
-        _ONLY_AT_HAND.reset(token)
-
-
 _Find = Callable[[Mapping[str, Any], bool], _Found]
 
 
@@ -133,7 +115,7 @@ class Tracer:
         Raises:
             TraceError: if the step cannot be traced.
             InspectionError, InspectionLimitError, SourceUnavailableError: see `Inspector.run`.
-            NotAtHandError: see `only_at_hand`.
+            NotAtHandError: see `at_hand.only_at_hand`.
         """
         return self._step(subject, recipe, routing, self._find)
 
@@ -177,7 +159,7 @@ class Tracer:
         assert training is not None
         shown = replace(training, gradient_accumulation_steps=min(2, training.gradient_accumulation_steps))
         payload = _payload(subject, replace(recipe, training=shown)) | {"all_layers": all_layers, "routing": routing}
-        if _ONLY_AT_HAND.get():  # before the flight, which others may share who wait for what takes seconds
+        if is_only_at_hand():  # before the flight, which others may share who wait for what takes seconds
             raise NotAtHandError
         found = self._flights.once(_key(payload, _scope(subject.is_public)), lambda: self._run(payload))
         assert isinstance(found, TracedTimeline)
@@ -190,7 +172,7 @@ class Tracer:
         return TracedTimeline(timeline=decode_timeline(data["timeline"]), routing_matters=bool(data["routing_matters"]))
 
     def _find(self, payload: Mapping[str, Any], is_public: bool) -> _Found:
-        if _ONLY_AT_HAND.get():
+        if is_only_at_hand():
             return self._at_hand(payload, is_public)
         key = _key(payload, _scope(is_public))
         if (kept := self._held(key)) is not None:

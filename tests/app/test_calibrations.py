@@ -1,6 +1,7 @@
 """`/v1/calibrations`: what is posted, by whom, and what becomes of it."""
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.state import keys
 from app.state.database import Database
 from calibration.case import Case
 from calibration.record import Environment, Figures, PhasePeak
+from estimator.errors import RequestError
 from estimator.sources import catalogue
 from tests.calibration.test_record import record
 
@@ -103,6 +105,29 @@ def test_a_page_of_another_site_changes_nothing(client: TestClient, key: dict[st
     body = json.dumps(measured())
     assert client.post("/v1/calibrations", content=body, headers={**key, **headers, "content-type": "text/plain"}).status_code == 403
     assert client.post("/v1/calibrations", json=measured(), headers=key).status_code == 201  # it was not there
+
+
+def test_what_has_to_be_predicted_holds_up_no_other_use_of_the_state(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave, let_go = threading.Semaphore(0), threading.Event(), list[bool]()
+
+    def slow(*_: Any, **__: Any) -> None:
+        entered.release()
+        let_go.append(leave.wait(8))
+        raise RequestError("no prediction in this test", field="model")
+
+    payload = measured()
+    monkeypatch.setattr("app.calibrations.predict", slow)
+    with TestClient(create_app(Configuration(database_url=url, threads=1))) as client, ThreadPoolExecutor(1) as pool:
+        database = Database(url)
+        key = {"x-api-key": keys.create(database, "somebody", is_trusted=False)}
+        database.close()
+        waiting = pool.submit(client.post, "/v1/calibrations", json=payload, headers=key)
+        assert entered.acquire(timeout=10)
+        assert client.get("/v1/calibrations/history").status_code == 200
+        assert client.post("/v1/calibrations", json={}, headers=key).status_code == 422
+        leave.set()
+        assert waiting.result().json()["reasons"] == ["cannot be predicted, so nothing can be set beside it"]
+    assert all(let_go)  # nobody had to wait until it gave up
 
 
 def test_what_is_no_record_is_refused_field_by_field(client: TestClient, key: dict[str, str]) -> None:

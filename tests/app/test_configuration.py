@@ -1,12 +1,13 @@
 """Settings: of the environment, and as documented."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from app.configuration import Configuration, documented
+from app.configuration import Configuration, documented, unknown_names
 from app.flood import RateLimiter
 from app.http import create_app
 from estimator.errors import RequestError
@@ -69,10 +70,61 @@ def test_an_address_of_the_hub_that_is_none_is_refused(monkeypatch: pytest.Monke
     assert [(error.field, error.message) for error in caught.value.errors] == [(name, f"{name}: {address!r}: {accepted}")]
 
 
+@pytest.mark.parametrize("name", ["VRAMPLAN_HUB_ENDPOINT", "HF_ENDPOINT"])
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("https://me:s3cret@hub:x", "https://…@hub:x"),
+        ("https://s3cret@hub/?a=b", "https://…@hub/?a=b"),
+        ("https://me:s3c/ret#s3cret@s3cret@hub", "https://…@hub"),
+        ("https://me:s3//cret@hub:x", "https://…@hub:x"),
+        ("me:s3cret@hub", "…@hub"),
+        ("me:s3//cret@hub", "…@hub"),
+        ("https:/me:s3cret@hub", "…@hub"),
+        ("https://me:s3cret@", "https://…@"),
+    ],
+)
+def test_an_address_that_is_refused_is_told_without_its_credentials(
+    monkeypatch: pytest.MonkeyPatch, name: str, address: str, told: str
+) -> None:
+    monkeypatch.setenv(name, address)
+    with pytest.raises(RequestError) as caught:
+        create_app()
+    assert f"{name}: {told!r}: accepted" in caught.value.message
+    assert "cret" not in str([error.message for error in caught.value.errors])
+
+
 def test_an_address_that_is_not_asked_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
     monkeypatch.setenv("VRAMPLAN_HUB_ENDPOINT", "https://mirror.example")
     assert Configuration.of_environment().hub_endpoint == "https://mirror.example"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("VRAMPLAN_THREADS", None),
+        ("vramplan_threads", None),
+        ("VRAMPLAN_THREAD", "; the nearest that is one: VRAMPLAN_THREADS"),
+        ("VRAMPLAN_HUB_TIMEOUT", "; the nearest that is one: VRAMPLAN_HUB_TIMEOUT_SECONDS"),
+        ("VRAMPLAN_CACHE_DIR", None),
+        ("vramplan_cache_dir", "; the nearest that is one: VRAMPLAN_CACHE_DIR"),  # is not read
+        ("VRAMPLAN_Corrections", "; the nearest that is one: VRAMPLAN_CORRECTIONS"),
+        ("VRAMPLAN_prices", "; the nearest that is one: VRAMPLAN_PRICES"),
+        ("VRAMPLAN_KEY", ""),
+        ("VRAMPLAN_FUZZ_CASES", ""),
+        ("VRAMPLAN_", ""),
+        ("OTHER_THREADS", None),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_told_of_with_the_one_that_it_comes_near_to(name: str, told: str | None) -> None:
+    assert list(unknown_names({name: "s3cret"})) == ([] if told is None else [f"{name} is set and is no setting{told}"])
+
+
+def test_no_document_names_a_variable_that_the_service_would_warn_of() -> None:
+    named = set(re.findall(r"VRAMPLAN_[A-Z_]*[A-Z]", DOCUMENT.read_text()))
+    assert len(named) > 20
+    assert list(unknown_names(dict.fromkeys(named, ""))) == []
 
 
 @pytest.mark.parametrize("limit", ["10/minute", "300/minute;1000/10 hours", "0300/minute"])

@@ -7,10 +7,12 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,13 +28,18 @@ from app.connection import Connection
 from app.flood import RateLimiter, caller_of
 from app.http import create_app
 from app.logs import JsonFormatter
+from app.metrics import Metrics
 from app.redaction import redacted
 from app.serving import serve_on
 from app.spans import Spans
+from app.state.measurements import Posted, Status
 from app.state.opening import State
 from app.work import Need, Workers
-from estimator.errors import TraceError
-from estimator.sources.tracing import NotAtHandError, Tracer
+from estimator.errors import InspectionError, TraceError
+from estimator.sources.at_hand import NotAtHandError
+from estimator.sources.cache import InventoryCache
+from estimator.sources.process import Inspector
+from estimator.sources.tracing import Tracer
 from tests import mock_hub as mocked
 from tests.mock_hub import CONFIG, MockHub
 from tests.served import serving, until
@@ -155,55 +162,76 @@ FLOODS = {
 }
 
 
+class Stuck:
+    """Calls that wait until they are let go: those of the floods named, and no others."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *floods: str) -> None:
+        self.entered, self.leave = threading.Semaphore(0), threading.Event()
+        self._floods = [FLOODS[name] for name in floods]
+        places = {"plan": "http.plan", "estimate": "http.answer", "convert": "http.convert", "calibrations": "calibrations.admit"}
+        for name, place in places.items():
+            monkeypatch.setattr(f"app.{place}", partial(self._ask, f"/v1/{name}"))
+
+    def _ask(self, path: str, asked: Any = None, **_: Any) -> Any:
+        is_measurement = path == "/v1/calibrations"
+        if (path, {} if is_measurement else asked) in self._floods:
+            self.entered.release()
+            self.leave.wait(20)
+        return SimpleNamespace(found=Posted(hash="", status=Status.ACCEPTED, reasons=())) if is_measurement else {}
+
+
+def assert_what_needs_nothing_is_answered(client: TestClient) -> None:
+    for asked in ("/accuracy", "/methods", "/?model=gpt2", "/?model=gpt2&show=files", "/v1/models/gpt2", "/openapi.json", "/readyz"):
+        assert client.get(asked).status_code == 200, asked
+    assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
+
+
 @pytest.mark.parametrize("flood", FLOODS)
 def test_what_waits_or_takes_long_holds_up_nothing_of_another_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flood: str) -> None:
-    entered, leave = threading.Semaphore(0), threading.Event()
-    blocked: list[Any] = []
+    stuck = Stuck(monkeypatch, flood)
     path, body = FLOODS[flood]
-
-    def stub(name: str) -> Any:
-        def ask(asked: Any = None, **_: Any) -> Any:
-            if (name, None if name == "calibrations" else asked) in blocked:
-                entered.release()
-                leave.wait(20)
-            return ({"status": "accepted"}, False) if name == "calibrations" else {}
-
-        return ask
-
-    for name, place in {
-        "plan": "http.plan",
-        "estimate": "http.answer",
-        "convert": "http.convert",
-        "calibrations": "calibrations.receive",
-    }.items():
-        monkeypatch.setattr(f"app.{place}", stub(name))
-    blocked.append((path.rpartition("/")[2], body if path != "/v1/calibrations" else None))
     with (
-        client_of(threads=4, max_plans=6, max_concurrent=20, database_url=f"sqlite:///{tmp_path / 'state'}") as client,
+        client_of(threads=4, max_plans=3, max_concurrent=40, database_url=f"sqlite:///{tmp_path / 'state'}") as client,
         ThreadPoolExecutor(40) as callers,
     ):
         waiting = [callers.submit(client.post, path, json=body) for _ in range(18)]
-        assert entered.acquire(timeout=10)
-        places = 6 if path == "/v1/plan" else 10
+        assert stuck.entered.acquire(timeout=10)
+        places = 3 if path == "/v1/plan" else 5
         active = client.app.state.metrics.active._value  # type: ignore[attr-defined]
         until(lambda: active.get() == places)
         for other, (asked, of) in FLOODS.items():
             if other != flood:
                 assert client.post(asked, json=of).status_code == 200, other
-        for asked in ("/accuracy", "/methods", "/?model=gpt2", "/?model=gpt2&show=files", "/v1/models/gpt2", "/openapi.json", "/readyz"):
-            assert client.get(asked).status_code == 200, asked
-        assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
-        leave.set()
+        assert_what_needs_nothing_is_answered(client)
+        stuck.leave.set()
         codes = Counter(one.result().status_code for one in waiting)
     assert codes == {200: places, 503: 18 - places}
 
 
+def test_all_that_waits_or_takes_long_at_once_leaves_places_to_what_needs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stuck = Stuck(monkeypatch, *FLOODS)
+    with (
+        client_of(threads=2, max_plans=16, max_concurrent=16, database_url=f"sqlite:///{tmp_path / 'state'}") as client,
+        ThreadPoolExecutor(3 * len(FLOODS)) as callers,
+    ):
+        active = client.app.state.metrics.active._value  # type: ignore[attr-defined]
+        waiting = []
+        for number, (path, body) in enumerate(FLOODS.values(), 1):
+            waiting += [callers.submit(client.post, path, json=body) for _ in range(3)]
+            assert stuck.entered.acquire(timeout=10)
+            until(lambda held=2 * number: active.get() == held)  # type: ignore[misc]
+        assert_what_needs_nothing_is_answered(client)
+        stuck.leave.set()
+        codes = Counter(one.result().status_code for one in waiting)
+    assert codes == {200: 2 * len(FLOODS), 503: len(FLOODS)}
+
+
 def test_a_bundled_model_that_has_to_be_traced_waits_where_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, leave = threading.Semaphore(0), threading.Event()
+    entered, leave, let_go = threading.Semaphore(0), threading.Event(), list[bool]()
 
     def trace(*_: Any, **__: Any) -> None:
         entered.release()
-        leave.wait(20)
+        let_go.append(leave.wait(20))
         raise TraceError("no trace in this test", field="engine")
 
     def nothing_at_hand(*_: Any) -> None:
@@ -221,8 +249,32 @@ def test_a_bundled_model_that_has_to_be_traced_waits_where_others_do(monkeypatch
         assert client.post("/v1/plan", json=examples.QLORA).status_code == 200
         leave.set()
         answers = [one.result() for one in waiting]
+    assert all(let_go)  # nobody had to wait until they gave up
     assert [answer.status_code for answer in answers] == [200, 200, 422]  # what only loads cannot be planned
     assert "not_traced" in {warning["code"] for warning in answers[0].json()["warnings"]}
+
+
+def test_a_bundled_model_that_gets_another_head_waits_where_others_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave, let_go = threading.Semaphore(0), threading.Event(), list[bool]()
+
+    def run(*_: Any, **__: Any) -> None:
+        entered.release()
+        let_go.append(leave.wait(8))
+        raise InspectionError("no building in this test", field="model")
+
+    monkeypatch.setattr(Inspector, "run", run)
+    monkeypatch.setattr("estimator.sources.resolve.default_cache", partial(InventoryCache, None))
+    training = {"trainer": "transformers", "training": {"per_device_train_batch_size": 1, "max_length": 64}}
+    classified = {**BUNDLED, **training, "task": {"kind": "classification"}}
+    with client_of(threads=2) as client, ThreadPoolExecutor(2) as callers:
+        # a thread each would take all that there are for bundled models
+        waiting = [callers.submit(client.post, "/v1/estimate", json=classified) for _ in range(2)]
+        assert all(entered.acquire(timeout=10) for _ in waiting)
+        assert client.post("/v1/estimate", json=BUNDLED).status_code == 200
+        leave.set()
+        answers = [one.result() for one in waiting]
+    assert all(let_go)  # nobody had to wait until they gave up
+    assert {answer.json()["detail"] for answer in answers} == {"no building in this test"}
 
 
 def test_a_call_that_no_thread_takes_is_not_counted_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +358,7 @@ def test_the_process_that_starts_others_keeps_open_nothing_of_the_application_it
     monkeypatch.setattr("uvicorn.run", lambda *_, **__: served.append({*threading.enumerate()}))
     monkeypatch.setattr("app.serving.configure", lambda *_: None)
     opened, closed = [], []
-    monkeypatch.setattr(State, "__init__", lambda self, url: opened.append(url) or vars(self).update(database=None))
+    monkeypatch.setattr(State, "__init__", lambda self, url, **_: opened.append(url) or vars(self).update(database=None))
     monkeypatch.setattr(State, "close", lambda _: closed.append(1))
     for name, value in {"ALLOWED_HOSTS": "*", "DATABASE_URL": f"sqlite:///{tmp_path / 'state.sqlite3'}", "TRACES": "true"}.items():
         monkeypatch.setenv(f"VRAMPLAN_{name}", value)
@@ -512,6 +564,24 @@ def test_liveness_and_readiness_are_told_apart(mock: MockHub) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz")
     assert (ready.status_code, ready.json()["status"], ready.json()["hub"]) == (200, "ready", "asked")
+
+
+def test_spans_that_nobody_takes_hold_up_no_other_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What collects them may be out of reach, and their SDK then waits for up to half a minute."""
+    ended: list[str] = []
+
+    def noted(name: str, close: Callable[[Any], None]) -> Callable[[Any], None]:
+        return lambda one: (ended.append(name), close(one))[1]
+
+    spans = Spans(tracer=TracerProvider().get_tracer("test"), close=partial(ended.append, "spans"))
+    monkeypatch.setattr("app.http.spans_of_environment", lambda: spans)
+    for name, place in {"threads": Workers, "state": State, "counts": Metrics}.items():
+        monkeypatch.setattr(place, "close", noted(name, place.close))
+    client = client_of(traces=True, database_url=f"sqlite:///{tmp_path / 'state'}")
+    with client:
+        pass
+    assert sorted(ended) == ["counts", "spans", "state", "threads"]
+    assert ended[-1] == "spans"
 
 
 def test_a_span_holds_the_route_and_nothing_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The OpenAPI document says what the service does: answered cases made from it meet it, and nothing made from it brings the service down.
 
-`make fuzz` runs the same with 20,000 cases.
+`make fuzz` runs the same with 20,000 cases, and only there is memory judged, of operations with 1,000 cases and more: not of `/v1/trace`.
 """
 
 import os
@@ -29,7 +29,8 @@ CASES = int(os.environ.get("VRAMPLAN_FUZZ_CASES", "3"))
 """For each operation."""
 
 MAX_GROWTH_BYTES = 8 * MIB
-"""In the second half of an operation's cases, of which few are accepted; see `test_robustness`, where a smaller leak shows."""
+"""In the second half of an operation's cases in `make fuzz`, of which few are accepted; see `test_robustness`, where a smaller leak
+shows."""
 
 APP = create_app(Configuration(hub_endpoint="http://127.0.0.1:9", rate_limit="none", database_url="none"))
 WHOLE = schemathesis.openapi.from_dict(TestClient(APP).get("/openapi.json").json())

@@ -25,8 +25,10 @@ from app.configuration import Configuration
 from app.form import Form, fields
 from app.holding import cards_that_hold
 from app.http import create_app
+from app.sections import Patience
 from app.service import answer
 from app.wording import headline
+from app.work import Need
 from estimator.errors import RequestError, TraceError
 from estimator.inventory_codec import encode
 from estimator.sources.cache import InventoryCache
@@ -434,6 +436,24 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     cache = InventoryCache(None)
     monkeypatch.setattr("estimator.sources.resolve.default_cache", lambda: cache)
     return asked
+
+
+@pytest.mark.parametrize(
+    ("model", "other", "patience", "expected"),
+    [
+        ("gpt2", None, Patience.STEP, Need.NOTHING),
+        ("gpt2", "model=facebook/opt-125m", Patience.STEP, Need.NOTHING),
+        ("gpt2", "model=facebook/opt-125m", Patience.NONE, Need.NOTHING),
+        ("gpt2", "model=owner/gpt2", Patience.STEP, Need.HUB),
+        ("owner/gpt2", "model=gpt2", Patience.MODEL, Need.HUB),
+        ("gpt2", "model=owner/gpt2", Patience.NONE, Need.DATABASE),
+        ("gpt2", "model=gpt2&engine=trace", Patience.STEP, Need.BUILDER),
+        ("owner/gpt2", "extra=model: {}", Patience.STEP, Need.BUILDER),
+        ("gpt2", "model=hf_CANARYcanary0123456789", Patience.STEP, Need.NOTHING),  # what cannot be taken is left out
+    ],
+)
+def test_a_comparison_waits_for_what_either_side_needs(model: str, other: str | None, patience: Patience, expected: Need) -> None:
+    assert app.page._need(SMALL.edited(model=model, against=other or ""), patience) is expected
 
 
 @pytest.mark.parametrize("beside", [False, True])

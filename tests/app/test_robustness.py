@@ -1,4 +1,8 @@
-"""Whatever is asked, the answer is an answer or a refusal, and takes no memory for good. `make fuzz` asks as often as it says there."""
+"""Whatever is asked, the answer is an answer or a refusal.
+
+That it takes no memory for good only `make fuzz` judges, which asks as often as it says there: the ordinary run stays below the 1,000
+requests of a kind from which `Watch` judges, and says nothing about memory.
+"""
 
 import ast
 import copy
@@ -35,8 +39,8 @@ CONFIGS = int(os.environ.get("VRAMPLAN_FUZZ_CONFIGS", "40"))
 FILES = int(os.environ.get("VRAMPLAN_FUZZ_FILES", "150"))
 
 MAX_GROWTH_BYTES = 16 * MIB
-"""In the second half of a run. Answers and the steps of recipes are kept, so many and no more, and not all places are taken by then: one
-request in sixteen is accepted, and such a one takes 18 kB. A leak of the request itself, 2 kB, comes to more."""
+"""In the second half of a run of `make fuzz`. Answers and the steps of recipes are kept, so many and no more, and not all places are taken
+by then: one request in sixteen is accepted, and such a one takes 18 kB. A leak of the request itself, 2 kB, comes to more."""
 
 
 @dataclass(frozen=True, kw_only=True)

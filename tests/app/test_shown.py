@@ -73,7 +73,7 @@ def surroundings(folder: Path) -> Iterator[dict[str, str]]:
             database = Database(url)
             key = keys.create(database, "somebody", is_trusted=False)
             database.close()
-            yield {"ADDRESS": address, "HF_TOKEN": mocked.TOKEN, "VRAMPLAN_KEY": key}
+            yield {"ADDRESS": address, "HF_TOKEN": mocked.TOKEN, "LAB_KEY": key}
 
 
 def path_of(line: str) -> str:

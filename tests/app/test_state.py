@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def postgres_url() -> Iterator[str | None]:
         return
     with postgres.serving() as server:
         yield server.url
+
+
+def test_every_thread_that_may_want_postgres_gets_a_connection(postgres_url: str | None) -> None:
+    if postgres_url is None:
+        pytest.skip(str(postgres.why_not()))
+    database = Database(postgres_url, connections=20)
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(database.reading())
+    database.close()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
