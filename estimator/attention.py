@@ -188,7 +188,7 @@ def written_out(
     weights = softmax(weights)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
     returned = cast(weights, dtype)  # the weights are handed back too, and made first
-    output = cast(batched_product(weights, repeated(value, heads.groups) if broadcasts else value, result), dtype)
+    output = cast(batched_product(weights, _broadcast(value, heads.groups) if broadcasts else value, result), dtype)
     tape.autocast_enabled = autocasts
     del arguments, accumulated, scaled, bias, returned
     return output
@@ -213,8 +213,18 @@ def _causal_bias(tape: Tape) -> Value:
 def _scores(query: Value, key: Value, heads: Heads, *, broadcasts: bool, one_query: bool) -> Value:
     """Queries lie token after token: the batched product needs a copy of them."""
     extent = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads if broadcasts else None)
-    query = query if one_query else clone(query)
-    return batched_product(query, repeated(key, heads.groups) if broadcasts else key, extent)
+    query = query if one_query else by_heads(query)
+    return batched_product(query, _broadcast(key, heads.groups) if broadcasts else key, extent)
+
+
+def _broadcast(x: Value, groups: int) -> Value:
+    """One key/value head as a batched product takes it for every query head: copied, but for one sequence seen many times."""
+    return expanded_view(x, x.extent.scaled(groups)) if x.tape.one_sequence else repeated(x, groups)
+
+
+def by_heads(x: Value) -> Value:
+    """Heads one after the other, for a batched product: a copy, but of one sequence, whose heads are merely seen as the batch."""
+    return x if x.tape.one_sequence else clone(x)
 
 
 def repeated(x: Value, groups: int) -> Value:
@@ -286,7 +296,8 @@ def eager(
     alone = heads.groups == 1
     scores = scores_extent(query, key, heads, num_key_heads=heads.num_key_value_heads)
     query, key, value, _ = expanded(query, key, value, heads)
-    product = batched_product(query if queries_first else clone(query), key if copied or (keys_first and alone) else clone(key), scores)
+    lies_by_heads = copied or (keys_first and alone)
+    product = batched_product(query if queries_first else by_heads(query), key if lies_by_heads else by_heads(key), scores)
     weights = scale(product)
     del product
     if softcap:
@@ -298,5 +309,5 @@ def eager(
     weights = cast(softmax(weights, DType.FLOAT32 if in_float32 else None), query.dtype)
     weights = dropout(weights, probability)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, value if copied or (values_first and alone) else clone(value), result)
+    output = batched_product(weights, value if copied or (values_first and alone) else by_heads(value), result)
     return (output if one_query else clone(output)), weights

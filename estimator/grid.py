@@ -29,7 +29,7 @@ from estimator.inventory import Inventory
 from estimator.parallelism.options import Strategy
 from estimator.phases import Item, Phase
 from estimator.recipe import Attention, Loss, Recipe, Training
-from estimator.step import Program
+from estimator.step import Program, copies_of_several
 from estimator.units import allocated, ceil_div
 
 Ints = NDArray[np.int64]
@@ -180,8 +180,10 @@ def program_codes(inventory: Inventory, recipe: Recipe, sizes: Sizes) -> Ints:
     is_beyond = (
         shape_length >= window if isinstance(window, int) and recipe.attention is Attention.SDPA else np.zeros(len(sizes), dtype=bool)
     )
+    is_one = (sizes.batch == 1) | training.flattened if copies_of_several(recipe, inventory) else np.zeros(len(sizes), dtype=bool)
     passes = _pass_codes(training, inventory.config, sizes)
-    return passes * 4 + is_beyond * 2 + (sizes.steps > 1)
+    codes: Ints = passes * 8 + is_one * 4 + is_beyond * 2 + (sizes.steps > 1)
+    return codes
 
 
 def _pass_codes(training: Training, config: Mapping[str, Any], sizes: Sizes) -> Ints:

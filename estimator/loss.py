@@ -105,13 +105,14 @@ def stock_loss(
 
 
 def _copied(x: Value) -> Value:
-    """`logits[..., :-1, :].contiguous()`: its gradient is a full tensor with the slice copied in."""
+    """`logits[..., :-1, :].contiguous()`: its gradient is a full tensor with the slice copied in. One sequence is contiguous without its
+    last position."""
     tape = x.tape
 
     def backward(node: Node, gradient: Value) -> Gradients:
         return [label_logits(tape.new(gradient.extent, gradient.dtype))]
 
     node = tape.node([x], backward)
-    y = tape.new(x.extent, x.dtype)
+    y = x.view() if tape.one_sequence else tape.new(x.extent, x.dtype)
     y.node = node
     return y

@@ -43,6 +43,8 @@ class Regime:
     """How far caches reach while the prompt is read."""
     decode: Spans | None = None
     """The same for one new token; None where generation ends with the prompt."""
+    one_sequence: bool = False
+    """Whether the batch is one sequence, where that spares copies; see `copies_of_several`."""
     few_rows: bool = False
     """Whether one token of each sequence makes so few rows that 4-bit weights are not unpacked."""
 
@@ -216,6 +218,7 @@ class _Step:
             keeps_layer_inputs=keeps_layer_inputs,
             log=log,
         )
+        self.tape.one_sequence = regime.one_sequence
         self.layer_types = layer_types(inventory)
         self.layers, self.outside = layer_tensors(inventory, stored)
         # Layers that lie on another card have no tensors here.
@@ -650,7 +653,27 @@ def regime_of(recipe: Recipe, inventory: Inventory) -> Regime:
     return Regime(
         beyond_window=isinstance(window, int) and recipe.attention is Attention.SDPA and length >= window,
         rows=Rows() if training is None else rows_of(training, inventory.config),
+        one_sequence=training is not None and training.shape[0] == 1 and copies_of_several(recipe, inventory),
     )
+
+
+def copies_of_several(recipe: Recipe, inventory: Inventory) -> bool:
+    """Whether a pass copies what is only seen otherwise where there is one sequence: heads, for products of them one by one, and the
+    logits without their last position.
+
+    Attention is written out where it is asked for, and where sdpa finds no fused kernel: before compute capability 8.0, in float32, and
+    for Falcon's one key/value head under a mask.
+
+    Source: torch, ATen/native/LinearAlgebra.cpp, matmul (expand, reshape and a batched product: the reshape is a view where heads alone
+    are merged).
+    """
+    training = recipe.training
+    if training is not None and training.loss is Loss.STOCK and recipe.stack.loss_shifts_logits:
+        return True
+    if recipe.attention is not Attention.SDPA:
+        return recipe.attention is Attention.EAGER
+    dtype = training.autocast_dtype or recipe.dtype if training is not None else recipe.dtype
+    return not dtype.is_half or recipe.compute_capability < (8, 0) or inventory.model_type == "falcon"
 
 
 def generation_regimes(recipe: Recipe, inventory: Inventory) -> tuple[tuple[Regime, int], ...]:
@@ -665,6 +688,7 @@ def generation_regimes(recipe: Recipe, inventory: Inventory) -> tuple[tuple[Regi
             prefill=prefill,
             decode=decode_spans(inventory, recipe, inference, first=first),
             few_rows=inference.batch_size <= recipe.stack.rows_of_fused_4bit,
+            one_sequence=inference.batch_size == 1 and copies_of_several(recipe, inventory),
         )
         for first in passes
     }

@@ -238,6 +238,8 @@ class Tape:
         """What such hooks hold."""
         self.few_rows = False
         """Whether the batch is small enough for kernels that multiply by 4-bit weights as they are."""
+        self.one_sequence = False
+        """Whether there is one sequence, whose heads lie in memory as products one by one take them."""
         self.scope = ""
         """The module that is running."""
         self.kernels: set[Kernel] = set()

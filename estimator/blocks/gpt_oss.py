@@ -3,7 +3,7 @@
 Source: transformers, models/gpt_oss/modeling_gpt_oss.py; integrations/moe.py, grouped_mm_experts_forward.
 """
 
-from estimator.attention import Heads, repeated, scores_extent
+from estimator.attention import Heads, by_heads, repeated, scores_extent
 from estimator.blocks.layer import Layer, Surroundings
 from estimator.blocks.moe import adapted, experts_copied, experts_per_token, grouped_product, num_experts, summed_over_choices, top
 from estimator.blocks.olmo import rms_norm
@@ -90,7 +90,7 @@ def _with_sinks(
     scores = part(probabilities, 1, 1)
     weights = cast(dropout(scores, probability), value.dtype)
     result = query.extent.scaled(heads.value_head_dim, heads.head_dim)
-    output = batched_product(weights, clone(value) if heads.groups == 1 else value, result)
+    output = batched_product(weights, by_heads(value) if heads.groups == 1 else value, result)
     output = output if one_query else clone(output)
     del column, combined
     return output, weights

@@ -48,8 +48,10 @@ def quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None
         replace_with_bnb_linear(model, skipped, config, pre_quantized=True)
     model.tie_weights(recompute_mapping=False)
     for module in model.modules():
-        # DoRA unpacks the weights when it begins, with what loading would have made beside them.
+        # DoRA unpacks the weights when it begins, with what loading would have made beside them. Packed, they are one column: a single
+        # row would be taken for one that is to be transposed (bitsandbytes, functional.py, dequantize_4bit).
         if isinstance(module, bnb.nn.Linear4bit):
+            module.weight.data = module.weight.data.reshape(-1, 1)
             with torch.device("meta"):
                 module.weight.quant_state = quantization_state(module, quantization, dtype)
         elif isinstance(module, bnb.nn.Linear8bitLt):

@@ -38,6 +38,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
         MISTRAL,
         replace(training(loss=Loss.TRL_TILED), training=replace(training(loss=Loss.TRL_TILED).training, flattened=True)),
     ),  # type: ignore[type-var]
+    "shifted logits": (LLAMA, replace(training(), stack=replace(training().stack, transformers=(4, 48)))),
+    "a falcon": ("tiiuae/falcon-7b", training()),
     "an old card": (LLAMA, training(compute_capability=(7, 5))),
     "DDP": (LLAMA, replace(training(), parallel=Parallel(strategy=Strategy.DDP, num_gpus=4))),
     "full, DDP": (SMALL, replace(training(method="full"), parallel=Parallel(strategy=Strategy.DDP, num_gpus=2))),
@@ -65,7 +67,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "LoRA, zero3": (LLAMA, replace(training(method="lora"), parallel=Parallel(strategy=Strategy.ZERO3, num_gpus=8))),
     "large workspaces": (LLAMA, training(compute_capability=(9, 0))),
 }
-POINTS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20_000), st.integers(1, 9)), min_size=1, max_size=12)
+POINTS = st.lists(st.tuples(st.one_of(st.just(1), st.integers(1, 300)), st.integers(1, 20_000), st.integers(1, 9)), min_size=1, max_size=12)
 
 
 def at(recipe: Recipe, batch: int, length: int, steps: int) -> Recipe:

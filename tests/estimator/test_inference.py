@@ -44,17 +44,19 @@ class Case:
     new: int = NEW
     attention: str | None = None
     config: tuple[tuple[str, Any], ...] = ()
+    batch: int = B
 
     def __str__(self) -> str:
         mode = self.mode if isinstance(self.mode, str) else self.mode.quant
-        return f"{self.family}-{mode}-{self.cache}{'-padded' if self.padded else ''}-{self.prompt}+{self.new}"
+        batch = f"-{self.batch}x" if self.batch != B else "-"
+        return f"{self.family}-{mode}-{self.cache}{'-padded' if self.padded else ''}{batch}{self.prompt}+{self.new}"
 
     @property
     def options(self) -> dict[str, Any]:
         return {"cache": self.cache, "padded": self.padded, "attention": self.attention, "config": dict(self.config)}
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.family, self.mode, B, self.prompt, self.new, LAYERS
+        return self.family, self.mode, self.batch, self.prompt, self.new, LAYERS
 
 
 @lru_cache(maxsize=64)
@@ -107,6 +109,13 @@ OTHERS = [
     *(Case(family="falcon", cache=cache, config=(("num_kv_heads", 1),)) for cache in ("dynamic", "static")),
     # eager attention where keys and values are one per query head, and where they are not
     *(Case(family=family, cache=cache, attention="eager") for family in ("llama", "gpt2") for cache in ("dynamic", "static")),
+    # one sequence, whose heads products take as they lie
+    *(
+        Case(family=family, cache=cache, attention="eager", batch=1)
+        for family in ("llama", "gpt2", "gpt_neox", "gpt_bigcode", "deepseek_v2")
+        for cache in ("dynamic", "static")
+    ),
+    *(Case(family="falcon", cache=cache, config=(("num_kv_heads", 1),), batch=1) for cache in ("dynamic", "static")),
     # two tokens: the first pass of one token is the last
     Case(family="llama", new=2),
     Case(family="gemma3_text", new=2, config=HYBRID),

@@ -59,6 +59,11 @@ def test_a_layer_keeps_what_autograd_keeps(family: str, mode: str) -> None:
     assert_layers_keep_the_same(family, mode, 2, 24)
 
 
+@pytest.mark.parametrize("family", MODELLED)
+def test_a_layer_keeps_what_autograd_keeps_of_one_sequence(family: str) -> None:
+    assert_layers_keep_the_same(family, "lora_bf16_fp32_autocast", *SIZES[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("B", "S"), SIZES)
 @pytest.mark.parametrize("mode", MODES)

@@ -1,4 +1,4 @@
-"""What a layer keeps under other versions of transformers, against what they kept in runs of their own (`tests/oracle/record_kept.py`)."""
+"""What a layer keeps and the loss takes under other versions of transformers, against runs of their own (`tests/oracle/record_kept.py`)."""
 
 import json
 from dataclasses import replace
@@ -13,11 +13,16 @@ from estimator.sources.process import Inspector
 from estimator.sources.resolve import build
 from estimator.stack import Stack, parse_version
 from estimator.static_memory import stored_tensors
-from estimator.step import _Step, keeps_cache, regime_of
-from tests.oracle.record_kept import BATCH, FEW, LENGTH, MANY
+from estimator.step import _Step, keeps_cache, regime_of, run_step
+from tests.oracle.record_kept import BATCH, FEW, LENGTH, LENGTH_OF_LOGITS, MANY, OF_LOGITS
 
-_LINES = (Path(__file__).parent / "data" / "kept_by_other_transformers.jsonl").read_text(encoding="utf-8").splitlines()
-RECORDED: list[dict[str, Any]] = [json.loads(line) for line in _LINES]
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(__file__).parent / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+
+RECORDED = _lines("kept_by_other_transformers.jsonl")
+PEAKS = _lines("peaks_by_other_transformers.jsonl")
 
 
 def _name(line: dict[str, Any]) -> str:
@@ -29,7 +34,7 @@ def _name(line: dict[str, Any]) -> str:
 def _recipe(line: dict[str, Any], **fields: Any) -> Recipe:
     return Recipe(
         dtype=DType.BFLOAT16,
-        attention=Attention(line["config"].get("attn_implementation", "sdpa")),
+        attention=Attention(line.get("config", {}).get("attn_implementation", "sdpa")),
         training=Training(micro_batch_size=BATCH, sequence_length=LENGTH, **fields),
         stack=Stack(transformers=parse_version("transformers", line["transformers"])),
     )
@@ -50,6 +55,17 @@ def _kept(line: dict[str, Any], num_layers: int, inspector: Inspector) -> int:
 @pytest.mark.parametrize("line", RECORDED, ids=_name)
 def test_a_layer_keeps_what_it_kept_in_that_version(line: dict[str, Any], inspector: Inspector) -> None:
     assert _kept(line, MANY, inspector) - _kept(line, FEW, inspector) == line["layer_bytes"]
+
+
+@pytest.mark.parametrize("line", PEAKS, ids=lambda line: f"{line['batch']} of {line['transformers']}")
+def test_logits_take_what_they_took_in_that_version(line: dict[str, Any], inspector: Inspector) -> None:
+    """Before 4.49 the loss leaves off the last of the 240 positions: of several sequences that is a copy, of one it is not."""
+    inventory = build({**OF_LOGITS, "use_cache": False}, inspector=inspector)
+    training = Training(micro_batch_size=line["batch"], sequence_length=LENGTH_OF_LOGITS)
+    recipe = replace(_recipe(line), training=training)
+    program = run_step(inventory, recipe, stored_tensors(inventory, recipe), regime_of(recipe, inventory), cuda_kernels=False)
+    said = max(extent.at(*training.shape) for extents in program.peaks.values() for extent in extents)
+    assert said == pytest.approx(line["peak_bytes"], rel=1.5 / LENGTH_OF_LOGITS)
 
 
 def test_versions_of_transformers_4_that_differ_are_recorded() -> None:

@@ -35,7 +35,8 @@ NF4 = Quantization(kind=QuantizationKind.NF4, double_quant=True, compute_dtype=D
 FP4 = Quantization(kind=QuantizationKind.FP4, storage_dtype=DType.BFLOAT16)
 INT8 = Quantization(kind=QuantizationKind.INT8)
 
-# One of each kind of layout: fused experts, transposed experts, Conv1D, derived Linear, tied heads, biases, low-rank attention, scans.
+# One of each kind of layout: fused experts, transposed experts, Conv1D, derived Linear, tied heads, biases, a gate of one
+# output, low-rank attention, scans.
 SAMPLE = (
     "meta-llama-llama-3.1-8b.json",
     "mistralai-mixtral-8x7b-v0.1.json",
@@ -45,6 +46,7 @@ SAMPLE = (
     "google-gemma-2-2b.json",
     "qwen-qwen2.5-1.5b.json",
     "deepseek-ai-deepseek-v2-lite.json",
+    "qwen-qwen1.5-moe-a2.7b.json",
     "state-spaces-mamba-130m-hf.json",
     "facebook-opt-125m.json",
 )

@@ -200,7 +200,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mixtral": Family(config_class="MixtralConfig", values=_MOE | {"intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}),
         "deepseek_v2": Family(config_class="DeepseekV2Config", values=_DEEPSEEK | {"topk_method": "group_limited_greedy", "topk_group": 1}),
         "deepseek_v2_lite": Family(config_class="DeepseekV2Config", values=_DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None}),
-        "deepseek_v3": Family(config_class="DeepseekV3Config", values=_DEEPSEEK | {"norm_topk_prob": True}),
+        "deepseek_v3": Family(config_class="DeepseekV3Config", values=_DEEPSEEK | {"norm_topk_prob": True, "num_key_value_heads": HEADS}),
         "glm4_moe": Family(
             config_class="Glm4MoeConfig",
             values=_MOE | _SHARED | {"first_k_dense_replace": 0, "n_group": 2, "topk_group": 2, "use_qk_norm": True},
@@ -337,6 +337,7 @@ def _adapt(model: PreTrainedModel, mode: Mode) -> nn.Module:
         )  # PEFT's own rewrite of targets on fused experts
         # PEFT's own rewrite of expert names leaves rank patterns for layers that have none
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # such adapters cannot be merged: nothing is here
         # PEFT looks for the base model's config on the Hub to say that embeddings were saved
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=mode.autocasts_adapter)

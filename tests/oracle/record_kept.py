@@ -1,11 +1,13 @@
-"""What other versions of transformers keep of a layer for the backward pass, recorded: a script of its own.
+"""What other versions of transformers keep of a layer for the backward pass, and what their loss takes: a script of its own.
 
 The versions that the tests run with cannot stand beside others. With another one first on the path, alone in its folder,
 
     pip install --no-deps --target other transformers==4.51.3 tokenizers==0.21.1 huggingface_hub==0.30.2
     PYTHONPATH=other:. python -P tests/oracle/record_kept.py >> tests/estimator/data/kept_by_other_transformers.jsonl
 
-prints a line per model, with its cache on and off: tiny models in bfloat16, trained in full, without checkpointing and padding.
+prints a line per model, with its cache on and off: tiny models in bfloat16, trained in full, without checkpointing and padding. With
+`peaks` behind it, for `data/peaks_by_other_transformers.jsonl`, it prints the peak of a pass forward and backward through a model whose
+logits are most of what it makes, for one sequence and for two.
 """
 
 import gc
@@ -46,6 +48,17 @@ MODELS: tuple[dict[str, Any], ...] = (
     {"model_type": "cohere"},
 )
 
+# Long, for a loss that leaves off the last position.
+OF_LOGITS: dict[str, Any] = {
+    **_SHARED,
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "vocab_size": 4096,
+}
+LENGTH_OF_LOGITS = 240
+
 
 def kept(model: dict[str, Any], *, num_layers: int, use_cache: bool) -> int:
     """Alive once the loss is there, outputs included [bytes, not rounded]."""
@@ -66,7 +79,26 @@ def kept(model: dict[str, Any], *, num_layers: int, use_cache: bool) -> int:
     return found
 
 
+def peak_of_logits(batch: int) -> int:
+    """Most that is alive at once, from the first layer to the last gradient [bytes, not rounded]."""
+    config = AutoConfig.for_model(**OF_LOGITS, use_cache=False)
+    built = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16).train()
+    ids = torch.randint(1, 352, (batch, LENGTH_OF_LOGITS))
+    live = LiveStorages(granularity_bytes=1)
+    live.know([*built.parameters(), *built.buffers()], "static")
+    ones = torch.ones_like(ids)
+    live.know([ids, ones], "inputs")
+    with live:
+        built(input_ids=ids, attention_mask=ones, labels=ids).loss.backward()
+    return live.peak.num_bytes
+
+
 def main() -> None:
+    if sys.argv[1:] == ["peaks"]:
+        for batch in (1, 2):
+            line = {"transformers": transformers.__version__, "batch": batch, "peak_bytes": peak_of_logits(batch)}
+            print(json.dumps(line), flush=True)
+        return
     for model in MODELS:
         for use_cache in (False, True):
             try:
