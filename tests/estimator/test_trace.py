@@ -61,6 +61,7 @@ def test_peaks_equal_those_of_a_real_run_in_every_mode(family: str, mode: str, g
 
 VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {
     "dora on 4 bit": ("llama", "qlora_prepared_autocast", {"dora": True}, {"gc": False}),
+    "dora on 4 bit, a gate of one output": ("qwen2_moe", "qlora_prepared_autocast", {"dora": True, "targets": ("shared_expert_gate",)}, {}),
     "dora under dropout on 4 bit": ("gpt2", "qlora_bf16_autocast", {"dora": True, "dropout": 0.1}, {}),
     "dora on int8": ("llama", "int8_fp32_autocast", {"dora": True, "dropout": 0.1}, {}),
     "dora": ("gpt2", "lora_bf16_fp32_autocast", {"dora": True}, {"gc": False}),
