@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from estimator.sources.process import Inspector
     from estimator.timeline import Timeline
 
-FORMAT = 8
+FORMAT = 9
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
-# A batch of one needs fewer copies than others.
 _EXACT_BATCH = 2
 _LONGEST = 2**20
 
@@ -72,7 +71,8 @@ class _Found:
     reason: str = ""
     """Why there is no step for these sizes."""
     multiple_of: int | None = None
-    any_batch: bool = True
+    batches: str = "all"
+    """Which batches it holds for: `all`, `several`, or the `own` one."""
 
 
 _Find = Callable[[Mapping[str, Any], bool], _Found]
@@ -137,11 +137,14 @@ class Tracer:
         lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
         for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths)}
         found = find(for_lengths, subject.is_public)
+        own = training.micro_batch_size
+        if own == 1 and found.batches == "several":
+            found = find(for_lengths | {"one_sequence": True}, subject.is_public)
         if found.step is not None and length % (found.multiple_of or 1) == 0:
             return found.step
-        for batch in (_EXACT_BATCH, training.micro_batch_size):  # in most cases one length alone serves every batch
+        for batch in (_EXACT_BATCH, own) if own > 1 else (own,):  # in most cases one length alone serves every batch
             found = find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
-            if found.step is not None and (found.any_batch or batch == training.micro_batch_size):
+            if found.step is not None and (found.batches == "all" or batch == own):
                 return found.step
         raise TraceError(f"the step cannot be traced: {found.reason}", field="engine")
 
@@ -275,7 +278,7 @@ def _decoded(data: Mapping[str, Any]) -> _Found:
     step = TracedStep(
         program=decode_program(data["program"]), is_outline=bool(data["is_outline"]), routing_matters=bool(data["routing_matters"])
     )
-    return _Found(step=step, multiple_of=data["multiple_of"], any_batch=bool(data["any_batch"]))
+    return _Found(step=step, multiple_of=data["multiple_of"], batches=str(data["batches"]))
 
 
 def _payload(subject: Subject, recipe: Recipe) -> dict[str, Any]:

@@ -42,9 +42,9 @@ SAMPLE = [(family, MODES[n % len(MODES)], CHECKPOINTING[n % 3]) for n, family in
 ALL = [cell for cell in product(FAMILIES, MODES, CHECKPOINTING) if cell not in SAMPLE]
 
 
-def assert_equal(family: str, mode: str, gc: bool | None) -> None:
-    real = oracle.step(family, mode, BATCH, LENGTH, LAYERS, gc=gc).first
-    traced = traces.live_bytes(traces.timeline(family, mode, BATCH, LENGTH, LAYERS, gc=gc))
+def assert_equal(family: str, mode: str, gc: bool | None, *, batch: int = BATCH, **options: Any) -> None:
+    real = oracle.step(family, mode, batch, LENGTH, LAYERS, gc=gc, **options).first
+    traced = traces.live_bytes(traces.timeline(family, mode, batch, LENGTH, LAYERS, gc=gc, **options))
     assert {phase: traced[phase] for phase in STEP} == {phase: real[phase].live_bytes for phase in STEP}
 
 
@@ -57,6 +57,11 @@ def test_peaks_equal_those_of_a_real_run(family: str, mode: str, gc: bool | None
 @pytest.mark.parametrize(("family", "mode", "gc"), ALL)
 def test_peaks_equal_those_of_a_real_run_in_every_mode(family: str, mode: str, gc: bool | None) -> None:
     assert_equal(family, mode, gc)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("falcon_old", None), ("gpt_neox", "eager"), ("deepseek_v2", "eager")])
+def test_peaks_of_one_sequence_equal_those_of_a_real_run(family: str, attention: str | None) -> None:
+    assert_equal(family, "qlora_prepared_autocast", None, batch=1, attention=attention)
 
 
 VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {

@@ -93,6 +93,22 @@ def test_one_trace_serves_every_batch_and_length_of_a_regime(inspector: Inspecto
     assert counting.asked == ["trace"]
 
 
+def test_one_sequence_is_traced_apart_where_its_heads_are_not_copied(inspector: Inspector) -> None:
+    """GPT-NeoX's eager attention copies the heads of several sequences for its products; a copy lets go of what it was made from."""
+    counting, config = Counting(inspector), {**CONFIG, "model_type": "gpt_neox"}
+    subject, shared = Subject(config=config, inventory=build(config, inspector=inspector)), tracer(counting)
+    one, two, five = (replace(recipe(batch), attention=Attention.EAGER) for batch in (1, 2, 5))
+    found = shared.step(subject, two)
+    assert shared.has_step(subject, five)
+    assert not shared.has_step(subject, one)
+    alone = shared.step(subject, one)
+    assert counting.asked == ["trace", "trace"]
+    assert shared.step(subject, five) is found
+    assert shared.step(subject, one) is alone
+    said, true = (max(s.at(1, 64) for s in step.program.peaks[Phase.BACKWARD]) for step in (found, alone))
+    assert true > said
+
+
 def test_a_public_trace_is_kept_on_disk_and_a_private_one_is_not(inspector: Inspector, subject: Subject, tmp_path: Path) -> None:
     first, second = Counting(inspector), Counting(inspector)
     asks_first, asks_again = tracer(first, directory=tmp_path / "public"), tracer(second, directory=tmp_path / "public")

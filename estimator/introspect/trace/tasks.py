@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -24,13 +25,32 @@ from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.timeline import Timeline, encode_timeline
-from estimator.traced_step import ALIGNMENTS, OUTLINE_POINTS, NotOneProgramError, Point, encode_program, outline, points, program
+from estimator.traced_step import (
+    ALIGNMENTS,
+    ONE,
+    OUTLINE_POINTS,
+    NotOneProgramError,
+    Point,
+    encode_program,
+    missed_by,
+    outline,
+    points,
+    program,
+)
 
 # A scan over tokens written in Python takes several operations per token; a scan over chunks far less than one.
 _LONGEST_LOOP = 3
 _SHORTEST_LOOP = 1500
 
 _RECIPE = TypeAdapter(Recipe)
+
+
+class Batches(StrEnum):
+    """Which batches a program holds for."""
+
+    ALL = "all"
+    SEVERAL = "several"  # all but a batch of one, where copies can be left off
+    OWN = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +60,7 @@ class TracedProgram:
     program: Program
     multiple_of: int | None
     """Lengths that it holds for are multiples of this; None: only the length, or size, that was asked for."""
-    any_batch: bool
+    batches: Batches
     sample: Sample
     is_outline: bool
     """Whether it was fitted to short runs, see `traced_step.outline`."""
@@ -51,9 +71,9 @@ class TracedProgram:
 def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
     """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest], "rows"}` → the step's candidates for the peak.
 
-    With `"exact": true`, for the recipe's own length alone, and where the batch makes another program of it for the recipe's own batch.
-    With `"routing": "worst"`, for all tokens choosing the same experts. Where no program holds for many lengths the result has a `reason`
-    and no program.
+    With `"one_sequence": true`, for a batch of one alone. With `"exact": true`, for the recipe's own length alone, and where the batch
+    makes another program of it for the recipe's own batch. With `"routing": "worst"`, for all tokens choosing the same experts. Where no
+    program holds for many lengths the result has a `reason` and no program.
 
     Raises:
         BuildError: if transformers cannot build the model.
@@ -61,13 +81,16 @@ def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
     """
     session = Session(payload)
     try:
-        found = session.exact_program() if payload.get("exact") else session.program(*payload["lengths"])
+        if payload.get("exact"):
+            found = session.exact_program()
+        else:
+            found = session.program(*payload["lengths"], one_sequence=bool(payload.get("one_sequence")))
     except NotOneProgramError as error:
         return {"reason": str(error)}
     return {
         "program": encode_program(found.program),
         "multiple_of": found.multiple_of,
-        "any_batch": found.any_batch,
+        "batches": found.batches.value,
         "is_outline": found.is_outline,
         "routing_matters": found.routing_matters,
         "layers": _layers(found.sample),
@@ -147,19 +170,22 @@ class Session:
             self.reference = reference_model(another, self.recipe, prefix, self.sample.kept, self.mode)
             warm_up(self.model, self.recipe, self.mode)
 
-    def program(self, shortest: int, longest: int) -> TracedProgram:
+    def program(self, shortest: int, longest: int, *, one_sequence: bool = False) -> TracedProgram:
         """For the lengths of a regime, all of them or those that fill whole chunks.
+
+        Args:
+            one_sequence: whether for a batch of one alone; else for all batches, or for all larger ones.
 
         Raises:
             NotTraceableError: as `run`.
             NotOneProgramError: if the lengths differ in more than size.
         """
-        return self._guarded_by_outline(lambda: self._for_lengths(shortest, longest))
+        return self._guarded_by_outline(lambda: self._for_lengths(shortest, longest, one_sequence=one_sequence))
 
-    def _for_lengths(self, shortest: int, longest: int) -> TracedProgram:
+    def _for_lengths(self, shortest: int, longest: int, *, one_sequence: bool) -> TracedProgram:
         timelines: dict[Point, Timeline] = {}
         for alignment in ALIGNMENTS:
-            wanted = points(shortest, longest, alignment)
+            wanted = points(shortest, longest, alignment, one_sequence=one_sequence)
             for point in wanted:
                 if point not in timelines:
                     timelines[point] = self.run(point)
@@ -168,8 +194,12 @@ class Session:
             except NotOneProgramError as error:
                 reason = error
                 continue
-            return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment)
+            batches = Batches.OWN if one_sequence else self._batches(found, (ONE, wanted[2][1]))
+            return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment, batches=batches)
         raise reason
+
+    def _batches(self, found: Program, single: Point) -> Batches:
+        return Batches.ALL if missed_by(found, self.run(single), self.sample.stands_for, single) is None else Batches.SEVERAL
 
     def _guarded_by_outline(self, make: Callable[[], TracedProgram]) -> TracedProgram:
         """A program made by full traces, or where those would take as long as there are tokens, by its outline."""
@@ -210,7 +240,7 @@ class Session:
 
     def _at_size(self) -> TracedProgram:
         found = program({self._size: self.run(self._size)}, self.sample.stands_for)
-        return self._program(found, multiple_of=None, any_batch=False)
+        return self._program(found, multiple_of=None, batches=Batches.OWN)
 
     @property
     def _size(self) -> Point:
@@ -222,12 +252,14 @@ class Session:
     def runs_all_layers(self) -> bool:
         return len(self.sample.kept) == len(self.sample.stands_for)
 
-    def _program(self, found: Program, *, multiple_of: int | None, any_batch: bool = True, is_outline: bool = False) -> TracedProgram:
+    def _program(
+        self, found: Program, *, multiple_of: int | None, batches: Batches = Batches.ALL, is_outline: bool = False
+    ) -> TracedProgram:
         return TracedProgram(
             is_outline=is_outline,
             program=replace(found, kernels=self._kernels()),
             multiple_of=multiple_of,
-            any_batch=any_batch,
+            batches=batches,
             sample=self.sample,
             routing_matters=self.values.routing_matters,
         )
