@@ -71,10 +71,6 @@ ALIGNMENTS = (8, 64, 256)
 multiples of 8 is taken to hold for every length."""
 
 
-ONE, SOME, MORE = 1, 2, 3
-"""Batches at which a regime is traced."""
-
-
 def points(smallest: int, largest: int, alignment: int = ALIGNMENTS[0], *, one_sequence: bool = False) -> tuple[Point, ...]:
     """Where to trace a regime: three lengths at one batch, and at another a length that tells what goes in steps.
 
@@ -82,9 +78,9 @@ def points(smallest: int, largest: int, alignment: int = ALIGNMENTS[0], *, one_s
         smallest: shortest length of the regime [tokens].
         largest: longest one [tokens].
         alignment: of the lengths that the program is to hold for [tokens].
-        one_sequence: whether all are of a batch of one, for which alone the program then holds.
+        one_sequence: whether at a batch of one, for which alone the program then holds.
     """
-    batch, other = (ONE, ONE) if one_sequence else (SOME, MORE)
+    batch, other = (1, 1) if one_sequence else (2, 3)
     first, step = _lengths(smallest, largest)
     return (*((batch, first + n * step) for n in range(3)), (other, first + _odd(step, alignment)))
 
@@ -106,7 +102,7 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     """The step's candidates for the peak.
 
     Args:
-        timelines: of the sampled layers, at `points`; or at two batches of one length, or at one size. It holds for as much.
+        timelines: of the sampled layers, at `points`; or at two batches of one length, or at one size. It holds for no more than that.
         stands_for: see `splice.spliced`.
 
     Raises:
@@ -134,12 +130,11 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     return Program(peaks=peaks, schedule=_schedule(whole, extents))
 
 
-OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (SOME, MORE) for S in (32, 48, 64)), (4, 80))
+OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (2, 3) for S in (32, 48, 64)), (4, 80))
 """Where a loop over tokens is traced: three lengths at two batches, and a size at which the outcome is checked. In a batch of one
-copies can be left off: it is none of them."""
+some copies are left off: it is none of them."""
 
-_ERROR = 1e-3
-"""By how much a program may miss a run that it was not made of."""
+_OUTLINE_ERROR = 1e-3
 
 
 def outline(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> Program:
@@ -163,20 +158,11 @@ def outline(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
             raise NotOneProgramError(f"the {phase.value} pass has other parts at other lengths")
         numbers = range(len(worst[check][phase]))
         peaks[phase] = tuple(_fitted({point: worst[point][phase][number] for point in fitted}) for number in numbers)
-    found = Program(peaks={phase: snapshots for phase, snapshots in peaks.items() if snapshots})
-    if (missed := missed_by(found, timelines[check], stands_for, check)) is not None:
-        raise NotOneProgramError(missed)
-    return found
-
-
-def missed_by(found: Program, timeline: Timeline, stands_for: Sequence[int], point: Point) -> str | None:
-    """What a program says of a run that it was not made of, where it is 0.1 % off or more; None where it meets it."""
-    for phase, passes in _worst_of_passes(spliced(timeline, stands_for), stands_for).items():
-        told = max((snapshot.at(*point) for snapshot in found.peaks.get(phase, ())), default=0)
-        seen = max((sum(held.values()) for held in passes), default=0)
-        if abs(told - seen) > _ERROR * seen:
-            return f"the {phase.value} pass takes {seen} bytes at {point}, and {told} by its growth up to there"
-    return None
+        told = max((snapshot.at(*check) for snapshot in peaks[phase]), default=0)
+        seen = max((sum(held.values()) for held in worst[check][phase]), default=0)
+        if abs(told - seen) > _OUTLINE_ERROR * seen:
+            raise NotOneProgramError(f"the {phase.value} pass takes {seen} bytes at {check}, and {told} by its growth up to there")
+    return Program(peaks={phase: snapshots for phase, snapshots in peaks.items() if snapshots})
 
 
 def _worst_of_passes(whole: Timeline, stands_for: Sequence[int]) -> dict[Phase, list[Counter[Item]]]:
@@ -363,7 +349,7 @@ def _polynomial(at: Sequence[Point], sizes: Sequence[int]) -> Polynomial:
     """A size in bytes as a polynomial: up to quadratic in the length, and proportional to the batch or independent of it.
 
     Args:
-        at: where it was seen: some lengths at one batch, then any length at another, or at the same one, whose size is then in the numbers.
+        at: where it was seen: some lengths at one batch, then any length, at another one if the size is to be told for others.
         sizes: what was seen [bytes].
     """
     batch = at[0][0]

@@ -71,8 +71,7 @@ class _Found:
     reason: str = ""
     """Why there is no step for these sizes."""
     multiple_of: int | None = None
-    batches: str = "all"
-    """Which batches it holds for: `all`, `several`, or the `own` one."""
+    any_batch: bool = True
 
 
 _Find = Callable[[Mapping[str, Any], bool], _Found]
@@ -107,7 +106,7 @@ class Tracer:
         self._lock = threading.Lock()
 
     def step(self, subject: Subject, recipe: Recipe, *, routing: str = "balanced") -> TracedStep:
-        """The step of a recipe, for its batch and length at least; mostly one trace serves all of its regime.
+        """The step of a recipe, for its batch and length at least; mostly one trace serves all of its regime, and another a batch of one.
 
         Args:
             routing: `balanced`, or `worst` for routers that send all tokens to the same experts.
@@ -135,16 +134,14 @@ class Tracer:
         length = training.sequence_length
         shared = {"rows": asdict(rows_of(training, subject.inventory.config)), "routing": routing}
         lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
-        for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths)}
-        found = find(for_lengths, subject.is_public)
         own = training.micro_batch_size
-        if own == 1 and found.batches == "several":
-            found = find(for_lengths | {"one_sequence": True}, subject.is_public)
+        for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths), "one_sequence": own == 1}
+        found = find(for_lengths, subject.is_public)
         if found.step is not None and length % (found.multiple_of or 1) == 0:
             return found.step
-        for batch in (_EXACT_BATCH, own) if own > 1 else (own,):  # in most cases one length alone serves every batch
+        for batch in (_EXACT_BATCH, own) if own > 1 else (own,):  # in most cases one length alone serves every other batch
             found = find(_payload(subject, _sized(recipe, batch, length)) | shared | {"exact": True}, subject.is_public)
-            if found.step is not None and (found.batches == "all" or batch == own):
+            if found.step is not None and (found.any_batch or batch == own):
                 return found.step
         raise TraceError(f"the step cannot be traced: {found.reason}", field="engine")
 
@@ -278,7 +275,7 @@ def _decoded(data: Mapping[str, Any]) -> _Found:
     step = TracedStep(
         program=decode_program(data["program"]), is_outline=bool(data["is_outline"]), routing_matters=bool(data["routing_matters"])
     )
-    return _Found(step=step, multiple_of=data["multiple_of"], batches=str(data["batches"]))
+    return _Found(step=step, multiple_of=data["multiple_of"], any_batch=bool(data["any_batch"]))
 
 
 def _payload(subject: Subject, recipe: Recipe) -> dict[str, Any]:

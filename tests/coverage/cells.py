@@ -12,7 +12,7 @@ from estimator.engine import why_not_modelled
 from estimator.introspect.errors import BuildError
 from estimator.introspect.trace.errors import NeedsValuesError, RefusedError
 from estimator.introspect.trace.routing import Routing
-from estimator.introspect.trace.tasks import Batches, Session
+from estimator.introspect.trace.tasks import Session
 from estimator.phases import Phase
 from estimator.recipe import Attention, Recipe
 from estimator.sources.tracing import regime
@@ -139,9 +139,8 @@ def reach(architecture: Architecture, cell: Cell) -> str:
     if found.is_outline:
         return "all (outline)"
     if found.multiple_of is None:
-        return "one size" if found.batches is Batches.OWN else "one length"
-    lengths = "all" if found.multiple_of == 1 else f"multiples of {found.multiple_of}"
-    return f"{lengths}, one sequence apart" if found.batches is Batches.SEVERAL else lengths
+        return "one length" if found.any_batch else "one size"
+    return "all" if found.multiple_of == 1 else f"multiples of {found.multiple_of}"
 
 
 def _payload(architecture: Architecture, recipe: Recipe) -> dict[str, object]:

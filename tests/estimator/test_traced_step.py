@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from estimator.engine import largest
-from estimator.introspect.trace.tasks import Batches, Session
+from estimator.introspect.trace.tasks import Session
 from estimator.phases import Phase
 from estimator.recipe import Recipe, Training
 from estimator.sources.tracing import regime
@@ -73,19 +73,14 @@ def test_the_program_of_a_few_layers_gives_the_bytes_of_all_of_them(
     assert said == {phase.value: whole[phase.value] for phase in STEP}
 
 
-@pytest.mark.parametrize(("family", "batches"), [("llama", Batches.ALL), ("falcon_old", Batches.SEVERAL)])
-def test_one_sequence_has_a_program_of_its_own_where_its_heads_are_not_copied(family: str, batches: Batches) -> None:
+@pytest.mark.parametrize("family", ["llama", "falcon_old"])
+def test_the_program_of_one_sequence_gives_its_bytes(family: str) -> None:
     recipe = recipe_of(family, "full_bf16", None, (1, 177))
-    session = Session(payload(family, recipe, {}))
-    found = session.program(1, 2**20)
-    assert found.batches is batches
-    allowed = 1e-3  # the shifted labels of one sequence are no copy
-    if batches is Batches.SEVERAL:
-        found, allowed = session.program(1, 2**20, one_sequence=True), 0.0
-        assert found.batches is Batches.OWN
+    found = Session(payload(family, recipe, {})).program(1, 2**20, one_sequence=True)
+    assert not found.any_batch
     whole = above_stored(Session(payload(family, recipe, {}, all_layers=True)).run((1, 177)))
     said = {phase.value: sum(largest(found.program.peaks[phase], 1, 177).items().values()) for phase in STEP}
-    assert said == pytest.approx({phase.value: whole[phase.value] for phase in STEP}, rel=allowed, abs=0)
+    assert said == {phase.value: whole[phase.value] for phase in STEP}
 
 
 def test_a_program_knows_the_kernels_that_ran() -> None:

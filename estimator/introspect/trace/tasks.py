@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -25,32 +24,13 @@ from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.timeline import Timeline, encode_timeline
-from estimator.traced_step import (
-    ALIGNMENTS,
-    ONE,
-    OUTLINE_POINTS,
-    NotOneProgramError,
-    Point,
-    encode_program,
-    missed_by,
-    outline,
-    points,
-    program,
-)
+from estimator.traced_step import ALIGNMENTS, OUTLINE_POINTS, NotOneProgramError, Point, encode_program, outline, points, program
 
 # A scan over tokens written in Python takes several operations per token; a scan over chunks far less than one.
 _LONGEST_LOOP = 3
 _SHORTEST_LOOP = 1500
 
 _RECIPE = TypeAdapter(Recipe)
-
-
-class Batches(StrEnum):
-    """Which batches a program holds for."""
-
-    ALL = "all"
-    SEVERAL = "several"  # all but a batch of one, where copies can be left off
-    OWN = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +40,8 @@ class TracedProgram:
     program: Program
     multiple_of: int | None
     """Lengths that it holds for are multiples of this; None: only the length, or size, that was asked for."""
-    batches: Batches
+    any_batch: bool
+    """Whether for all batches but one, or for the recipe's own alone."""
     sample: Sample
     is_outline: bool
     """Whether it was fitted to short runs, see `traced_step.outline`."""
@@ -71,9 +52,10 @@ class TracedProgram:
 def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
     """`{"config", "recipe", "layers_prefix", "lengths": [shortest, longest], "rows"}` → the step's candidates for the peak.
 
-    With `"one_sequence": true`, for a batch of one alone. With `"exact": true`, for the recipe's own length alone, and where the batch
-    makes another program of it for the recipe's own batch. With `"routing": "worst"`, for all tokens choosing the same experts. Where no
-    program holds for many lengths the result has a `reason` and no program.
+    It holds for all batches but one: heads of one sequence need no copies, so that it runs a program of its own, which
+    `"one_sequence": true` asks for. With `"exact": true`, for the recipe's own length alone, and where the batch makes another program of
+    it for the recipe's own batch. With `"routing": "worst"`, for all tokens choosing the same experts. Where no program holds for many
+    lengths the result has a `reason` and no program.
 
     Raises:
         BuildError: if transformers cannot build the model.
@@ -90,7 +72,7 @@ def program_task(payload: Mapping[str, Any]) -> dict[str, object]:
     return {
         "program": encode_program(found.program),
         "multiple_of": found.multiple_of,
-        "batches": found.batches.value,
+        "any_batch": found.any_batch,
         "is_outline": found.is_outline,
         "routing_matters": found.routing_matters,
         "layers": _layers(found.sample),
@@ -174,7 +156,7 @@ class Session:
         """For the lengths of a regime, all of them or those that fill whole chunks.
 
         Args:
-            one_sequence: whether for a batch of one alone; else for all batches, or for all larger ones.
+            one_sequence: whether for a batch of one, or for all others.
 
         Raises:
             NotTraceableError: as `run`.
@@ -194,12 +176,8 @@ class Session:
             except NotOneProgramError as error:
                 reason = error
                 continue
-            batches = Batches.OWN if one_sequence else self._batches(found, (ONE, wanted[2][1]))
-            return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment, batches=batches)
+            return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment, any_batch=not one_sequence)
         raise reason
-
-    def _batches(self, found: Program, single: Point) -> Batches:
-        return Batches.ALL if missed_by(found, self.run(single), self.sample.stands_for, single) is None else Batches.SEVERAL
 
     def _guarded_by_outline(self, make: Callable[[], TracedProgram]) -> TracedProgram:
         """A program made by full traces, or where those would take as long as there are tokens, by its outline."""
@@ -215,7 +193,7 @@ class Session:
             return make()
 
     def exact_program(self) -> TracedProgram:
-        """For the recipe's own length, and every batch or, failing that, its own.
+        """For the recipe's own length, and every batch but one or, failing that, its own.
 
         Raises:
             NotTraceableError: as `run`.
@@ -224,6 +202,8 @@ class Session:
 
     def _exact(self) -> TracedProgram:
         batch, length = self._size
+        if batch == 1:
+            return self._at_size()
         timelines = {(B, length): self.run((B, length)) for B in (batch, batch + 1)}
         try:
             return self._program(program(timelines, self.sample.stands_for), multiple_of=None)
@@ -240,7 +220,7 @@ class Session:
 
     def _at_size(self) -> TracedProgram:
         found = program({self._size: self.run(self._size)}, self.sample.stands_for)
-        return self._program(found, multiple_of=None, batches=Batches.OWN)
+        return self._program(found, multiple_of=None, any_batch=False)
 
     @property
     def _size(self) -> Point:
@@ -252,14 +232,12 @@ class Session:
     def runs_all_layers(self) -> bool:
         return len(self.sample.kept) == len(self.sample.stands_for)
 
-    def _program(
-        self, found: Program, *, multiple_of: int | None, batches: Batches = Batches.ALL, is_outline: bool = False
-    ) -> TracedProgram:
+    def _program(self, found: Program, *, multiple_of: int | None, any_batch: bool = True, is_outline: bool = False) -> TracedProgram:
         return TracedProgram(
             is_outline=is_outline,
             program=replace(found, kernels=self._kernels()),
             multiple_of=multiple_of,
-            batches=batches,
+            any_batch=any_batch,
             sample=self.sample,
             routing_matters=self.values.routing_matters,
         )
