@@ -153,8 +153,9 @@ def scaled_dot_product(
     if not one_query:
         key, value = (x.view(Extent(x.extent.coefficient, 1, 1)) if x.extent.keys else x for x in (key, value))
     dtype = tape.autocast_dtype if tape.autocast_enabled and tape.autocast_dtype is not None else query.dtype
-    fits_flash = dtype.is_half and compute_capability >= (8, 0) and heads.head_dim == heads.value_head_dim <= 256
-    if fits_flash or not tape.cuda_kernels:
+    has_flash = compute_capability >= (8, 0)
+    fits_flash = dtype.is_half and heads.head_dim == heads.value_head_dim <= 256
+    if has_flash and (fits_flash or not tape.cuda_kernels):
         output = flash(query, key, value, heads)
         return clone(output) if heads_first else output
     if heads.groups == 1:
@@ -179,8 +180,8 @@ def written_out(
     arguments = all_lower_precision(query, key, value)  # autocast holds on to its casts until the call returns
     dtype = arguments[0].dtype
     autocasts, tape.autocast_enabled = tape.autocast_enabled, False
-    accumulated, key, value = (cast(x, DType.FLOAT32) for x in arguments)
-    scaled = scale(accumulated)
+    accumulated = query, key, value = [cast(x, DType.FLOAT32) for x in arguments]
+    scaled = scale(query)
     bias = _converted(mask, dtype) if mask is not None else None if one_query else _causal_bias(tape)
     if not broadcasts:
         key, value = repeated(key, heads.groups), repeated(value, heads.groups)
@@ -223,7 +224,10 @@ def _broadcast(x: Value, groups: int) -> Value:
 
 
 def by_heads(x: Value) -> Value:
-    """Heads one after the other, for a batched product: a copy, but of one sequence, whose heads are merely seen as the batch."""
+    """Heads one after the other, for a batched product: a copy, but of one sequence, whose heads are merely seen as the batch.
+
+    What is saved of a view is all that it was made from.
+    """
     return x if x.tape.one_sequence else clone(x)
 
 

@@ -661,8 +661,8 @@ def copies_of_several(recipe: Recipe, inventory: Inventory) -> bool:
     """Whether a pass copies what is only seen otherwise where there is one sequence: heads, for products of them one by one, and the
     logits without their last position.
 
-    Attention is written out where it is asked for, and where sdpa finds no fused kernel: before compute capability 8.0, in float32, and
-    for Falcon's one key/value head under a mask.
+    Attention is written out where it is asked for, and where sdpa finds no fused kernel: before compute capability 8.0, in float32, to
+    which training without autocast can come from 16-bit weights too, and for Falcon's one key/value head under a mask.
 
     Source: torch, ATen/native/LinearAlgebra.cpp, matmul (expand, reshape and a batched product: the reshape is a view where heads alone
     are merged).
@@ -672,7 +672,7 @@ def copies_of_several(recipe: Recipe, inventory: Inventory) -> bool:
         return True
     if recipe.attention is not Attention.SDPA:
         return recipe.attention is Attention.EAGER
-    dtype = training.autocast_dtype or recipe.dtype if training is not None else recipe.dtype
+    dtype = recipe.dtype if training is None else training.autocast_dtype or DType.FLOAT32
     return not dtype.is_half or recipe.compute_capability < (8, 0) or inventory.model_type == "falcon"
 
 

@@ -100,6 +100,13 @@ def test_eager_attention_keeps_scores(mode: str) -> None:
     assert_layers_keep_the_same("llama", mode, 2, 24, attention="eager")
 
 
+@pytest.mark.parametrize(("B", "S"), SIZES[:2])
+@pytest.mark.parametrize("mode", ["full_bf16", "lora_bf16_fp32_autocast", "qlora_prepared"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_sdpa_without_a_kernel_keeps_scores_and_heads_in_float32(family: str, mode: str, B: int, S: int) -> None:
+    assert_layers_keep_the_same(family, mode, B, S, written_out=True)
+
+
 @pytest.mark.parametrize("gc", [False, True])
 @pytest.mark.parametrize("mode", SAMPLE)
 def test_a_checkpointed_layer_keeps_its_input_and_what_int8_hides_from_checkpointing(mode: str, gc: bool) -> None:

@@ -61,10 +61,20 @@ def test_every_phase_of_every_family_and_mode_peaks_where_the_real_step_does(fam
     check(family, mode, SCHEMES[scheme])
 
 
-ONE_SEQUENCE = [
-    *(("eager", family) for family in ("llama", "gemma2", "gpt2", "gpt_neox", "gpt_bigcode", "gpt_oss", "deepseek_v2")),
-    *((None, family) for family in ("llama", "falcon", "falcon_old")),
-]
+GROUPED = ("llama", "gemma", "granite", "mixtral")
+
+
+@pytest.mark.parametrize("scheme", [None, False], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("mode", ["full_bf16", "full_fp32", "qlora_prepared_autocast"])
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("family", GROUPED)
+def test_grouped_heads_that_no_kernel_takes_are_written_out_in_float32(family: str, batch: int, mode: str, scheme: bool | None) -> None:
+    """As on a T4 or V100, and in float32 on every card."""
+    check(family, mode, scheme, batch=batch, written_out=True)
+
+
+# Of those that make or keep other tensors than they do for several sequences, and one that does not.
+ONE_SEQUENCE = [*(("eager", family) for family in ("gpt_neox", "gpt_bigcode", "deepseek_v2", "llama")), (None, "falcon_old")]
 
 
 @pytest.mark.parametrize("scheme", [None, False], ids=["kept", "checkpointed"])

@@ -63,6 +63,7 @@ def recipe(
     attention: str | None = None,
     loss: Loss = Loss.STOCK,
     objective: Objective | None = None,
+    written_out: bool = False,
 ) -> Recipe:
     """What a user would have asked for; arguments as in `run.step`."""
     trained = Training(
@@ -80,7 +81,8 @@ def recipe(
         loss=loss,
         objective=objective or Objective(),
     )
-    return replace(loaded(family, mode, attention=attention), training=trained)
+    asked = replace(loaded(family, mode, attention=attention), training=trained)
+    return replace(asked, compute_capability=(7, 5)) if written_out else asked
 
 
 def generation(

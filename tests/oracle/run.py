@@ -4,13 +4,14 @@ import gc as garbage
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.trace.update import made_by_trainer
@@ -114,6 +115,10 @@ class Kept:
     storages: tuple[Storage, ...]
 
 
+def _kernels(*, written_out: bool) -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()
+
+
 def kept(
     family: str,
     mode: str | Mode,
@@ -124,6 +129,7 @@ def kept(
     padded: bool = False,
     flattened: bool = False,
     fused_4bit: str = "never",
+    written_out: bool = False,
     **options: Any,
 ) -> Kept:
     """What a model of that many layers keeps for its backward pass, head and loss included [bytes, not rounded].
@@ -132,10 +138,11 @@ def kept(
         padded: whether the batch carries padding.
         flattened: whether samples lie end to end in one row, as in a padding-free batch.
         fused_4bit: when the fused 4-bit kernel is taken, a key of `cuda_paths.FUSED_4BIT`.
+        written_out: whether sdpa runs in plain operators, as on a card without a kernel for it.
         options: see `models.build`.
     """
     mode = mode_of(mode)
-    with cuda_paths(fused_4bit=fused_4bit):
+    with cuda_paths(fused_4bit=fused_4bit), _kernels(written_out=written_out):
         model, batch = build(family, mode, layers, **options), Batch.of(B, S, padded=padded, flattened=flattened)
         warm_up(model, mode, batch)
         with watched(model, batch, granularity_bytes=1) as live:
@@ -231,6 +238,7 @@ def step(
     flattened: bool = False,
     granularity_bytes: int = 512,
     fused_4bit: str = "never",
+    written_out: bool = False,
     log: bool = False,
     **options: Any,
 ) -> StepReport:
@@ -243,6 +251,7 @@ def step(
         granularity_bytes: every storage is rounded up to it: 512 as CUDA's allocator counts [bytes].
         optimizer: a value of transformers' OptimizerNames.
         weight_decay: of TrainingArguments.
+        written_out: as for `kept`.
         options: see `models.build`.
 
     Source: transformers 5.23, trainer.py, training_step, _clip_grad_norm, _run_epoch.
@@ -250,7 +259,7 @@ def step(
     if loss != "stock":
         raise ValueError(f"loss {loss!r}: only 'stock' can be run without Triton")
     mode = mode_of(mode)
-    with cuda_paths(fused_4bit=fused_4bit):
+    with cuda_paths(fused_4bit=fused_4bit), _kernels(written_out=written_out):
         model, batch = build(family, mode, layers, gc=gc, **options), Batch.of(B, S, padded=padded, flattened=flattened)
         warm_up(model, mode, batch)
         trained = [p for p in model.parameters() if p.requires_grad]
