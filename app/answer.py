@@ -10,6 +10,20 @@ from estimator.phases import Item, Phase
 from estimator.recipe import Adapter, Inference, Objective, Quantization, Recipe, Training
 from estimator.stack import Stack
 
+# What a card or a library refuses whatever the memory, by code.
+REFUSALS = frozenset(
+    {
+        "adapter_on_head_refused",
+        "bitsandbytes_needs_nvidia",
+        "flash_attention_unsupported",
+        "fp16_gradients_refused",
+        "no_bfloat16",
+        "outside_cuda",
+        "own_code_not_run",
+        "padding_free_refused",
+        "trained_tokens_of_head_refused",
+    }
+)
 SCHEMA_VERSION = 1
 # The best first.
 VERDICTS = ("fits", "tight", "does_not_fit")

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from app.answer import SCHEMA_VERSION, Json, device_bytes, is_modelled
-from app.notices import REFUSALS
+from app.answer import REFUSALS, SCHEMA_VERSION, Json, device_bytes, is_modelled
 from app.reading import read_estimate
 from app.service import prepare, render
 from app.shortfall import Shortage, missing_bytes, required_bytes, smallest_change

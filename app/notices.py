@@ -16,20 +16,6 @@ from estimator.recipe import Attention, ObjectiveKind, Trainer, Training
 from estimator.storage import StoredTensor
 from estimator.units import gib
 
-# What a card or a library refuses whatever the memory, by code.
-REFUSALS = frozenset(
-    {
-        "adapter_on_head_refused",
-        "bitsandbytes_needs_nvidia",
-        "flash_attention_unsupported",
-        "fp16_gradients_refused",
-        "no_bfloat16",
-        "outside_cuda",
-        "own_code_not_run",
-        "padding_free_refused",
-        "trained_tokens_of_head_refused",
-    }
-)
 # Share of the base weights that must stay unquantized before it is worth a sentence.
 NOTEWORTHY_SHARE = 0.10
 # Source: bitsandbytes, optim/optimizer.py, get_state_buffer.
@@ -163,7 +149,7 @@ def _compute_dtype(a: Answered) -> Iterable[str]:
     largest = max((t.num_elements for t in a.base if t.quantization is not None), default=0)
     yield (
         f"bnb_4bit_compute_dtype is float32, the library's default: the largest weight takes {gib(4 * largest)} when it is dequantized "
-        f"instead of {gib(2 * largest)}, and layers compute and return 32-bit values; bfloat16 (float16 before Ampere) is what guides mean."
+        f"instead of {gib(2 * largest)}, and layers multiply in 32 bit; bfloat16 (float16 before Ampere) is what guides mean."
     )
 
 

@@ -9,7 +9,16 @@ from rich.text import Text
 
 from app.answer import Json
 from app.redaction import printable
-from app.wording import corrections_sentence, engine_phrase, plan_sentence, setting_sentence, shortfall_sentence, verdict_sentence
+from app.wording import (
+    corrections_sentence,
+    engine_phrase,
+    is_refused,
+    plan_sentence,
+    recipe_sentence,
+    setting_sentence,
+    shortfall_sentence,
+    verdict_sentence,
+)
 from estimator.units import gib
 
 _COLOURS = {"fits": "green", "tight": "yellow", "does_not_fit": "red", None: "cyan"}
@@ -30,7 +39,9 @@ def escape(text: str) -> str:
 def print_estimate(console: Console, answer: Json) -> None:
     """Verdict, table of phases and items, warnings."""
     verdict = answer["fit"]["verdict"] if answer["fit"] else None
-    console.print(f"[bold {_COLOURS[verdict]}]{escape(verdict_sentence(answer))}[/]", highlight=False)
+    colour = _COLOURS["tight" if verdict == "fits" and is_refused(answer) else verdict]
+    console.print(f"[bold {colour}]{escape(verdict_sentence(answer))}[/]", highlight=False)
+    console.print(f"Estimated: {escape(recipe_sentence(answer['recipe']))}.", highlight=False)
     console.print(_context(answer), style="dim", highlight=False)
     console.print()
     console.print(_phase_table(answer, bar_width=max(4, min(24, console.width - _TABLE_WIDTH))))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from app.answer import Json
+from app.answer import REFUSALS, Json
 from estimator.units import GIB, gib
 
 _VERDICTS = {"fits": "Fits", "tight": "Tight", "does_not_fit": "Does not fit"}
@@ -21,7 +21,66 @@ def verdict_sentence(answer: Json) -> str:
     spare = "to spare" if fit["verdict"] == "fits" else f"left by the estimate, {_why_tight(fit)}"
     rest = f"{gib(free)} {spare}, {headroom}" if free >= 0 else f"{gib(-free)} missing, {headroom}"
     when = f" in {peak['phase']}" if peak else ""
-    return f"{_VERDICTS[fit['verdict']]} on {card}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
+    return f"{_VERDICTS[fit['verdict']]} on {card}{_but(answer)}: {need}{when}, of {gib(fit['capacity_bytes'])}; {rest}."
+
+
+def is_refused(answer: Json) -> bool:
+    """Whether the run would not start, however much memory there is."""
+    return any(warning["code"] in REFUSALS for warning in answer["warnings"])
+
+
+def _but(answer: Json) -> str:
+    refused = [warning["code"] for warning in answer["warnings"] if warning["code"] in REFUSALS]
+    return f", but would not run as it stands ({', '.join(refused)})" if refused else ""
+
+
+def recipe_sentence(recipe: Json) -> str:
+    """What was estimated, defaults of the libraries included."""
+    training, inference = recipe["training"], recipe["inference"]
+    if training is not None:
+        parts = [*_method(recipe), *_training(training)]
+    elif inference is not None:
+        size = f"{inference['batch_size']} × {inference['prompt_length']:,} + {inference['max_new_tokens']:,} tokens"
+        parts = [f"generation from {_weights(recipe)} weights", size, f"{inference['cache_implementation']} cache"]
+    else:
+        return f"the load of {_weights(recipe)} weights alone"
+    if recipe["num_gpus"] > 1:
+        parts.append(f"{recipe['num_gpus']} GPUs ({recipe['strategy']})")
+    return ", ".join([*parts, f"{recipe['attn_implementation']} attention"])
+
+
+def _weights(recipe: Json) -> str:
+    quantization = recipe["quantization"]
+    if quantization is None:
+        return str(recipe["dtype"])
+    if "load_in_8bit" in quantization:
+        return "int8"
+    return f"{'double-quantized ' if quantization['bnb_4bit_use_double_quant'] else ''}{quantization['bnb_4bit_quant_type']}"
+
+
+def _method(recipe: Json) -> Iterator[str]:
+    peft, task = recipe["peft"], recipe["task"]
+    if task is not None and task["kind"] != "sft":
+        yield str(task["kind"])
+    if peft is None:
+        yield f"full training of {_weights(recipe)} weights"
+    else:
+        targets = peft["target_modules"]
+        on = "default modules" if targets is None else targets if isinstance(targets, str) else ", ".join(targets)
+        yield f"{'DoRA' if peft['use_dora'] else 'LoRA'} r = {peft['r']} on {on or 'parameters'} over {_weights(recipe)} weights"
+    if recipe["prepare_model_for_kbit_training"]:
+        yield "prepare_model_for_kbit_training"
+
+
+def _training(training: Json) -> Iterator[str]:
+    steps = training["gradient_accumulation_steps"]
+    yield f"batch {training['per_device_train_batch_size']} × {training['max_length']:,} tokens{f' × {steps} steps' if steps > 1 else ''}"
+    yield str(training["optim"])
+    yield next((name for name in ("bf16", "fp16") if training[name]), "no autocast")
+    reentrant = " (reentrant)" if training["gradient_checkpointing_kwargs"]["use_reentrant"] else ""
+    yield f"gradient checkpointing{reentrant}" if training["gradient_checkpointing"] else "no gradient checkpointing"
+    if training["loss"] != "stock":
+        yield f"loss {training['loss']}"
 
 
 def _why_tight(fit: Json) -> str:
@@ -107,8 +166,12 @@ def _flat(setting: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def engine_phrase(answer: Json) -> str:
-    """What the step was worked out with, and why."""
-    return f"{'closed forms' if answer['engine'] == 'analytic' else 'traced'} ({answer['engine_reason']})"
+    """What the step was worked out with, and why; without a reason there is no step."""
+    reason = str(answer["engine_reason"])
+    name = "closed forms" if answer["engine"] == "analytic" else "traced"
+    if not reason:
+        return "the load alone"
+    return reason if reason.startswith(name) else f"{name} ({reason})"
 
 
 _MOMENTS = {
@@ -141,9 +204,9 @@ def headline(answer: Json, card: str | None) -> str:
     where = f"{f'each of {number} × ' if number > 1 else ''}{card or 'the card'}"
     match fit["verdict"]:
         case "fits":
-            return f"Fits on {where} with {gib(free)} to spare: {moment}."
+            return f"Fits on {where} with {gib(free)} to spare{_but(answer)}: {moment}."
         case "tight":
-            return f"Tight on {where}: {gib(free)} to spare, {_why_tight(fit)}; {moment}."
+            return f"Tight on {where}{_but(answer)}: {gib(free)} to spare, {_why_tight(fit)}; {moment}."
         case _:
             return f"Does not fit on {where}: {gib(-free)} missing; {moment}."
 

@@ -76,6 +76,44 @@ def test_the_default_output_is_verdict_table_and_warnings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--max-length", "512", "--gpu", "a100-80"),
+            "full training of bfloat16 weights, batch 8 × 512 tokens, adamw_torch_fused, no autocast, no gradient checkpointing, "
+            "sdpa attention.",
+        ),
+        (
+            QLORA,
+            "LoRA r = 16 on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj over double-quantized nf4 weights, "
+            "prepare_model_for_kbit_training, batch 4 × 2,048 tokens × 4 steps, paged_adamw_8bit, bf16, gradient checkpointing, "
+            "sdpa attention.",
+        ),
+        (
+            ("--load-in-8bit", "--batch-size", "1", "--prompt-length", "1000", "--max-new-tokens", "50"),
+            "generation from int8 weights, 1 × 1,000 + 50 tokens, dynamic cache, sdpa attention.",
+        ),
+        ((), "the load of bfloat16 weights alone."),
+    ],
+)
+def test_an_answer_says_what_was_estimated_defaults_included(arguments: tuple[str, ...], said: str) -> None:
+    assert f"Estimated: {said}" in " ".join(run("estimate", MODEL, *arguments).stdout.split())
+
+
+def test_what_would_be_refused_says_so_in_its_first_line() -> None:
+    fp16 = ("--dtype", "float16", "--fp16", "--per-device-train-batch-size", "1", "--max-length", "512")
+    done = run("estimate", "openai-community/gpt2", *fp16, "--gpu", "t4")
+    assert done.stdout.startswith("Fits on t4, but would not run as it stands (fp16_gradients_refused):")
+
+
+def test_without_closed_forms_of_a_step_the_load_alone_is_said_to_be_known() -> None:
+    generating = ("--batch-size", "1", "--prompt-length", "10", "--max-new-tokens", "5", "--attn-implementation", "eager")
+    done = " ".join(run("estimate", "tiiuae/falcon-7b", *generating).stdout.split())
+    assert "the step of this model is not modelled" in done
+    assert "; the load alone" in done
+
+
+@pytest.mark.parametrize(
     ("arguments", "code"),
     [
         (("estimate", "openai-community/gpt2"), 0),
