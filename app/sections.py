@@ -20,7 +20,7 @@ from app.sweep import answer_sweep, svg_of, sweep
 from app.trace import svg_of as timeline_of
 from app.trace import trace
 from app.trainer_files.writing import written
-from app.wording import engine_phrase, headline, load_headline, plan_sentence, shortfall_sentence, written_sentence
+from app.wording import engine_phrase, headline, load_headline, plan_sentence, recipe_sentence, shortfall_sentence, written_sentence
 from estimator.errors import RequestError, VramplanError
 from estimator.units import gib
 
@@ -98,6 +98,7 @@ def _view(card: Card | None, found: Json, *, at_least: int) -> Json:
         "verdict": found["fit"]["verdict"] if found["fit"] else "unknown",
         "usable": usable_bytes(found),
         "engine": engine_phrase(found),
+        "recipe": recipe_sentence(found["recipe"]),
         "chart": chart_of(found, at_least=at_least),
     }
 

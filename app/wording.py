@@ -170,7 +170,7 @@ def engine_phrase(answer: Json) -> str:
     reason = str(answer["engine_reason"])
     name = "closed forms" if answer["engine"] == "analytic" else "traced"
     if not reason:
-        return "the load alone"
+        return "the load alone is known"
     return reason if reason.startswith(name) else f"{name} ({reason})"
 
 
