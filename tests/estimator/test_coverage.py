@@ -112,6 +112,26 @@ def test_experts_that_are_counted_from_a_table_of_choices_get_the_tokens_that_ar
     assert set(products) == {rows}
 
 
+def test_layers_that_are_handed_what_the_ones_before_made_all_run() -> None:
+    """Inkling 2 stacks the states at the border of each block of layers, and every layer looks at all of them."""
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 512,
+        "n_routed_experts": 4,
+    }
+    sliding = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "moe_intermediate_size": 32}
+    kinds = ["hybrid_sliding", "hybrid"] * 6
+    config = {**sizes, **sliding, "num_hidden_layers": 12, "layer_types": kinds, "n_layers_per_attn_res_block": 2, "num_experts_per_tok": 2}
+    model = small("inkling2_text", **config)
+    session = Session(payload(model.config, training(2, 64, method="full", attention=Attention.EAGER, checkpointing=False)))
+    assert not session.runs_all_layers
+    session.run((2, 64))
+    assert session.runs_all_layers
+
+
 @pytest.mark.slow
 def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None:
     session = Session(payload(architecture("bamba").config, training(3, 777, method="full")))

@@ -22,11 +22,13 @@ class Sample:
     """Positions in the whole list, in order."""
     stands_for: tuple[int, ...]
     """For every layer of the whole list an index into `kept`."""
+    kinds: tuple[int, ...]
+    """For every layer of `kept` a number that those of its kind share."""
 
 
 def whole(number: int) -> Sample:
     """Every layer for itself."""
-    return Sample(kept=tuple(range(number)), stands_for=tuple(range(number)))
+    return Sample(kept=tuple(range(number)), stands_for=tuple(range(number)), kinds=tuple(range(number)))
 
 
 def sample(layers: Sequence[nn.Module], every_n: int = 1) -> Sample:
@@ -51,7 +53,8 @@ def sample(layers: Sequence[nn.Module], every_n: int = 1) -> Sample:
     kept = sorted({0, len(kinds) - 1, *inner.values(), *last.values()}) if kinds else []
     place = {index: position for position, index in enumerate(kept)}
     stands_for = tuple(place[index] if index in place else place[inner[kind]] for index, kind in enumerate(kinds))
-    return Sample(kept=tuple(kept), stands_for=stands_for)
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    return Sample(kept=tuple(kept), stands_for=stands_for, kinds=tuple(numbers[kinds[index]] for index in kept))
 
 
 def kind_of(layer: nn.Module, numbering: AbstractSet[_Attribute] = frozenset()) -> object:

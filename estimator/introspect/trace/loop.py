@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -69,6 +69,7 @@ def run(
     longest_loop: int | None = None,
     rows: Rows | None = None,
     reference: TracedModel | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> Timeline:
     """Watch whole optimizer steps.
 
@@ -77,11 +78,13 @@ def run(
         longest_loop: see `Watch.longest_loop`.
         rows: the passes of a fused loss; those of the recipe's size if None.
         reference: the second model of an objective that has one.
+        kinds: of the layers, where a few stand for all: those of one kind are to be given tensors of the same shapes.
         with_update: whether the optimizer runs too.
         num_steps: optimizer steps; its states exist from the second on.
 
     Raises:
-        NotTraceableError: if the program looks at what has no content, or loops for longer.
+        NotTraceableError: if the program looks at what has no content, loops for longer, or layers of one kind are given tensors of other
+            shapes, as where each is handed what the ones before it made.
     """
     assert recipe.training is not None
     config = model.base.config.get_text_config()
@@ -91,6 +94,8 @@ def run(
     loop.watch.longest_loop = longest_loop
     with loop.guarded(), task(model, recipe, rows, reference=reference) as work:
         loop.run(work, num_steps, with_update=with_update)
+    if kinds is not None and len({(kind, loop.given.get(position)) for position, kind in enumerate(kinds)}) > len(set(kinds)):
+        raise NotTraceableError("layers of one kind are given tensors of other shapes")
     return loop.watch.timeline(getattr(config, "vocab_size", None))
 
 
@@ -123,6 +128,8 @@ class _Loop:
         if reference is not None:
             self.names |= {id(module): f"{_REFERENCE}{name}" for name, module in reference.base.named_modules()}
         self.optimizer: Any = None
+        self.given: dict[int, tuple[torch.Size, ...]] = {}
+        """Shapes of the tensors that each layer was first called with."""
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -246,6 +253,7 @@ class _Loop:
     def _layer_enters(self, position: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             self.watch.mark(Segment.FORWARD, position)
+            self.given.setdefault(position, tuple(x.shape for x in (*inputs, *named.values()) if isinstance(x, Tensor)))
             hidden = inputs[0] if inputs else named.get("hidden_states")
             if position == 0 and isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(lambda _: self.watch.mark(Segment.OUTSIDE))

@@ -279,6 +279,7 @@ class Session:
                 longest_loop=limit,
                 rows=self.rows,
                 reference=self.reference,
+                kinds=None if self.runs_all_layers else self.sample.kinds,
             )
         self.runs_grouped_experts |= any(a.operator == "_grouped_mm" for a in timeline.allocations)
         return timeline
