@@ -86,6 +86,19 @@ def test_inference_is_not_traced() -> None:
         answer({"model": {"config": LLAMA}, "inference": {"batch_size": 1, "prompt_length": 8, "max_new_tokens": 4}, "engine": "trace"})
 
 
+@pytest.mark.parametrize("wanted", ["packing", "padding_free"])
+def test_samples_end_to_end_in_one_row_are_not_traced(client: TestClient, wanted: str) -> None:
+    """What is traced are rows of one length: on one long row they would stand for other masks, and for fewer tokens."""
+    asked = request(OPT, trainer="trl", stack={"trl": "0.27.0"})
+    asked["training"] |= {wanted: True}
+    with pytest.raises(RequestError, match=r"samples in rows of their own, and not end to end in one \(packing, padding_free\)"):
+        answer({**asked, "engine": "trace"})
+    assert "end to end" in client.post("/v1/trace", json=asked).text
+    load_only = answer(asked)
+    assert load_only["peak"] is None
+    assert {"not_modelled", "not_traced"} <= notices(load_only)
+
+
 def test_an_encoder_with_a_decoder_is_not_traced() -> None:
     asked = {"model": "google-t5/t5-small", "training": {"per_device_train_batch_size": 1, "max_length": 64}}
     with pytest.raises(RequestError, match="T5ForConditionalGeneration reads with an encoder and writes with a decoder"):

@@ -41,7 +41,8 @@ class TracedProgram:
     multiple_of: int | None
     """Lengths that it holds for are multiples of this; None: only the length, or size, that was asked for."""
     any_batch: bool
-    """Whether for all batches but one, or for the recipe's own alone."""
+    """Whether for all batches but one, or for the recipe's own alone; an outline stands for a batch of one too, though some copies are
+    left off there."""
     sample: Sample
     is_outline: bool
     """Whether it was fitted to short runs, see `traced_step.outline`."""
