@@ -81,6 +81,9 @@ def _training(training: Json) -> Iterator[str]:
     yield f"gradient checkpointing{reentrant}" if training["gradient_checkpointing"] else "no gradient checkpointing"
     if training["loss"] != "stock":
         yield f"loss {training['loss']}"
+    for name in ("padded", "padding_free"):
+        if training[name]:
+            yield name
 
 
 def _why_tight(fit: Json) -> str:
