@@ -128,8 +128,6 @@ class Answerer:
         """What keeps a trace from standing for a recipe; it continues a sentence."""
         if recipe.training is None:
             return "covers training steps only; accepted here: 'auto', 'analytic'"
-        if recipe.training.flattened:
-            return "covers samples in rows of their own, and not end to end in one (packing, padding_free); without them it answers"
         if recipe.parallel.is_spread and recipe.parallel.strategy is not Strategy.DDP:
             return f"is of a model that lies on one card, and not of {recipe.parallel.strategy.value!r}"
         if self.inventory.is_stored:

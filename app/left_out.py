@@ -136,12 +136,20 @@ def _flash_padding(a: Answered) -> Iterable[str]:
 
 
 def _refused_padding_free(a: Answered) -> Iterable[str]:
-    asked = a.request.training
-    if asked and asked.padding_free and not asked.packing and _is_sft(a) and a.recipe.stack.sft_refuses_untruncated:
+    asked, training = a.request.training, a.recipe.training
+    flattens = training is not None and training.flattened
+    if asked and flattens and asked.padding_free and not asked.packing and _is_sft(a) and a.recipe.stack.sft_refuses_untruncated:
         yield (
             f"SFTTrainer of TRL {shown(a.recipe.stack.trl)} refuses padding_free without packing unless SFTConfig(max_length=None): "
             "samples have to be cut beforehand; the answer is for samples of max_length tokens."
         )
+
+
+def _ignored_padding_free(a: Answered) -> Iterable[str]:
+    """Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__."""
+    asked, training = a.request.training, a.recipe.training
+    if asked and asked.padding_free and training is not None and training.objective.kind is ObjectiveKind.DPO:
+        yield f"DPOTrainer of TRL {shown(a.recipe.stack.trl)} warns of padding_free and pads each sample, and so does the answer."
 
 
 def _adapted_head(a: Answered) -> Iterable[str]:
@@ -212,6 +220,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_padding_free, "padding_free_needs_mask"),
     (_flash_padding, "flash_padding_not_modelled"),
     (_refused_padding_free, "padding_free_refused"),
+    (_ignored_padding_free, "padding_free_ignored"),
     (_adapted_head, "adapter_on_head_refused"),
     (_trained_tokens_of_head, "trained_tokens_of_head_refused"),
     (_text_only, "text_only"),

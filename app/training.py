@@ -34,8 +34,9 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
     if checkpointing is None:
         checkpointing = sft and stack.sft_checkpoints_by_default
     kwargs = asked.gradient_checkpointing_kwargs or CheckpointingFields()
-    packs = asked.padding_free or (asked.packing and sft)
     objective = resolve_objective(request, stack)
+    _check_packing(asked, objective.kind)
+    packs = objective.kind is ObjectiveKind.SFT and (asked.padding_free or (asked.packing and sft))
     batch, steps = asked.per_device_train_batch_size or DEFAULT_BATCH_SIZE, asked.gradient_accumulation_steps or 1
     length = _length(asked, sequence_length(request), inventory, sft=sft)
     _check_tokens(batch, length, steps)
@@ -55,6 +56,21 @@ def resolve_training(request: Request, inventory: Inventory, stack: Stack, *, pr
         padded=request.padded and not packs,
         flattened=packs and _flattens(asked, stack),
     )
+
+
+def _check_packing(asked: TrainingFields, kind: ObjectiveKind) -> None:
+    """Refuse samples end to end where a trainer takes each in a row of its own; DPOTrainer alone says so and goes on.
+
+    Source: trl 1.16, trainer/dpo_trainer.py, DPOTrainer.__init__ (padding_free); reward_config.py and grpo_config.py have neither argument.
+    """
+    if kind is ObjectiveKind.SFT:
+        return
+    wanted = {"packing": asked.packing, "padding_free": asked.padding_free and kind is not ObjectiveKind.DPO}
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise RequestError(
+                f"training.{name}: true is for 'sft', and task.kind is {kind.value!r}; accepted: false", field=f"training.{name}"
+            )
 
 
 def _check_tokens(batch: int, length: int, steps: int) -> None:

@@ -1,7 +1,8 @@
 """The inventory of a model, asked of the framework."""
 
+import sys
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -173,7 +174,16 @@ def _supported_attention(model: Any) -> tuple[str, ...]:
         names += ["flash_attention_2", "flash_attention_3"]
     if model._supports_flex_attn:
         names.append("flex_attention")
-    return tuple(names)
+    tables = [t for m in model.modules() for t in attention_tables(sys.modules[type(m).__module__]) if type(m) in t.values()]
+    return tuple(name for name in names if all(name in table for table in tables))
+
+
+def attention_tables(file: ModuleType) -> list[dict[str, type]]:
+    """By implementation, the classes of which a model takes one when it is made, in files older than attention functions.
+
+    Source: transformers, falcon/modeling_falcon.py, FALCON_ATTENTION_CLASSES; gptj, gpt_neo and git have theirs.
+    """
+    return [v for k, v in vars(file).items() if k.endswith("_ATTENTION_CLASSES") and isinstance(v, dict)]
 
 
 def _checkpoint_dtype(data: Mapping[str, Any]) -> DType | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from estimator.sources.process import Inspector
     from estimator.timeline import Timeline
 
-FORMAT = 9
+FORMAT = 10
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
@@ -131,10 +131,9 @@ class Tracer:
     def _step(self, subject: Subject, recipe: Recipe, routing: str, find: _Find) -> TracedStep:
         training = recipe.training
         assert training is not None
-        length = training.sequence_length
+        own, length = training.shape
         shared = {"rows": asdict(rows_of(training, subject.inventory.config)), "routing": routing}
         lengths = regime(subject.inventory, length, shortest=training.objective.prompt_length + 2)
-        own = training.micro_batch_size
         for_lengths = _payload(subject, _sized(recipe, 1, 1)) | shared | {"lengths": list(lengths), "one_sequence": own == 1}
         found = find(for_lengths, subject.is_public)
         if found.step is not None and length % (found.multiple_of or 1) == 0:

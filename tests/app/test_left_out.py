@@ -193,6 +193,21 @@ def test_packed_batches_carry_no_padding() -> None:
     assert ask(trainer="trl", training={"packing": True}, padded=True)["recipe"]["training"]["padded"] is False
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"), [("reward", "padding_free"), ("reward", "packing"), ("grpo", "padding_free"), ("dpo", "packing")]
+)
+def test_packing_is_for_supervised_fine_tuning(kind: str, field: str) -> None:
+    with pytest.raises(RequestError, match=rf"training\.{field}: true is for 'sft', and task\.kind is '{kind}'; accepted: false"):
+        ask(trainer="trl", training={field: True}, task={"kind": kind, "max_prompt_length": 100}, stack={"trl": "1.16.0"})
+
+
+def test_dpo_pads_whatever_padding_free_says() -> None:
+    result = ask(trainer="trl", training={"padding_free": True}, task={"kind": "dpo"}, stack={"trl": "1.16.0"})
+    assert result["recipe"]["training"]["padding_free"] is False
+    assert messages(result, "padding_free_ignored")
+    assert not messages(result, "padding_free_refused")
+
+
 def test_padding_free_without_packing_is_what_newer_trl_refuses_to_cut() -> None:
     assert messages(ask(trainer="trl", training={"padding_free": True}, stack={"trl": "1.16.0"}), "padding_free_refused")
     assert not messages(ask(trainer="trl", training={"padding_free": True}, stack={"trl": "0.27.0"}), "padding_free_refused")

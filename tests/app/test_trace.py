@@ -86,17 +86,20 @@ def test_inference_is_not_traced() -> None:
         answer({"model": {"config": LLAMA}, "inference": {"batch_size": 1, "prompt_length": 8, "max_new_tokens": 4}, "engine": "trace"})
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("wanted", ["packing", "padding_free"])
-def test_samples_end_to_end_in_one_row_are_not_traced(client: TestClient, wanted: str) -> None:
-    """What is traced are rows of one length: on one long row they would stand for other masks, and for fewer tokens."""
-    asked = request(OPT, trainer="trl", stack={"trl": "0.27.0"})
+def test_samples_end_to_end_in_one_row_are_traced_as_one(client: TestClient, wanted: str, attention: str) -> None:
+    trainer = "trl" if wanted == "packing" else "transformers"
+    asked = request(LLAMA, trainer=trainer, attn_implementation=attention)
     asked["training"] |= {wanted: True}
-    with pytest.raises(RequestError, match=r"samples in rows of their own, and not end to end in one \(packing, padding_free\)"):
-        answer({**asked, "engine": "trace"})
-    assert "end to end" in client.post("/v1/trace", json=asked).text
-    load_only = answer(asked)
-    assert load_only["peak"] is None
-    assert {"not_modelled", "not_traced"} <= notices(load_only)
+    traced, closed = (answer({**asked, "engine": engine}) for engine in ("trace", "analytic"))
+    apart = answer({**asked, "engine": "trace", "training": {**asked["training"], wanted: False}})
+    for ours, theirs, others in zip(traced["phases"], closed["phases"], apart["phases"], strict=True):
+        assert ours["allocated_bytes"] == pytest.approx(theirs["allocated_bytes"], rel=1e-3)
+        if attention == "eager" and ours["phase"] == "forward":
+            assert ours["allocated_bytes"] > others["allocated_bytes"] + 600 * 600 * 4
+    shown = client.post("/v1/trace", json=asked).json()
+    assert shown["peak"]["allocated_bytes"] == pytest.approx(traced["peak"]["allocated_bytes"], rel=1e-3)
 
 
 def test_an_encoder_with_a_decoder_is_not_traced() -> None:

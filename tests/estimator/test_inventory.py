@@ -153,6 +153,7 @@ def test_t5_shares_one_embedding_three_times_and_flan_keeps_a_head_of_its_own() 
         ("google/gemma-2-9b", {"eager", "flash_attention_2", "flash_attention_3", "flex_attention"}, "eager"),
         ("openai/gpt-oss-20b", {"eager", "flash_attention_2", "flash_attention_3", "flex_attention"}, "eager"),
         ("bigscience/bloom-560m", {"eager"}, "eager"),
+        ("tiiuae/falcon-7b", {"eager", "sdpa", "flash_attention_2"}, "sdpa"),
     ],
 )
 def test_attention_is_what_transformers_would_choose(model: str, supported: set[str], default: str) -> None:

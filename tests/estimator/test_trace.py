@@ -64,6 +64,39 @@ def test_peaks_of_one_sequence_equal_those_of_a_real_run(family: str, attention:
     assert_equal(family, "qlora_prepared_autocast", None, batch=1, attention=attention)
 
 
+@pytest.mark.parametrize(
+    ("family", "mode", "attention"),
+    [
+        ("llama", "qlora_prepared_autocast", None),
+        ("gemma3_text", "full_bf16", "eager"),
+        ("gpt2", "lora_bf16_fp32_autocast", None),
+        ("falcon", "qlora_bf16_autocast", None),
+        ("qwen3_moe", "qlora_prepared_autocast", "eager"),
+        ("opt", "full_fp32_autocast", None),
+    ],
+)
+def test_peaks_of_samples_in_one_row_equal_those_of_a_real_run(family: str, mode: str, attention: str | None) -> None:
+    assert_equal(family, mode, False, batch=3, flattened=True, attention=attention)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "gc", "attention"), [("qlora_prepared_autocast", False, None), ("full_bf16", None, "eager")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peaks_of_samples_in_one_row_equal_those_of_a_real_run_in_every_family(
+    family: str, mode: str, gc: bool | None, attention: str | None
+) -> None:
+    assert_equal(family, mode, gc, batch=3, flattened=True, attention=attention)
+
+
+@pytest.mark.parametrize(("family", "gc"), [("falcon", False), ("falcon", None)])
+def test_closed_forms_of_a_class_that_calls_flash_attention_itself_are_those_of_the_trace(family: str, gc: bool | None) -> None:
+    options: dict[str, Any] = {"gc": gc, "attention": "flash_attention_2"}
+    traced = traces.live_bytes(traces.timeline(family, "qlora_bf16_autocast", 8, 512, 3, **options))
+    said = estimates.live_bytes(family, "qlora_bf16_autocast", 8, 512, 3, **options)
+    for phase in STEP:
+        assert said[Phase(phase)] == pytest.approx(traced[phase], rel=0.001)
+
+
 VARIANTS: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any]]] = {
     "dora on 4 bit": ("llama", "qlora_prepared_autocast", {"dora": True}, {"gc": False}),
     "dora on 4 bit, a gate of one output": ("qwen2_moe", "qlora_prepared_autocast", {"dora": True, "targets": ("shared_expert_gate",)}, {}),

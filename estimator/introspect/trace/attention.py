@@ -165,6 +165,12 @@ def flash_attention_forward(
     return (output[..., :value_dim] if value_dim != output.shape[-1] else output), None
 
 
+def flash_kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    """`_flash_attention_forward` of transformers, for the classes that call it themselves: tensors come and go as (B, S, a, d)."""
+    output: Tensor = Flash.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return output.transpose(1, 2)
+
+
 def half_precision(module: torch.nn.Module) -> torch.dtype:
     """What float32 is cast to. Source: transformers, integrations/flash_attention.py, get_target_dtype."""
     if torch.is_autocast_enabled("cpu"):

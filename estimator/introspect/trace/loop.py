@@ -1,6 +1,7 @@
 """The trainer's loop over fake tensors, watched from the first weight to the end of the last step."""
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
+from estimator.introspect.inventory import attention_tables
 from estimator.introspect.trace import masks
-from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward
+from estimator.introspect.trace.attention import CudaAttention, flash_attention_forward, flash_kernel
 from estimator.introspect.trace.errors import NeedsValuesError, NotTraceableError, RefusedError
 from estimator.introspect.trace.experts import EXPERT_KERNELS
 from estimator.introspect.trace.known import Values
@@ -51,6 +53,10 @@ def cuda_program(attention: CudaAttention | None) -> Iterator[None]:
             before = ALL_ATTENTION_FUNCTIONS._global_mapping.get(name)
             ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash_attention_forward
             stack.callback(ALL_ATTENTION_FUNCTIONS._global_mapping.__setitem__, name, before)
+        for name, module in list(sys.modules.items()):
+            # imported there only where flash-attn is installed
+            if name.startswith("transformers.models.") and attention_tables(module):
+                stack.enter_context(mock.patch.object(module, "_flash_attention_forward", flash_kernel, create=True))
         # transformers asks nothing of masks whose values a tracer does not have; these values are known, see `known`
         stack.enter_context(mock.patch.object(transformers.utils.import_utils, "is_fake_tensor", _never))
         stack.enter_context(warnings.catch_warnings())
@@ -185,8 +191,9 @@ class _Loop:
 
     def _named(self, batch: Batch) -> Batch:
         for name, tensor in batch.items():
-            self.watch.call(tensor, Item.ACTIVATIONS.value)
-            self.watch.rename(tensor, name)
+            if isinstance(tensor, Tensor):
+                self.watch.call(tensor, Item.ACTIVATIONS.value)
+                self.watch.rename(tensor, name)
         return batch
 
     def _micro_batch(self, work: Task, batch: Batch, accumulation: int) -> None:

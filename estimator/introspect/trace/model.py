@@ -1,6 +1,7 @@
 """The model of a recipe, its tensors without content on a make-believe CPU, ready for a step."""
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from estimator.introspect.inventory import attention_tables
 from estimator.introspect.prepared import TORCH_DTYPES, quantization_state, quantize, with_adapter
 from estimator.introspect.trace.errors import RefusedError
 from estimator.precision import kept_in_float32_names
@@ -146,6 +148,14 @@ def _choose_attention(model: Any, recipe: Recipe) -> None:
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation_internal = recipe.attention.value
+    for module in model.modules():
+        for classes in attention_tables(sys.modules[type(module).__module__]):
+            if type(module) not in classes.values():
+                continue
+            if recipe.attention.value not in classes:
+                raise RefusedError(f"{type(module).__name__} has no {recipe.attention.value}; it has {', '.join(classes)}")
+            module.__class__ = classes[recipe.attention.value]
+            module._flash_attn_uses_top_left_mask = False
 
 
 def _cast_as_trl(model: Any, recipe: Recipe) -> None:

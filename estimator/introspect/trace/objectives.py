@@ -26,7 +26,8 @@ from estimator.introspect.trace.model import TracedModel, traced_model
 from estimator.recipe import Loss, ObjectiveKind, Recipe, Reference, Trainer, Training
 from estimator.scoring import Rows
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Arguments of the model's forward: tensors, and of packed samples the longest length beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +142,33 @@ def tokens(model: TracedModel, *shape: int) -> Tensor:
 
 def _labelled(model: TracedModel, training: Training) -> Batch:
     """Source: transformers, data/data_collator.py; trainer.py, get_batch_samples and _set_signature_columns_if_needed."""
-    shape = (training.micro_batch_size, training.sequence_length)
+    shape = training.shape
     of_sequence = training.objective.kind is ObjectiveKind.CLASSIFICATION
     batch = {"input_ids": tokens(model, *shape), "labels": tokens(model, *(shape[:1] if of_sequence else shape))}
-    if "attention_mask" in inspect.signature(model.base.forward).parameters:
+    if training.flattened:
+        batch |= _end_to_end(training)
+    elif "attention_mask" in inspect.signature(model.base.forward).parameters:
         batch["attention_mask"] = _ids(*shape, padded=training.padded)
     if _accepts_loss_arguments(model):
         batch["num_items_in_batch"] = torch.empty((), dtype=torch.int64)
+    return batch
+
+
+def _end_to_end(training: Training) -> Batch:
+    """What tells samples in one row apart: those of a micro-batch, and two where a row is told by its length alone.
+
+    Source: transformers, data/data_collator.py, DataCollatorWithFlattening; trl 1.16, trainer/sft_trainer.py,
+    DataCollatorForLanguageModeling.
+    """
+    rows, length = training.shape
+    longest = -(-length // max(training.micro_batch_size, 2))
+    with _disable_current_modes():
+        positions = (torch.arange(length) % longest).expand(rows, length).contiguous()
+        starts = torch.tensor([*range(0, length, longest), length], dtype=torch.int32)
+    batch: Batch = {"position_ids": known.give(torch.empty(positions.shape, dtype=positions.dtype), positions)}
+    if _is_trl(training):
+        bounds = known.give(torch.empty(starts.shape, dtype=starts.dtype), starts)
+        batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return batch
 
 

@@ -89,7 +89,7 @@ def timeline_task(payload: Mapping[str, Any]) -> dict[str, object]:
     session = Session(payload)
     training = session.recipe.training
     assert training is not None
-    traced = session.run((training.micro_batch_size, training.sequence_length))
+    traced = session.run(training.shape)
     return {
         "timeline": encode_timeline(spliced(traced, session.sample.stands_for)),
         "routing_matters": session.values.routing_matters,
@@ -227,7 +227,7 @@ class Session:
     def _size(self) -> Point:
         training = self.recipe.training
         assert training is not None
-        return training.micro_batch_size, training.sequence_length
+        return training.shape
 
     @property
     def runs_all_layers(self) -> bool:
