@@ -173,13 +173,17 @@ def routing_notice(worst: Callable[[], int], balanced_bytes: int) -> Notice:
         balanced_bytes: allocated at the peak that is answered, with tokens spread evenly [bytes].
     """
     try:
-        told = f"if all chose the same experts, the peak would be {gib(worst())} instead of {gib(balanced_bytes)}."
+        told = f"if all chose the same experts, the peak would be {_instead(gib(worst()), gib(balanced_bytes))}."
     except VramplanError as error:
         told = f"what it would be if all chose the same experts is not known, since that trace failed: {error.message.rstrip('.')}."
     return Notice(
         code="expert_routing",
         message=f"sizes depend on which experts the routers choose: this is for tokens spread evenly; {told}",
     )
+
+
+def _instead(other: str, this: str) -> str:
+    return f"{other} too" if other == this else f"{other} instead of {this}"
 
 
 def _is_installed(name: str, stack: Stack) -> bool:

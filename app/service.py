@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app import corrections
-from app.answer import Json, device_bytes, is_modelled, render_estimate
+from app.answer import REFUSALS, Json, device_bytes, is_modelled, render_estimate
 from app.answered import Answered
 from app.card import Card, card_of
 from app.engine import Answerer
@@ -21,7 +21,7 @@ from estimator.correction import interval
 from estimator.dtypes import DType
 from estimator.engine import Device
 from estimator.errors import VramplanError
-from estimator.estimate import Engine, Estimate, Interval
+from estimator.estimate import Engine, Estimate, Interval, Notice
 from estimator.explain import explain
 from estimator.inventory import Inventory
 from estimator.recipe import Recipe
@@ -128,7 +128,7 @@ def render(case: Case, estimate: Estimate) -> Json:
     """The answer in the contract's words, with explanations and warnings."""
     bounds = interval_of(case.recipe, estimate)
     question = case.question
-    unmodelled = tuple(field for field in question.unmodelled if bears(field, case.recipe))
+    answered = _answered(case, estimate)
     rendered = render_estimate(
         model=case.model_json(),
         recipe=case.recipe,
@@ -139,27 +139,43 @@ def render(case: Case, estimate: Estimate) -> Json:
         card=case.card,
         interval=bounds,
         notices=notices(
-            Answered(
-                request=question.request,
-                inventory=case.inventory,
-                recipe=case.recipe,
-                estimate=estimate,
-                stored=tuple(stored_tensors(case.inventory, case.recipe)),
-                card=case.card,
-                unmodelled=unmodelled,
-                evaluation=question.evaluation,
-                has_own_code=case.model.has_own_code,
-                checkpoint=case.model.checkpoint,
-                is_stale=case.model.is_stale,
+            replace(
+                answered,
                 has_interval=bounds is not None,
                 without_quantization=_without_quantization(case, estimate),
                 with_reentry=_with_reentry(case, estimate),
             )
         ),
-        ignored=sorted({*question.ignored, *question.unmodelled, *question.request.set_aside.ignored} - {*unmodelled}),
+        ignored=sorted({*question.ignored, *question.unmodelled, *question.request.set_aside.ignored} - {*answered.unmodelled}),
     )
     in_use = case.answerer.corrections
     return rendered if in_use is None else {**rendered, "corrections": corrections.described(estimate, case.recipe, in_use)}
+
+
+def _answered(case: Case, estimate: Estimate) -> Answered:
+    """Without an interval and what other recipes would take."""
+    question = case.question
+    return Answered(
+        request=question.request,
+        inventory=case.inventory,
+        recipe=case.recipe,
+        estimate=estimate,
+        stored=tuple(stored_tensors(case.inventory, case.recipe)),
+        card=case.card,
+        unmodelled=tuple(field for field in question.unmodelled if bears(field, case.recipe)),
+        evaluation=question.evaluation,
+        has_own_code=case.model.has_own_code,
+        checkpoint=case.model.checkpoint,
+        is_stale=case.model.is_stale,
+        has_interval=False,
+        without_quantization=None,
+        with_reentry=None,
+    )
+
+
+def refusals(case: Case) -> tuple[Notice, ...]:
+    """What a card or a library would stop the run with; it takes no estimate of the step to tell."""
+    return tuple(n for n in notices(_answered(case, case.answerer.loaded(case.recipe))) if n.code in REFUSALS)
 
 
 def interval_of(recipe: Recipe, estimate: Estimate) -> Interval | None:

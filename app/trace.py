@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from app.answer import SCHEMA_VERSION, Json, render_recipe, render_stack
 from app.engine import routing_notice
 from app.reading import read_estimate
-from app.service import Case, prepare
+from app.service import Case, prepare, refusals
 from app.timeline_chart import Column, chart, columns_of
 from estimator.allocator_settings import parse_settings
 from estimator.device import context_bytes, library_bytes
@@ -69,9 +69,9 @@ def trace(payload: Mapping[str, Any], *, settings: str = "", all_layers: bool = 
     outside = context_bytes(case.recipe.num_multiprocessors) + library_bytes()
     capacity = None if usable_bytes is None else max(0, usable_bytes - outside)
     replayed = replay(run.timeline, options, capacity_bytes=capacity, cache_emptied_after=[run.cache_emptied_after])
-    notices: tuple[Notice, ...] = ()
+    notices = refusals(case)
     if step.routing_matters:
-        notices = (routing_notice(lambda: _worst_routing(case, all_layers=all_layers), _worst(run.timeline).allocated_bytes),)
+        notices += (routing_notice(lambda: _worst_routing(case, all_layers=all_layers), _worst(run.timeline).allocated_bytes),)
     return TracedRun(case=case, timeline=run.timeline, replay=replayed, settings=settings, notices=notices)
 
 

@@ -130,9 +130,15 @@ def program(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     return Program(peaks=peaks, schedule=_schedule(whole, extents))
 
 
-OUTLINE_POINTS: tuple[Point, ...] = (*((B, S) for B in (2, 3) for S in (32, 48, 64)), (4, 80))
-"""Where a loop over tokens is traced: three lengths at two batches, and a size at which the outcome is checked. In a batch of one
-some copies are left off: it is none of them."""
+def outline_points(*, one_sequence: bool = False) -> tuple[Point, ...]:
+    """Where a loop over tokens is traced: three lengths at two batches, and last a size at which the outcome is checked.
+
+    Args:
+        one_sequence: whether for a batch of one, in which some copies are left off: then at no other.
+    """
+    batches, check = ((1,), (1, 80)) if one_sequence else ((2, 3), (4, 80))
+    return (*((B, S) for B in batches for S in (32, 48, 64)), check)
+
 
 _OUTLINE_ERROR = 1e-3
 
@@ -144,13 +150,13 @@ def outline(timelines: Mapping[Point, Timeline], stands_for: Sequence[int]) -> P
     linear in the batch. The allocator's rounding is left out.
 
     Args:
-        timelines: of the sampled layers, at `OUTLINE_POINTS`.
+        timelines: of the sampled layers, at `outline_points`; it holds for a batch of one if those are of one.
         stands_for: see `splice.spliced`.
 
     Raises:
         NotOneProgramError: if the last point is not met within 0.1 %.
     """
-    *fitted, check = OUTLINE_POINTS
+    *fitted, check = timelines
     worst = {point: _worst_of_passes(spliced(timeline, stands_for), stands_for) for point, timeline in timelines.items()}
     peaks = {}
     for phase in _STEP_PHASES:
@@ -185,13 +191,13 @@ def _worst_of_passes(whole: Timeline, stands_for: Sequence[int]) -> dict[Phase, 
 
 
 def _fitted(seen: Mapping[Point, Counter[Item]]) -> Snapshot:
-    lengths, (small, large) = sorted({S for _, S in seen}), sorted({B for B, _ in seen})
-    assert large == small + 1
+    lengths, batches = sorted({S for _, S in seen}), sorted({B for B, _ in seen})
+    small, large = batches[0], batches[-1]
     held: dict[tuple[Item, Size], int] = {}
     for item in sorted({item for sums in seen.values() for item in sums}):
         one, two = ([Fraction(seen[B, S][item]) for S in lengths] for B in (small, large))
-        per_batch = _quadratic(lengths, [b - a for a, b in zip(one, two, strict=True)])
-        fixed = _quadratic(lengths, [large * a - small * b for a, b in zip(one, two, strict=True)])
+        per_batch = _quadratic(lengths, [(b - a) / max(large - small, 1) for a, b in zip(one, two, strict=True)])
+        fixed = _quadratic(lengths, [a - small * (b - a) / max(large - small, 1) for a, b in zip(one, two, strict=True)])
         terms = [Extent(ceil(c), batch, n) for batch, parts in enumerate((fixed, per_batch)) for n, c in enumerate(parts) if c]
         held[item, Polynomial(tuple(terms))] = 1
     return _snapshot_of(held)
@@ -331,11 +337,27 @@ def _label(module: str, operator: str) -> str:
 # -- sizes ------------------------------------------------------------------------------------------------------------------------------
 
 
-def _extents(timelines: Mapping[Point, Timeline]) -> list[Polynomial]:
+def check_growth(timelines: Mapping[Point, Timeline]) -> None:
+    """Refuses runs of one batch, up to three lengths, that no other run makes one program of.
+
+    Raises:
+        NotOneProgramError: if one makes or releases other tensors than the first, or a tensor grows by no polynomial.
+    """
+    if len(timelines) == 3:
+        _extents(timelines)
+    else:
+        _check_alike(timelines)
+
+
+def _check_alike(timelines: Mapping[Point, Timeline]) -> None:
     reference = next(iter(timelines.values()))
-    for point, timeline in timelines.items():
+    for (batch, length), timeline in timelines.items():
         if timeline.events != reference.events or len(timeline.allocations) != len(reference.allocations):
-            raise NotOneProgramError(f"the run at batch {point[0]} and length {point[1]} makes other tensors than the others")
+            raise NotOneProgramError(f"the run at batch {batch} and length {length} makes other tensors than the others")
+
+
+def _extents(timelines: Mapping[Point, Timeline]) -> list[Polynomial]:
+    _check_alike(timelines)
     known: dict[tuple[int, ...], Polynomial] = {}
     found = []
     for sizes in zip(*([a.num_bytes for a in t.allocations] for t in timelines.values()), strict=True):

@@ -102,6 +102,14 @@ def test_samples_end_to_end_in_one_row_are_traced_as_one(client: TestClient, wan
     assert shown["peak"]["allocated_bytes"] == pytest.approx(traced["peak"]["allocated_bytes"], rel=1e-3)
 
 
+def test_a_trace_says_what_would_stop_the_run(client: TestClient) -> None:
+    asked = request(LLAMA, hardware={"gpu": "t4"})
+    stopped = client.post("/v1/trace", json=asked).json()
+    assert "no_bfloat16" in notices(stopped)
+    assert "no_bfloat16" in notices(answer(asked))
+    assert not notices(client.post("/v1/trace", json=request(LLAMA, hardware={"gpu": "a100-80gb"})).json())
+
+
 def test_an_encoder_with_a_decoder_is_not_traced() -> None:
     asked = {"model": "google-t5/t5-small", "training": {"per_device_train_batch_size": 1, "max_length": 64}}
     with pytest.raises(RequestError, match="T5ForConditionalGeneration reads with an encoder and writes with a decoder"):

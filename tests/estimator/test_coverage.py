@@ -144,14 +144,15 @@ def test_a_scan_over_chunks_has_a_program_for_every_single_length_only() -> None
 
 
 @pytest.mark.slow
-def test_the_outline_of_a_loop_over_tokens_meets_runs_that_it_was_not_fitted_to() -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_outline_of_a_loop_over_tokens_meets_runs_that_it_was_not_fitted_to(batch: int) -> None:
     model = small("mamba", num_hidden_layers=2, n_layer=2, vocab_size=4096)
-    recipe = training(2, 1024, method="full", attention=Attention.EAGER, checkpointing=False)
+    recipe = training(batch, 1024, method="full", attention=Attention.EAGER, checkpointing=False)
     session = Session(payload(model.config, recipe))
     found = session.at_size()
     assert found.is_outline
-    real = above_stored(spliced(session.run((3, 112)), session.sample.stands_for))
-    ours = largest(found.program, 3, 112)
+    real = above_stored(spliced(session.run((batch, 112)), session.sample.stands_for))
+    ours = largest(found.program, batch, 112)
     assert ours == pytest.approx(real, rel=1e-3)
 
 

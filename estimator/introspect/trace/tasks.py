@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -24,7 +25,17 @@ from estimator.scoring import Rows
 from estimator.splice import spliced
 from estimator.step import Program
 from estimator.timeline import Timeline, encode_timeline
-from estimator.traced_step import ALIGNMENTS, OUTLINE_POINTS, NotOneProgramError, Point, encode_program, outline, points, program
+from estimator.traced_step import (
+    ALIGNMENTS,
+    NotOneProgramError,
+    Point,
+    check_growth,
+    encode_program,
+    outline,
+    outline_points,
+    points,
+    program,
+)
 
 # A scan over tokens written in Python takes several operations per token; a scan over chunks far less than one.
 _LONGEST_LOOP = 3
@@ -41,8 +52,7 @@ class TracedProgram:
     multiple_of: int | None
     """Lengths that it holds for are multiples of this; None: only the length, or size, that was asked for."""
     any_batch: bool
-    """Whether for all batches but one, or for the recipe's own alone; an outline stands for a batch of one too, though some copies are
-    left off there."""
+    """Whether for all batches but one, or for the recipe's own alone."""
     sample: Sample
     is_outline: bool
     """Whether it was fitted to short runs, see `traced_step.outline`."""
@@ -163,24 +173,30 @@ class Session:
             NotTraceableError: as `run`.
             NotOneProgramError: if the lengths differ in more than size.
         """
-        return self._guarded_by_outline(lambda: self._for_lengths(shortest, longest, one_sequence=one_sequence))
+        make = partial(self._for_lengths, shortest, longest, one_sequence=one_sequence)
+        return self._guarded_by_outline(make, one_sequence=one_sequence)
 
     def _for_lengths(self, shortest: int, longest: int, *, one_sequence: bool) -> TracedProgram:
         timelines: dict[Point, Timeline] = {}
+        reason = None
         for alignment in ALIGNMENTS:
-            wanted = points(shortest, longest, alignment, one_sequence=one_sequence)
-            for point in wanted:
+            *common, other = points(shortest, longest, alignment, one_sequence=one_sequence)
+            for point in common:
                 if point not in timelines:
                     timelines[point] = self.run(point)
+                    check_growth(timelines)  # the same at each alignment: none would help
+            if other not in timelines:
+                timelines[other] = self.run(other)
             try:
-                found = program({point: timelines[point] for point in wanted}, self.sample.stands_for)
+                found = program({point: timelines[point] for point in (*common, other)}, self.sample.stands_for)
             except NotOneProgramError as error:
                 reason = error
                 continue
             return self._program(found, multiple_of=1 if alignment == ALIGNMENTS[0] else alignment, any_batch=not one_sequence)
+        assert reason is not None
         raise reason
 
-    def _guarded_by_outline(self, make: Callable[[], TracedProgram]) -> TracedProgram:
+    def _guarded_by_outline(self, make: Callable[[], TracedProgram], *, one_sequence: bool) -> TracedProgram:
         """A program made by full traces, or where those would take as long as there are tokens, by its outline."""
         self.longest_loop = _LONGEST_LOOP
         try:
@@ -188,8 +204,9 @@ class Session:
         except LoopOverTokensError:
             self.longest_loop = None
         try:
-            timelines = {point: self.run(point) for point in OUTLINE_POINTS}
-            return self._program(outline(timelines, self.sample.stands_for), multiple_of=1, is_outline=True)
+            timelines = {point: self.run(point) for point in outline_points(one_sequence=one_sequence)}
+            found = outline(timelines, self.sample.stands_for)
+            return self._program(found, multiple_of=1, any_batch=not one_sequence, is_outline=True)
         except NotOneProgramError:
             return make()
 
@@ -199,7 +216,7 @@ class Session:
         Raises:
             NotTraceableError: as `run`.
         """
-        return self._guarded_by_outline(self._exact)
+        return self._guarded_by_outline(self._exact, one_sequence=self._size[0] == 1)
 
     def _exact(self) -> TracedProgram:
         batch, length = self._size
@@ -217,7 +234,7 @@ class Session:
         Raises:
             NotTraceableError: as `run`.
         """
-        return self._guarded_by_outline(self._at_size)
+        return self._guarded_by_outline(self._at_size, one_sequence=self._size[0] == 1)
 
     def _at_size(self) -> TracedProgram:
         found = program({self._size: self.run(self._size)}, self.sample.stands_for)
