@@ -82,11 +82,12 @@ def points(smallest: int, largest: int, alignment: int = ALIGNMENTS[0], *, one_s
     """
     batch, other = (1, 1) if one_sequence else (2, 3)
     first, step = _lengths(smallest, largest)
-    return (*((batch, first + n * step) for n in range(3)), (other, first + _odd(step, alignment)))
+    checked = first + (_odd(step, alignment) or 3 * step)
+    return (*((batch, first + n * step) for n in range(3)), (other, checked if checked <= largest else first))
 
 
 def _odd(step: int, alignment: int) -> int:
-    """An odd multiple of the alignment short of the step, where there is room."""
+    """An odd multiple of the alignment short of the step; 0 where there is no room."""
     return (step // 4 + alignment) // alignment * alignment if alignment < step else 0
 
 

@@ -15,6 +15,7 @@ import torch.cuda._memory_viz as viewer
 from starlette.testclient import TestClient
 
 from app import examples
+from app.engine import routing_notice
 from app.http import create_app
 from app.service import answer
 from estimator.allocator import SMALL_SEGMENT_BYTES
@@ -233,3 +234,8 @@ def test_the_command_line_shows_the_timeline_and_writes_both_files(tmp_path: Pat
     assert "backward" in done.stdout
     assert svg.read_text().lstrip().startswith("<svg")
     assert pickle.loads(snapshot.read_bytes())["device_traces"][0]
+
+
+def test_experts_that_change_nothing_worth_showing_are_told_so() -> None:
+    assert "would be 0.50 GiB too" in routing_notice(lambda: 2**29 + 1, 2**29).message
+    assert "would be 1.00 GiB instead of 0.50 GiB" in routing_notice(lambda: 2**30, 2**29).message

@@ -11,7 +11,7 @@ from estimator.phases import Phase
 from estimator.recipe import Recipe, Training
 from estimator.sources.tracing import regime
 from estimator.timeline import Timeline
-from estimator.traced_step import decode_program, encode_program
+from estimator.traced_step import decode_program, encode_program, points
 from tests.oracle import recipes
 from tests.oracle.models import FAMILIES
 
@@ -91,3 +91,17 @@ def test_a_program_knows_the_kernels_that_ran() -> None:
     padded = replace(recipe, training=replace(recipe.training, padded=True))
     found = Session(payload("llama", padded, {})).program(1, 4096)
     assert {kernel.value for kernel in found.program.kernels} == {"memory-efficient attention"}
+
+
+@pytest.mark.parametrize("one_sequence", [True, False])
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 63), (1, 4), (100, 140), (1, 511), (4096, 2**20), (1, 2**20)])
+def test_three_lengths_make_a_parabola_and_a_fourth_checks_it(shortest: int, longest: int, one_sequence: bool) -> None:
+    *common, other = points(shortest, longest, one_sequence=one_sequence)
+    lengths = [length for _, length in (*common, other)]
+    assert len(set(lengths)) == 4
+    assert shortest <= min(lengths) <= max(lengths) <= longest
+    assert {batch for batch, _ in common} == ({1} if one_sequence else {2})
+
+
+def test_without_room_for_a_fourth_length_another_batch_checks_the_parabola() -> None:
+    assert points(1, 3) == ((2, 1), (2, 2), (2, 3), (3, 1))
