@@ -32,7 +32,7 @@ from estimator.units import ceil_div
 
 # Source: trl, kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE; trainer/utils.py, _CHUNKED_LOGPROB_CHUNK_SIZE.
 TILE_ROWS = 4096
-_TILE_COLUMNS = 32768
+TILE_COLUMNS = 32768
 # Source: trl 1.4 to 1.15, trainer/sft_trainer.py, _CHUNKED_LM_HEAD_CHUNK_SIZE.
 CHUNK_ROWS = 256
 
@@ -89,8 +89,8 @@ def tiled_loss(hidden: Value, head: Head, in_pass: int | None) -> Value:
     hidden = scored(hidden)
     compute = _compute_dtype(hidden)
     rows, all_rows, width = head.rows(hidden, in_pass), head.rows(hidden, None), head.width
-    tile, chunk = rows.scaled(_TILE_COLUMNS), rows.scaled(width)
-    slices = [Extent(min(head.vocabulary - start, _TILE_COLUMNS) * width) for start in range(0, head.vocabulary, _TILE_COLUMNS)]
+    tile, chunk = rows.scaled(TILE_COLUMNS), rows.scaled(width)
+    slices = [Extent(min(head.vocabulary - start, TILE_COLUMNS) * width) for start in range(0, head.vocabulary, TILE_COLUMNS)]
     parts = [head.weight] if head.bias is None else [head.weight, head.bias]
     inputs = [(x.extent, x.dtype, x.requires_grad) for x in (hidden, *parts)]
 

@@ -64,11 +64,15 @@ def test_a_family_without_closed_forms_is_traced() -> None:
     assert all(item["formula"] for phase in answered["phases"] for item in phase["items"])
 
 
-def test_both_engines_agree_within_a_thousandth() -> None:
-    traced, closed = (answer(request(LLAMA, engine=engine)) for engine in ("trace", "analytic"))
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_both_engines_agree_within_a_thousandth_and_on_logits(trainer: str) -> None:
+    traced, closed = (answer(request(LLAMA, engine=engine, trainer=trainer)) for engine in ("trace", "analytic"))
     assert traced["engine"] == "trace"
     for ours, theirs in zip(traced["phases"], closed["phases"], strict=True):
         assert ours["allocated_bytes"] == pytest.approx(theirs["allocated_bytes"], rel=1e-3)
+        logits = [[item["bytes"] for item in phase["items"] if item["name"] == "logits"] for phase in (ours, theirs)]
+        assert logits[0] == logits[1]
+        assert bool(logits[0]) == (ours["phase"] in ("loss", "backward"))
 
 
 def test_a_trace_of_other_versions_than_the_installed_is_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from estimator.fused_loss import TILE_COLUMNS
 from estimator.introspect.cuda_paths import KERNELS, cuda_paths
 from estimator.introspect.inventory import attention_tables
 from estimator.introspect.trace import masks
@@ -102,7 +103,8 @@ def run(
         loop.run(work, num_steps, with_update=with_update)
     if kinds is not None and len({(kind, loop.given.get(position)) for position, kind in enumerate(kinds)}) > len(set(kinds)):
         raise NotTraceableError("layers of one kind are given tensors of other shapes")
-    return loop.watch.timeline(getattr(config, "vocab_size", None))
+    is_tiled = recipe.training.loss is Loss.TRL_TILED
+    return loop.watch.timeline(getattr(config, "vocab_size", None), TILE_COLUMNS if is_tiled else None)
 
 
 def warm_up(model: TracedModel, recipe: Recipe, mode: FakeTensorMode) -> None:

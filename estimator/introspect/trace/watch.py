@@ -114,14 +114,16 @@ class Watch(TorchDispatchMode):
         finally:
             self._host_scalars = False
 
-    def timeline(self, vocabulary: int | None = None) -> Timeline:
+    def timeline(self, vocabulary: int | None = None, tile_columns: int | None = None) -> Timeline:
         """All that was seen; what nobody named came and went.
 
         Args:
             vocabulary: from the loss on, tensors of this width are logits.
+            tile_columns: and so are matrices of this width, where the loss goes over the vocabulary tile by tile.
         """
         for allocation in self.allocations:
-            is_wide = len(allocation.shape) > 1 and allocation.shape[-1] == vocabulary
+            shape = allocation.shape
+            is_wide = (len(shape) > 1 and shape[-1] == vocabulary) or (len(shape) == 2 and shape[-1] == tile_columns)
             if is_wide and allocation.phase in (Phase.LOSS, Phase.BACKWARD) and allocation.item in ("", Item.ACTIVATIONS):
                 allocation.item = Item.LOGITS.value
             allocation.item = allocation.item or Item.TEMPORARY.value
