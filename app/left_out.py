@@ -10,7 +10,7 @@ from app.versions import shown
 from estimator.estimate import Engine
 from estimator.kernels import Kernel
 from estimator.liger import fuses_loss, patches
-from estimator.recipe import Loss, ObjectiveKind, Trainer
+from estimator.recipe import Attention, Loss, ObjectiveKind, Trainer
 from estimator.step import needs_mask
 from estimator.units import gib
 
@@ -116,12 +116,27 @@ def _padding_free(a: Answered) -> Iterable[str]:
     training, asked = a.recipe.training, a.request.training
     if training is None or asked is None or not training.flattened:
         return
-    if needs_mask(a.recipe):
+    if needs_mask(a.recipe) and not _mixes(a):
         _, length = training.shape
         yield (
             f"padding_free lays {training.micro_batch_size} × {training.sequence_length:,} tokens in one row, and "
             f"{a.recipe.attention.value} needs a mask of {length:,}² entries to tell samples apart, {gib(length * length)} as booleans and "
             f"more in each layer; flash_attention_2 needs none."
+        )
+
+
+def _mixes(a: Answered) -> bool:
+    """Whether sdpa took the kernel that has no mask: a model then hands on no positions for one."""
+    return a.recipe.attention is Attention.SDPA and Kernel.FLASH in a.estimate.kernels
+
+
+def _mixed_samples(a: Answered) -> Iterable[str]:
+    """Source: transformers, masking_utils.py, find_packed_sequence_indices, which is given what a model passes as `position_ids`."""
+    training = a.recipe.training
+    if training is not None and training.flattened and needs_mask(a.recipe) and _mixes(a):
+        yield (
+            f"{a.inventory.model_class} makes no mask of position_ids under sdpa: in a row of packed samples each attends to those before "
+            "it, which trains on other text than without packing; the answer is for that run."
         )
 
 
@@ -218,6 +233,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_router_loss, "router_loss_not_modelled"),
     (_label_smoothing, "label_smoothing_not_modelled"),
     (_padding_free, "padding_free_needs_mask"),
+    (_mixed_samples, "padding_free_mixes_samples"),
     (_flash_padding, "flash_padding_not_modelled"),
     (_refused_padding_free, "padding_free_refused"),
     (_ignored_padding_free, "padding_free_ignored"),

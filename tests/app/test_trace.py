@@ -115,6 +115,17 @@ def test_a_trace_says_what_would_stop_the_run(client: TestClient) -> None:
     assert not notices(client.post("/v1/trace", json=request(LLAMA, hardware={"gpu": "a100-80gb"})).json())
 
 
+def test_a_model_that_does_not_tell_packed_samples_apart_is_named() -> None:
+    asked = request(OPT, attn_implementation="sdpa")
+    asked["training"] |= {"padding_free": True}
+    found = notices(answer(asked))
+    assert "padding_free_mixes_samples" in found
+    assert "padding_free_needs_mask" not in found
+    found = notices(answer({**asked, "model": {"config": LLAMA}}))
+    assert "padding_free_mixes_samples" not in found
+    assert "padding_free_needs_mask" in found
+
+
 def test_an_encoder_with_a_decoder_is_not_traced() -> None:
     asked = {"model": "google-t5/t5-small", "training": {"per_device_train_batch_size": 1, "max_length": 64}}
     with pytest.raises(RequestError, match="T5ForConditionalGeneration reads with an encoder and writes with a decoder"):
