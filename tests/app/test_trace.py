@@ -91,14 +91,13 @@ def test_inference_is_not_traced() -> None:
         answer({"model": {"config": LLAMA}, "inference": {"batch_size": 1, "prompt_length": 8, "max_new_tokens": 4}, "engine": "trace"})
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
-@pytest.mark.parametrize("wanted", ["packing", "padding_free"])
+@pytest.mark.parametrize(("wanted", "attention"), [("padding_free", "eager"), ("packing", "sdpa"), ("packing", "flash_attention_2")])
 def test_samples_end_to_end_in_one_row_are_traced_as_one(client: TestClient, wanted: str, attention: str) -> None:
     trainer = "trl" if wanted == "packing" else "transformers"
     asked = request(LLAMA, trainer=trainer, attn_implementation=attention)
     asked["training"] |= {wanted: True}
     traced, closed = (answer({**asked, "engine": engine}) for engine in ("trace", "analytic"))
-    apart = answer({**asked, "engine": "trace", "training": {**asked["training"], wanted: False}})
+    apart = answer({**asked, "engine": "analytic", "training": {**asked["training"], wanted: False}})
     for ours, theirs, others in zip(traced["phases"], closed["phases"], apart["phases"], strict=True):
         assert ours["allocated_bytes"] == pytest.approx(theirs["allocated_bytes"], rel=1e-3)
         if attention == "eager" and ours["phase"] == "forward":
@@ -112,7 +111,6 @@ def test_a_trace_says_what_would_stop_the_run(client: TestClient) -> None:
     stopped = client.post("/v1/trace", json=asked).json()
     assert "no_bfloat16" in notices(stopped)
     assert "no_bfloat16" in notices(answer(asked))
-    assert not notices(client.post("/v1/trace", json=request(LLAMA, hardware={"gpu": "a100-80gb"})).json())
 
 
 def test_a_model_that_does_not_tell_packed_samples_apart_is_named() -> None:

@@ -69,9 +69,6 @@ def test_peaks_of_one_sequence_equal_those_of_a_real_run(family: str, attention:
     [
         ("llama", "qlora_prepared_autocast", None),
         ("gemma3_text", "full_bf16", "eager"),
-        ("gpt2", "lora_bf16_fp32_autocast", None),
-        ("falcon", "qlora_bf16_autocast", None),
-        ("qwen3_moe", "qlora_prepared_autocast", "eager"),
         ("opt", "full_fp32_autocast", None),
     ],
 )
@@ -88,11 +85,10 @@ def test_peaks_of_samples_in_one_row_equal_those_of_a_real_run_in_every_family(
     assert_equal(family, mode, gc, batch=3, flattened=True, attention=attention)
 
 
-@pytest.mark.parametrize(("family", "gc"), [("falcon", False), ("falcon", None)])
-def test_closed_forms_of_a_class_that_calls_flash_attention_itself_are_those_of_the_trace(family: str, gc: bool | None) -> None:
-    options: dict[str, Any] = {"gc": gc, "attention": "flash_attention_2"}
-    traced = traces.live_bytes(traces.timeline(family, "qlora_bf16_autocast", 8, 512, 3, **options))
-    said = estimates.live_bytes(family, "qlora_bf16_autocast", 8, 512, 3, **options)
+def test_closed_forms_of_a_class_that_calls_flash_attention_itself_are_those_of_the_trace() -> None:
+    options: dict[str, Any] = {"gc": None, "attention": "flash_attention_2"}
+    traced = traces.live_bytes(traces.timeline("falcon", "qlora_bf16_autocast", 8, 512, 3, **options))
+    said = estimates.live_bytes("falcon", "qlora_bf16_autocast", 8, 512, 3, **options)
     for phase in STEP:
         assert said[Phase(phase)] == pytest.approx(traced[phase], rel=0.001)
 
