@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from estimator.sources.process import Inspector
     from estimator.timeline import Timeline
 
-FORMAT = 10
+FORMAT = 11
 """Raised whenever the meaning of kept traces changes."""
 
 _WALL_SECONDS = 60.0
