@@ -331,7 +331,7 @@ def test_a_form_too_long_for_an_address_is_posted(client: TestClient) -> None:
     long = SMALL.edited(
         model="", extra=orjson.dumps({"model": {"config": {**CONFIG, "id2label": {str(n): "x" * 40 for n in range(400)}}}}).decode()
     )
-    assert "max_memory_allocated" in client.post("/page/answer", data=dict(long.values)).text
+    assert "max_memory_allocated" in client.post("/page/answer", data={**long.values, "wait": "model"}).text
     text = client.post("/", data=dict(long.values)).text  # with its answer, since the model is known by now
     assert 'method="post" action="/" hx-post="/page/answer"' in text
     assert "Too long for an address" in text
